@@ -1,0 +1,1 @@
+"""Polars pipelines: logs of user behaviour in, prepared data sets out. Imports without torch."""

@@ -1,0 +1,233 @@
+"""Typed configuration of a run: frozen pydantic models, one TOML file, `a.b=value` overrides. Torch-free.
+
+Unknown keys are refused by their path. Code receives these objects and never reads files itself.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from recsys_ksa.errors import ConfigError
+
+LayerKind = Literal["summary", "full"]
+TrainingSpan = Literal["any", "loo", "loo-classic", "global"]
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys and documents each field by the string under it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Strict):
+    """The network (design: events, chunks, summary tokens, window)."""
+
+    dim: PositiveInt = 64
+    """Width of the residual stream and of item vectors."""
+    num_heads: PositiveInt = 2
+    """Query heads."""
+    num_kv_heads: PositiveInt = 2
+    """Key and value heads; divides `num_heads` (grouped-query attention)."""
+    head_dim: PositiveInt = 32
+    """Width of one head; even (rotary)."""
+    feed_forward_dim: PositiveInt = 128
+    """Hidden width of the SwiGLU feed-forward."""
+    layers: tuple[LayerKind, ...] = ("summary", "summary")
+    """Kind of each layer, first to last: `summary` or `full` (plain causal over events)."""
+    chunk_size: PositiveInt = 16
+    """Event tokens a chunk (k)."""
+    summaries_per_chunk: PositiveInt = 1
+    """Summary tokens a closed chunk (m)."""
+    window_chunks: NonNegativeInt = 4
+    """Previous chunks an event still sees as events (W)."""
+    max_visible_chunks: NonNegativeInt | None = None
+    """How many chunks before the window are seen through their summaries (V); unset: all."""
+    attention: Literal["summary", "full", "window"] = "summary"
+    """`summary`: as `layers` says. `full`: every layer full. `window`: the window alone, no summaries."""
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    """Dropout on inputs and on each block's two branches, in training."""
+    side_features: tuple[str, ...] = ()
+    """Categorical columns of items.parquet added to each event's input."""
+    use_event_type: bool = True
+    """Add the event type to the input where the data set has one."""
+    use_gap: bool = True
+    """Add the bucketed time since the previous event to the input; needs a clock that is not ordinal."""
+    use_request_time: bool = True
+    """Let the last block and the head know when the recommendation is asked for."""
+    item_vectors: Literal["tied", "untied", "content"] = "tied"
+    """`tied`: the input item table; `untied`: a table of their own; `content`: input row plus side features."""
+    item_bias: Literal["none", "learned"] = "none"
+    """An extra dimension of item vectors that unit vectors cannot express."""
+    own_item_bias: bool = False
+    """Add a learned function of count, recency and rhythm to the scores of items the user already had."""
+    temperature: PositiveFloat = 0.05
+    """Initial temperature of the cosine head; learned, clamped to [0.01, 1]."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.chunk_size < 2:
+            raise ValueError(f"chunk_size must be at least 2, got {self.chunk_size}")
+        if not self.layers:
+            raise ValueError("layers must name at least one layer")
+        return self
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The layers after `attention` is applied."""
+        return tuple("full" for _ in self.layers) if self.attention == "full" else self.layers
+
+
+class DataConfig(Strict):
+    """What of the data set is trained on."""
+
+    split: TrainingSpan = "any"
+    """Training span: all but the test and validation events of this protocol; `any`: of all protocols."""
+    max_length: PositiveInt = 512
+    """Events of a history trained on, the newest; cut at a chunk boundary, true positions kept."""
+
+
+class LossConfig(Strict):
+    """What a question's answer is compared with."""
+
+    kind: Literal["sampled-softmax", "full-softmax", "gbce"] = "sampled-softmax"
+    """`full-softmax` never holds a [questions, items] tensor; it needs the item table whole on one device."""
+    num_negatives: PositiveInt = 1024
+    """Sampled items shared by a batch (sampled-softmax, gbce)."""
+    popularity_power: float = Field(0.5, ge=0.0, le=1.0)
+    """Negatives are drawn in proportion to count ** power; corrected by log q."""
+    targets: Literal["next-event", "next-set"] = "next-event"
+    """`next-event`: each event is asked for from all before it. `next-set`: all events of the next distinct
+    timestamp are asked for together, from strictly earlier ones (baskets)."""
+    questions_per_user: PositiveInt = 128
+    """At most this many questions of a history in one step, drawn anew each epoch."""
+    request_time: Literal["target", "drawn"] = "target"
+    """Request time shown in training: the target's, or an integer drawn uniformly between last event and target."""
+    request_time_dropout: float = Field(0.1, ge=0.0, le=1.0)
+    """Share of questions asked without a request time."""
+    gbce_calibration: float = Field(0.75, ge=0.0, le=1.0)
+    """gBCE's t (gSASRec, arXiv 2308.07192)."""
+
+
+class TrainConfig(Strict):
+    """The optimiser, its schedule, and when to stop."""
+
+    batch_tokens: PositiveInt = 8192
+    """Event tokens a batch."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay of matrices; none on tables, norms and biases."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear warm-up."""
+    max_steps: NonNegativeInt = 2000
+    """Steps of the whole schedule; 0 writes a random model."""
+    max_seconds: PositiveFloat | None = None
+    """Wall-clock budget of training, validation included; the schedule follows whichever ends first."""
+    final_learning_rate: float = Field(0.1, ge=0.0, le=1.0)
+    """Learning rate at the end, as a share of the peak (cosine decay)."""
+    gradient_clip: PositiveFloat = 1.0
+    """Largest global norm of the gradient."""
+    validate_every: PositiveInt = 200
+    """Steps between validations."""
+    validation_users: PositiveInt = 1000
+    """At most this many users, a fixed draw, validate."""
+    patience: PositiveInt = 5
+    """Validations without a better NDCG@10 before stopping; the best weights are kept."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints from which `--resume` goes on."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of matrix products; bf16 on CUDA only. Parameters stay float32."""
+    attention_impl: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """Implementation of summary attention; `auto` picks by device and says which."""
+
+
+class EvaluateConfig(Strict):
+    """Defaults that evaluation and serving take from the run."""
+
+    exclude_seen: bool = False
+    """Whether items the user already had are left out of answers."""
+
+
+class RunConfig(Strict):
+    """A whole run, as one TOML file holds it."""
+
+    name: str = "ksa"
+    """What the run is called in reports."""
+    seed: NonNegativeInt = 0
+    """Seed of parameters, batches, negatives and drawn times."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+Config = TypeVar("Config", bound=Strict)
+
+
+def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file as `kind`, with overrides such as `train.learning_rate=1e-3` applied.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown, a value is wrong; the path is quoted.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a TOML file, got {error.strerror}. Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML, got: {error}. Mend the file.") from error
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(kind, values, str(path))
+
+
+def parse_config(kind: type[Config], values: dict[str, Any], source: str) -> Config:
+    """Check `values` as `kind`; `source` names them in errors."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ConfigError(f"{source}: {where}: {first['msg']}{got}{more}. Mend this key.") from error
+
+
+def dump_config(config: Strict) -> str:
+    """Return the config as TOML; unset (None) values are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected a.b=value. Write for example train.max_steps=10.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, expected a table. Check the key.")
+    values[last] = value

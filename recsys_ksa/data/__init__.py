@@ -1,0 +1,1 @@
+"""Prepared histories, from disk to jagged batches."""

@@ -1,0 +1,1 @@
+"""The online service: event log, user states, HTTP. Imports without polars, mlflow and faiss."""
