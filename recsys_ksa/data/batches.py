@@ -1,0 +1,277 @@
+"""Batches: jagged tensors of events, of the questions asked about them, and of the answers.
+
+A *question* asks for what follows a known part of a history. Letters: U users, T events, Q questions, M targets,
+O owned items, P pairs (question, owned item of its user). Everything is gathered by numpy from the mapped
+histories, with no Python loop over events; only the finished arrays become tensors.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys_ksa.data.jagged_arrays import Ints, offsets_of, ragged_arange
+from recsys_ksa.data.own_items import OwnItemArrays, own_items
+from recsys_ksa.errors import DataError
+from recsys_ksa.features import NO_GAP, gap_buckets
+
+if TYPE_CHECKING:
+    from recsys_ksa.data.dataset import Histories
+
+_EMPTY = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class OwnItems:
+    """What each user already had when each question was asked; fields as in `OwnItemArrays`, as tensors."""
+
+    item_offsets: Tensor
+    """int64 [U + 1] into `item`."""
+    item: Tensor
+    """int64 [O], ascending within a user."""
+    pair_offsets: Tensor
+    """int64 [U + 1] into the pairs; a user's block is row-major [Q_u, O_u]."""
+    count: Tensor
+    """float32 [P]; 0: not owned yet at that question."""
+    first: Tensor
+    """int64 [P], Unix seconds; 0 where count is 0."""
+    last: Tensor
+    """int64 [P], Unix seconds; 0 where count is 0."""
+    target_pair: Tensor
+    """int64 [M]: the pair of each target; -1 where it is not owned at its question."""
+    item_offsets_list: tuple[int, ...]
+    """`item_offsets` on the host, so that loops over users need no transfer."""
+    pair_offsets_list: tuple[int, ...]
+    """`pair_offsets` on the host."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on `device`."""
+        return _to(self, device)
+
+    def pin(self) -> Self:
+        """Return a copy in page-locked memory."""
+        return _pin(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Events of U users, questions about them, and targets. All jagged, int64 unless said."""
+
+    offsets: Tensor
+    """[U + 1] into the events."""
+    first_position: Tensor
+    """[U] true index of the first given event within its history; a multiple of the chunk size."""
+    item_index: Tensor
+    """[T]."""
+    event_type: Tensor | None
+    """[T], or None where the data set has none."""
+    gap_bucket: Tensor
+    """[T] bucket of the seconds since the previous event of the whole history."""
+    timestamp: Tensor
+    """[T] Unix seconds."""
+    question_row: Tensor
+    """[Q] row in T of the last event the question knows; -1: asked before any event."""
+    question_user: Tensor
+    """[Q] in 0..U-1, non-decreasing."""
+    request_bucket: Tensor
+    """[Q] bucket of the seconds from the last event to the request; `NO_GAP` where no time is shown."""
+    request_time: Tensor
+    """[Q] Unix seconds; the last event's time where none is shown, 0 where there is no event either."""
+    target_question: Tensor
+    """[M] in 0..Q-1, non-decreasing."""
+    target_item: Tensor
+    """[M]."""
+    target_weight: Tensor
+    """float32 [M]; sums to 1 over a question's targets."""
+    own: OwnItems | None
+
+    @property
+    def num_users(self) -> int:
+        """Users of the batch (U)."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_events(self) -> int:
+        """Events of the batch (T)."""
+        return self.item_index.shape[0]
+
+    @property
+    def num_questions(self) -> int:
+        """Questions of the batch (Q)."""
+        return self.question_row.shape[0]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on `device`, not waiting for it."""
+        return _to(self, device)
+
+    def pin(self) -> Self:
+        """Return a copy in page-locked memory, from which `to` runs beside the device's work."""
+        return _pin(self)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions about the users of a batch and their targets, in numpy."""
+
+    user: Ints
+    """[Q] in 0..U-1, non-decreasing."""
+    cut: Ints
+    """[Q] the question knows events 0..cut-1 of the history; non-decreasing within a user."""
+    request_time: Ints
+    """[Q] Unix seconds."""
+    shown: NDArray[np.bool_]
+    """[Q] whether the request time is shown to the network."""
+    target_question: Ints = dataclasses.field(default_factory=lambda: _EMPTY)
+    """[M]."""
+    target_item: Ints = dataclasses.field(default_factory=lambda: _EMPTY)
+    """[M]."""
+    target_weight: NDArray[np.float32] = dataclasses.field(default_factory=lambda: _EMPTY.astype(np.float32))
+    """[M]."""
+
+
+def questions_batch(
+    histories: "Histories",
+    users: Ints,
+    question_user: Ints,
+    cuts: Ints,
+    request_times: Ints | None = None,
+    *,
+    chunk_size: int,
+    max_length: int | None = None,
+    own_items: bool = False,
+    max_own_items: int | None = None,
+) -> Batch:
+    """Return a batch that asks each user questions at given cuts, for evaluation: no targets.
+
+    A user's events reach up to the largest of the user's cuts.
+
+    Args:
+        histories: the data set's.
+        users: rows of `histories` (0..num_users-1, not `user_index`), int64 [U].
+        question_user: which of `users` each question is about, 0..U-1, non-decreasing, int64 [Q].
+        cuts: the question knows events 0..cut-1 (0: none); non-decreasing within a user, int64 [Q].
+        request_times: Unix seconds shown to the network, int64 [Q]; None: no question shows one.
+        chunk_size: the model's.
+        max_length: only the last events before the largest cut, at most so many, cut forward to a chunk boundary;
+            None: whole histories.
+        own_items: gather what each user owned at each question (from the whole history, whatever `max_length`).
+        max_own_items: keep only so many owned items of a user, the latest; None: all.
+
+    Raises:
+        DataError: cuts decrease within a user, or `max_length` leaves out the event a question asks from.
+    """
+    users, question_user, cuts = (np.asarray(a, dtype=np.int64) for a in (users, question_user, cuts))
+    same_user = question_user[1:] == question_user[:-1]
+    if np.any(np.diff(question_user) < 0) or np.any(np.diff(cuts)[same_user] < 0):
+        raise DataError("questions_batch: expected questions sorted by user, then cut. Sort them before the call.")
+    end = np.zeros(len(users), dtype=np.int64)
+    np.maximum.at(end, question_user, cuts)
+    shown = np.full(len(cuts), request_times is not None)
+    times = np.zeros(len(cuts), dtype=np.int64) if request_times is None else np.asarray(request_times, dtype=np.int64)
+    questions = Questions(question_user, cuts, times, shown)
+    start = span_start(end, max_length, chunk_size)
+    return assemble(histories, users, start, end, questions, with_own=own_items, max_own_items=max_own_items)
+
+
+def span_start(end: Ints, max_length: int | None, chunk_size: int) -> Ints:
+    """Return where the last `max_length` events before `end` begin, moved forward to a chunk boundary. [U] -> [U].
+
+    Cut elsewhere, the chunk phase would shift and the model measured would not be the one served.
+    """
+    if max_length is None:
+        return np.zeros_like(end)
+    return -(-np.maximum(end - max_length, 0) // chunk_size) * chunk_size
+
+
+def assemble(
+    histories: "Histories",
+    users: Ints,
+    start: Ints,
+    end: Ints,
+    questions: Questions,
+    *,
+    with_own: bool,
+    max_own_items: int | None,
+) -> Batch:
+    """Gather events start..end-1 of each user and the questions about them into a batch.
+
+    Raises:
+        DataError: a question asks from an event before `start`.
+    """
+    base = np.asarray(histories.offsets)[users]
+    lengths = end - start
+    offsets = offsets_of(lengths)
+    rows = ragged_arange(base + start, lengths)
+    timestamp = np.asarray(histories.timestamp[rows], dtype=np.int64)
+    before = np.asarray(histories.timestamp[np.maximum(rows - 1, 0)], dtype=np.int64)
+    gap_bucket = gap_buckets(timestamp - before)
+    whole = (start == 0) & (lengths > 0)
+    gap_bucket[offsets[:-1][whole]] = NO_GAP
+
+    user, cut = questions.user, questions.cut
+    known = cut > 0
+    if np.any(known & (cut <= start[user])):
+        raise DataError(
+            "batch: a question asks from an event before the given span. Give a larger max_length or fewer cuts."
+        )
+    row = np.where(known, offsets[:-1][user] + cut - 1 - start[user], -1)
+    last = np.zeros(len(cut), dtype=np.int64)
+    last[known] = timestamp[row[known]]
+    shown = questions.shown & known
+    request_time = np.where(shown, np.maximum(questions.request_time, last), last)
+    request_bucket = np.where(shown, gap_buckets(request_time - last), NO_GAP)
+
+    own = None
+    if with_own:
+        target_question, target_item = questions.target_question, questions.target_item
+        own = _own_tensors(own_items(histories, users, user, cut, target_question, target_item, max_own_items))
+    event_type = histories.event_type
+    return Batch(
+        offsets=torch.from_numpy(offsets),
+        first_position=torch.from_numpy(start),
+        item_index=torch.from_numpy(np.asarray(histories.item_index[rows], dtype=np.int64)),
+        event_type=None if event_type is None else torch.from_numpy(np.asarray(event_type[rows], dtype=np.int64)),
+        gap_bucket=torch.from_numpy(gap_bucket),
+        timestamp=torch.from_numpy(timestamp),
+        question_row=torch.from_numpy(row),
+        question_user=torch.from_numpy(user),
+        request_bucket=torch.from_numpy(request_bucket),
+        request_time=torch.from_numpy(request_time),
+        target_question=torch.from_numpy(questions.target_question),
+        target_item=torch.from_numpy(questions.target_item),
+        target_weight=torch.from_numpy(questions.target_weight),
+        own=own,
+    )
+
+
+def _own_tensors(arrays: OwnItemArrays) -> OwnItems:
+    fields = {f.name: torch.from_numpy(getattr(arrays, f.name)) for f in dataclasses.fields(arrays)}
+    return OwnItems(
+        **fields,
+        item_offsets_list=tuple(arrays.item_offsets.tolist()),
+        pair_offsets_list=tuple(arrays.pair_offsets.tolist()),
+    )
+
+
+def _to(holder, device):  # noqa: ANN001
+    moved = {}
+    for field in dataclasses.fields(holder):
+        value = getattr(holder, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, OwnItems):
+            moved[field.name] = value.to(device)
+    return dataclasses.replace(holder, **moved)
+
+
+def _pin(holder):  # noqa: ANN001
+    pinned = {}
+    for field in dataclasses.fields(holder):
+        value = getattr(holder, field.name)
+        if isinstance(value, Tensor | OwnItems):
+            pinned[field.name] = value.pin_memory() if isinstance(value, Tensor) else value.pin()
+    return dataclasses.replace(holder, **pinned)
