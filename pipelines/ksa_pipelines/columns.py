@@ -1,0 +1,78 @@
+"""Mapping a log's columns to `recsys_ksa.schema.EVENTS`: names, then types."""
+
+import polars as pl
+
+from ksa_pipelines.config import ColumnsConfig
+from ksa_pipelines.sources import ROW
+from recsys_ksa.errors import SchemaError
+
+Schema = dict[str, pl.DataType]
+
+
+def map_columns(frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, source: str) -> pl.LazyFrame:
+    """
+    Return `ROW`, user_id, item_id (string), timestamp (int64 seconds) and, where there, event_type, event_id.
+
+    What cannot be read as such becomes null; `checks.mark_rejected` counts it. Datetimes without a zone are UTC.
+
+    Raises:
+        SchemaError: a column is missing or has a type that is no id or no time.
+    """
+    columns = [pl.col(ROW).cast(pl.UInt64)]
+    for target in ("user_id", "item_id"):
+        columns.append(id_column(schema, getattr(config, target), source).alias(target))
+    columns.append(_timestamp_column(schema, config.timestamp, source).alias("timestamp"))
+    for target in ("event_type", "event_id"):
+        name = getattr(config, target)
+        if name != "" and (name is not None or target in schema):
+            columns.append(id_column(schema, name or target, source).alias(target))
+    return frame.select(columns)
+
+
+def id_column(schema: Schema, name: str, source: str) -> pl.Expr:
+    """
+    Return the column `name` as strings.
+
+    Raises:
+        SchemaError: it is missing, or neither strings, categories nor integers.
+    """
+    kind = column_type(schema, name, source)
+    if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+        raise SchemaError(f"{source}: column {name!r}: expected strings or integers, got {kind}. Cast the column.")
+    return pl.col(name).cast(pl.String)
+
+
+def column_type(schema: Schema, name: str, source: str) -> pl.DataType:
+    """
+    Return the type of a column.
+
+    Raises:
+        SchemaError: it is missing; the message says which columns are there.
+    """
+    if name not in schema:
+        there = ", ".join(column for column in schema if column != ROW)
+        raise SchemaError(
+            f"{source}: expected a column {name!r}, got {there}. Map it in the prepare file ([columns] or [items])."
+        )
+    return schema[name]
+
+
+def _timestamp_column(schema: Schema, name: str, source: str) -> pl.Expr:
+    kind = column_type(schema, name, source)
+    column = pl.col(name)
+    if kind.is_integer() or kind == pl.Null:
+        return column.cast(pl.Int64, strict=False)
+    if kind == pl.Datetime or kind == pl.Date:
+        return _whole_seconds(column)
+    if kind == pl.String:
+        number = column.str.strip_chars().cast(pl.Int64, strict=False)
+        datetime = column.str.strip_chars().str.replace("T", " ", literal=True).str.strip_suffix("Z")
+        parsed = datetime.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False)
+        return pl.coalesce(number, _whole_seconds(parsed))
+    raise SchemaError(
+        f"{source}: column {name!r}: expected integers (Unix seconds) or datetimes, got {kind}. Cast the column."
+    )
+
+
+def _whole_seconds(datetime: pl.Expr) -> pl.Expr:
+    return datetime.cast(pl.Datetime("us")).dt.epoch("us").floordiv(1_000_000)

@@ -1,0 +1,48 @@
+"""`ksa prepare`: a log becomes a prepared data set. Imports nothing heavy until it runs."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from recsys_ksa.cli import Verb
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("log", metavar="LOG", help="Parquet or CSV: a file, a folder, or a pattern in quotes")
+    parser.add_argument("--out", metavar="DS", required=True, type=Path, help="data set to write; must not exist")
+    parser.add_argument("--config", metavar="PREPARE.toml", type=Path, help="column mapping, filters, split")
+    parser.add_argument("--items", metavar="FILE", help="items file: titles and side features")
+    parser.add_argument(
+        "--tie", choices=["id", "arrival", "hash"], help="order of equal timestamps; overrides the audit"
+    )
+    parser.add_argument("--clock", choices=["unix", "relative", "ordinal"], help="what a timestamp is (default: unix)")
+    parser.add_argument("--num-buckets", type=int, metavar="N", help="buckets of users, one part each (default: 64)")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ksa_pipelines.config import PrepareConfig
+    from ksa_pipelines.prepare import prepare
+    from recsys_ksa.config import load_config, parse_config
+
+    config = load_config(PrepareConfig, args.config) if args.config else PrepareConfig()
+    said = {name: getattr(args, name) for name in ("tie", "clock", "num_buckets") if getattr(args, name) is not None}
+    config = parse_config(PrepareConfig, config.model_dump() | said, "ksa prepare")
+    began = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - began:5.1f} s] {line}", file=sys.stderr)
+
+    counts = prepare(args.log, args.out, config, args.items, report).counts
+    print(
+        f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events; histories of "
+        f"{counts.shortest_history:,} to {counts.longest_history:,} events, median {counts.median_history:,.0f}"
+    )
+
+
+verb = Verb(
+    summary="turn a log of events into a prepared data set",
+    example="ksa prepare events.parquet --out data/shop --config configs/prepare/online-retail.toml",
+    configure=_configure,
+    run=_run,
+)

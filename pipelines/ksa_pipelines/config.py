@@ -1,0 +1,85 @@
+"""What `ksa prepare` is told: column mapping, clock, ties, filters, split. Written as TOML."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from recsys_ksa.config import Strict
+from recsys_ksa.data.manifest import Clock
+from recsys_ksa.order import TieKind
+from recsys_ksa.schema import NUM_BUCKETS
+
+FAR_FUTURE = 4_102_444_800
+"""2100-01-01 in Unix seconds."""
+
+
+class ColumnsConfig(Strict):
+    """Names of the log's columns. What is not set has the design's name."""
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str = "timestamp"
+    event_type: str | None = None
+    """Unset: `event_type` where the log has it. Empty: left out."""
+    event_id: str | None = None
+    """Unset: `event_id` where the log has it. Empty: left out."""
+
+
+class ItemsConfig(Strict):
+    """Names of the items file's columns (`--items`)."""
+
+    item_id: str = "item_id"
+    title: str | None = None
+    """Unset: `title` where the file has it. Empty: left out."""
+    side_features: tuple[str, ...] = ()
+    """Columns that become categorical vocabularies; their names are kept."""
+
+    @field_validator("side_features")
+    @classmethod
+    def _names_for_files(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in ("event_type", "title", "item_id"):
+                raise ValueError(f"expected names of letters, digits and _ that are not taken, got {name!r}")
+        if len(set(names)) != len(names):
+            raise ValueError("expected each name once")
+        return names
+
+
+class SplitConfig(Strict):
+    """The cut of protocol `global`, counted back from the log's last event."""
+
+    test_days: PositiveFloat = 28
+    """Days of test."""
+    validation_days: PositiveFloat = 14
+    """Days of validation before those."""
+
+
+class PrepareConfig(Strict):
+    """The whole of a prepare file."""
+
+    clock: Clock = "unix"
+    """`unix`: Unix seconds. `relative`: seconds from an unknown start. `ordinal`: an order only."""
+    tie: TieKind | None = None
+    """What orders equal timestamps; unset: the event id, else arrival, else a hash where the audit says so."""
+    min_item_count: NonNegativeInt = 0
+    """Items with fewer events are dropped, with their events."""
+    min_user_events: NonNegativeInt = 0
+    """Then users with fewer events are dropped."""
+    max_timestamp: PositiveInt = FAR_FUTURE
+    """Unix seconds; later events are rejected as far future."""
+    num_buckets: int = Field(NUM_BUCKETS, ge=1, le=4096)
+    """Buckets of users, one part each; fixed at the first prepare."""
+    columns: ColumnsConfig = ColumnsConfig()
+    items: ItemsConfig = ItemsConfig()
+    split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [self.columns.user_id, self.columns.item_id, self.columns.timestamp]
+        if len(set(names)) != len(names):
+            raise ValueError(f"columns: user_id, item_id and timestamp must be three columns, got {names}")
+        return self
+
+
+Format = Literal["parquet", "csv"]

@@ -1,0 +1,84 @@
+"""Reading logs: a Parquet or CSV file, a folder of them, or a pattern, as one lazy frame with a row number."""
+
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+
+from ksa_pipelines.config import Format
+from recsys_ksa.errors import DataError, SchemaError
+
+ROW = "row"
+"""Column of the row number: files in order of name, then rows as they lie in the file."""
+_SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet", ".pq"), "csv": (".csv", ".csv.gz")}
+
+
+def find_files(log: str) -> tuple[Format, list[Path]]:
+    """
+    Return the format and the files of a log, in order of name.
+
+    Args:
+        log: a file, a folder (its *.parquet, or its *.csv and *.csv.gz), or a pattern with `*`.
+
+    Raises:
+        DataError: there is nothing, a format that is not read, or both formats.
+    """
+    path = Path(log)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and _format(file) is not None)
+    elif path.is_file():
+        files = [path]
+    else:
+        files = sorted(Path(name) for name in glob.glob(log) if Path(name).is_file())
+    if not files:
+        raise DataError(
+            f"{log}: expected a file, a folder of Parquet or CSV files, or a pattern; found none. Check it."
+        )
+    formats = {_format(file) for file in files}
+    if None in formats or len(formats) > 1:
+        raise DataError(
+            f"{log}: expected Parquet (.parquet) or CSV (.csv, .csv.gz) files of one format, "
+            f"got {', '.join(file.name for file in files[:5])}. Rename or convert them."
+        )
+    (found,) = formats
+    assert found is not None
+    return found, files
+
+
+def scan(files_format: Format, files: list[Path]) -> pl.LazyFrame:
+    """Return the files as one lazy frame, with `ROW`. CSV columns are all strings: ids keep their leading zeros."""
+    if files_format == "parquet":
+        return pl.scan_parquet(files, row_index_name=ROW, hive_partitioning=False)
+    return pl.scan_csv(files, row_index_name=ROW, infer_schema=False)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """
+    Turn what Polars raises while `what` is read into one typed line.
+
+    Raises:
+        SchemaError: files of one log have different columns or types.
+        DataError: a file is broken, empty or unreadable.
+    """
+    try:
+        yield
+    except (pl.exceptions.SchemaError, pl.exceptions.ColumnNotFoundError) as error:
+        raise SchemaError(
+            f"{what}: expected the same columns and types in every file: {_first_line(error)}. Mend the file."
+        ) from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{what}: cannot be read: {_first_line(error)}. Mend or replace the file.") from error
+
+
+def _format(file: Path) -> Format | None:
+    for name, suffixes in _SUFFIXES.items():
+        if file.name.lower().endswith(suffixes):
+            return name
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,77 @@
+"""Writing a data set so that it is there whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_ksa.errors import DataError
+
+
+def refuse_existing(target: Path) -> None:
+    """
+    Refuse a data set that is already there.
+
+    Raises:
+        DataError: `target` exists, or the folder it should lie in does not.
+    """
+    if target.exists() or target.is_symlink():
+        raise DataError(
+            f"{target}: expected a path that does not exist yet, got an existing one. Remove it or choose another."
+        )
+    if not target.absolute().parent.is_dir():
+        raise DataError(f"{target}: expected its folder {target.absolute().parent} to exist. Create it.")
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """
+    Yield a temporary sibling of `target` to write into; on success it is synced and renamed, else removed.
+
+    A process that is killed leaves at most the hidden sibling `.<name>.<random>.unfinished`, never `target`.
+    """
+    refuse_existing(target)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.absolute().parent))
+    try:
+        unfinished.chmod(0o755)
+        yield unfinished
+        for folder, _, names in os.walk(unfinished):
+            for name in names:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+        refuse_existing(target)
+        unfinished.rename(target)
+        _sync(target.absolute().parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file with zstd; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, compression="zstd", use_dictionary=["item_index", "event_type"])
+
+
+def write_parts(histories: pa.Table, directory: Path, num_buckets: int, log_number: int) -> None:
+    """Write histories/part-<log>-<bucket>.parquet for each bucket that has users; a later log's parts sort after."""
+    bucket = histories.column("user_index").to_numpy() % num_buckets
+    order = np.argsort(bucket, kind="stable")
+    found, starts = np.unique(bucket[order], return_index=True)
+    for number, rows in zip(found, np.split(order, starts[1:])):
+        name = f"part-{log_number:05d}-{number:05d}.parquet"
+        write_table(histories.take(pa.array(rows)), directory / "histories" / name)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
