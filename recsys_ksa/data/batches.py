@@ -1,4 +1,5 @@
-"""Batches: jagged tensors of events, of the questions asked about them, and of the answers.
+"""
+Batches: jagged tensors of events, of the questions asked about them, and of the answers.
 
 A *question* asks for what follows a known part of a history. Letters: U users, T events, Q questions, M targets,
 O owned items, P pairs (question, owned item of its user). Everything is gathered by numpy from the mapped
@@ -45,8 +46,8 @@ class OwnItems:
     """int64 [M]: the pair of each target; -1 where it is not owned at its question."""
     item_offsets_list: tuple[int, ...]
     """`item_offsets` on the host, so that loops over users need no transfer."""
-    pair_offsets_list: tuple[int, ...]
-    """`pair_offsets` on the host."""
+    question_offsets_list: tuple[int, ...]
+    """[U + 1] into the questions, on the host."""
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on `device`."""
@@ -145,7 +146,8 @@ def questions_batch(
     own_items: bool = False,
     max_own_items: int | None = None,
 ) -> Batch:
-    """Return a batch that asks each user questions at given cuts, for evaluation: no targets.
+    """
+    Return a batch that asks each user questions at given cuts, for evaluation: no targets.
 
     A user's events reach up to the largest of the user's cuts.
 
@@ -178,7 +180,8 @@ def questions_batch(
 
 
 def span_start(end: Ints, max_length: int | None, chunk_size: int) -> Ints:
-    """Return where the last `max_length` events before `end` begin, moved forward to a chunk boundary. [U] -> [U].
+    """
+    Return where the last `max_length` events before `end` begin, moved forward to a chunk boundary. [U] -> [U].
 
     Cut elsewhere, the chunk phase would shift and the model measured would not be the one served.
     """
@@ -197,7 +200,8 @@ def assemble(
     with_own: bool,
     max_own_items: int | None,
 ) -> Batch:
-    """Gather events start..end-1 of each user and the questions about them into a batch.
+    """
+    Gather events start..end-1 of each user and the questions about them into a batch.
 
     Raises:
         DataError: a question asks from an event before `start`.
@@ -228,7 +232,8 @@ def assemble(
     own = None
     if with_own:
         target_question, target_item = questions.target_question, questions.target_item
-        own = _own_tensors(own_items(histories, users, user, cut, target_question, target_item, max_own_items))
+        arrays = own_items(histories, users, user, cut, target_question, target_item, max_own_items)
+        own = _own_tensors(arrays, np.bincount(user, minlength=len(users)))
     event_type = histories.event_type
     return Batch(
         offsets=torch.from_numpy(offsets),
@@ -248,16 +253,16 @@ def assemble(
     )
 
 
-def _own_tensors(arrays: OwnItemArrays) -> OwnItems:
+def _own_tensors(arrays: OwnItemArrays, questions: Ints) -> OwnItems:
     fields = {f.name: torch.from_numpy(getattr(arrays, f.name)) for f in dataclasses.fields(arrays)}
     return OwnItems(
         **fields,
         item_offsets_list=tuple(arrays.item_offsets.tolist()),
-        pair_offsets_list=tuple(arrays.pair_offsets.tolist()),
+        question_offsets_list=tuple(offsets_of(questions).tolist()),
     )
 
 
-def _to(holder, device):  # noqa: ANN001
+def _to(holder, device):
     moved = {}
     for field in dataclasses.fields(holder):
         value = getattr(holder, field.name)
@@ -268,7 +273,7 @@ def _to(holder, device):  # noqa: ANN001
     return dataclasses.replace(holder, **moved)
 
 
-def _pin(holder):  # noqa: ANN001
+def _pin(holder):
     pinned = {}
     for field in dataclasses.fields(holder):
         value = getattr(holder, field.name)

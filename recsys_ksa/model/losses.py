@@ -1,0 +1,263 @@
+"""Losses: how far a question's answer is from its targets. All in float32, whatever the network computes in.
+
+Letters: Q questions, M targets (question, item, weight), N negatives, I items, E width of user and item vectors,
+O owned items, P pairs (question, owned item of its user). score = user vector . item vector (the user vector
+already holds 1 / temperature). Row 0, the unknown item, is never a candidate.
+
+Softmax losses are the mean over questions of `sum over targets of weight * (log Z - score of the target)`.
+
+- sampled softmax: Z sums exactly over the items the user owned at that question (with the own-item bias) and over
+  the targets; the rest of the items is estimated from negatives drawn with probability q, each weighing
+  1 / (N q), that is `score - log(N q)`. Negatives that the question owns or asks for are left out, so nothing
+  counts twice.
+- full softmax: Z sums over every item. Scores are recomputed in the backward pass, a block at a time: no [Q, I]
+  tensor exists.
+- gBCE (gSASRec, arXiv 2308.07192): binary cross entropy whose positive part is raised to the power beta; its
+  negatives are uniform, which beta assumes.
+"""
+
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys_ksa.config import LossConfig, ModelConfig
+from recsys_ksa.data.batches import Batch, OwnItems
+from recsys_ksa.errors import ConfigError
+from recsys_ksa.schema import UNKNOWN_ITEM
+
+NOTHING = -1e30
+"""Log of no weight. Finite: a row without candidates has gradients of 0, not NaN."""
+_QUESTION_BLOCK, _ITEM_BLOCK = 1024, 8192
+"""Rows and columns of the largest block of scores that full softmax holds: 32 MiB."""
+
+
+class ItemScorer(Protocol):
+    """What a loss needs of the network."""
+
+    def item_vectors(self, item_index: Tensor | None = None) -> Tensor:
+        """Return item vectors [C, E]; None: of every item."""
+        ...
+
+    @property
+    def own_items(self) -> Any:
+        """The own-item bias, or None."""
+        ...
+
+
+def check_loss(loss: LossConfig, model: ModelConfig) -> None:
+    """Refuse losses that the model's head cannot be trained with.
+
+    Raises:
+        ConfigError: own-item bias with another loss than sampled softmax, which alone scores owned items exactly.
+    """
+    if model.own_item_bias and loss.kind != "sampled-softmax":
+        raise ConfigError(
+            f"loss.kind: expected sampled-softmax with model.own_item_bias, got {loss.kind}. "
+            "Change one of them: only sampled softmax scores each user's own items."
+        )
+
+
+def batch_loss(
+    network: ItemScorer, users: Tensor, batch: Batch, loss: LossConfig, negatives: Tensor, log_probability: Tensor
+) -> Tensor:
+    """Return the loss of a batch, a float32 scalar: the mean over its questions.
+
+    Args:
+        network: gives item vectors and the own-item bias.
+        users: user vectors of the batch's questions, [Q, E].
+        batch: with at least one question.
+        loss: which loss, and gBCE's calibration.
+        negatives: item indices, int64 [N]; full softmax looks at none.
+        log_probability: log of each item's probability of being drawn, float32 [I].
+    """
+    with torch.autocast(users.device.type, enabled=False):
+        users = users if users.dtype == torch.float64 else users.float()
+        if loss.kind == "full-softmax":
+            return full_softmax(users, network.item_vectors(), batch)
+        if loss.kind == "gbce":
+            num_items = log_probability.shape[0] - 1
+            return gbce(network, users, batch, negatives, num_items, loss.gbce_calibration)
+        return sampled_softmax(network, users, batch, negatives, log_probability)
+
+
+def sampled_softmax(
+    network: ItemScorer, users: Tensor, batch: Batch, negatives: Tensor, log_probability: Tensor
+) -> Tensor:
+    """Return sampled softmax with logQ correction, owned items exact; see the module's head."""
+    question, item = batch.target_question, batch.target_item
+    scores = (users[question] * network.item_vectors(item)).sum(-1)
+    outside = torch.ones_like(question, dtype=torch.bool)  # targets that are not among the owned candidates
+
+    negatives, _ = negatives.sort()
+    drawn = users @ network.item_vectors(negatives).T
+    drawn = drawn - (log_probability[negatives] + torch.log(torch.tensor(float(len(negatives)))))
+    excluded = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
+    excluded[_hits(question, item, negatives)] = True
+
+    log_z = torch.full_like(drawn[:, 0], NOTHING)
+    if batch.own is not None and len(batch.own.item):
+        own_log_z, bias = _owned(network, users, batch, batch.own)
+        owned = batch.own.target_pair >= 0
+        scores = scores + torch.where(owned, bias[batch.own.target_pair.clamp(min=0)], 0.0)
+        outside = ~owned
+        log_z = own_log_z
+        excluded[_owned_hits(batch, batch.own, negatives)] = True
+
+    log_z = torch.logaddexp(log_z, drawn.masked_fill(excluded, NOTHING).logsumexp(-1))
+    log_z = torch.logaddexp(log_z, _grouped_logsumexp(scores[outside], question[outside], len(users)))
+    return (batch.target_weight * (log_z[question] - scores)).sum() / len(users)
+
+
+def full_softmax(users: Tensor, items: Tensor, batch: Batch) -> Tensor:
+    """Return softmax over all items; `items` are the vectors [I, E] of every item, row 0 included."""
+    question, item = batch.target_question, batch.target_item
+    items = items.to(users.dtype)
+    scores = (users[question] * items[item]).sum(-1)
+    log_z = full_log_z(users, items[UNKNOWN_ITEM + 1 :])
+    return (batch.target_weight * (log_z[question] - scores)).sum() / len(users)
+
+
+def gbce(
+    network: ItemScorer, users: Tensor, batch: Batch, negatives: Tensor, num_items: int, calibration: float
+) -> Tensor:
+    """Return gBCE: -(beta log sigmoid(positive) + sum over negatives of log sigmoid(-negative)) / (N + 1).
+
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha), alpha the sampling rate N / (I - 1), t the calibration:
+    t = 1 gives calibrated probabilities, t = 0 plain binary cross entropy. arXiv 2308.07192.
+    """
+    question, item = batch.target_question, batch.target_item
+    alpha = min(len(negatives) / max(num_items - 1, 1), 1.0)
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+    positive = F.logsigmoid((users[question] * network.item_vectors(item)).sum(-1))
+    negatives, _ = negatives.sort()
+    drawn = F.logsigmoid(-(users @ network.item_vectors(negatives).T))
+    excluded = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
+    excluded[_hits(question, item, negatives)] = True
+    total = (batch.target_weight * beta * positive).sum() + drawn.masked_fill(excluded, 0.0).sum()
+    return -total / (len(negatives) + 1) / len(users)
+
+
+class _FullLogZ(torch.autograd.Function):
+    """log sum over items of exp(user . item), block by block; keeps log Z [Q], recomputes scores backward."""
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, items: Tensor) -> Tensor:
+        log_z = torch.full_like(users[:, 0], -torch.inf)
+        for rows in _blocks(len(users), _QUESTION_BLOCK):
+            for columns in _blocks(len(items), _ITEM_BLOCK):
+                scores = users[rows] @ items[columns].T
+                log_z[rows] = torch.logaddexp(log_z[rows], scores.logsumexp(-1))
+        ctx.save_for_backward(users, items, log_z)
+        return log_z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        users, items, log_z = ctx.saved_tensors
+        (grad,) = grads
+        grad_users, grad_items = torch.zeros_like(users), torch.zeros_like(items)
+        for rows in _blocks(len(users), _QUESTION_BLOCK):
+            for columns in _blocks(len(items), _ITEM_BLOCK):
+                share = users[rows] @ items[columns].T
+                share.sub_(log_z[rows, None]).exp_().mul_(grad[rows, None])
+                grad_users[rows] += share @ items[columns]
+                grad_items[columns] += share.T @ users[rows]
+        return grad_users, grad_items
+
+
+def full_log_z(users: Tensor, items: Tensor) -> Tensor:
+    """Return log of the sum over items of exp(score) for each user vector. [Q, E], [I, E] -> [Q]."""
+    return _FullLogZ.apply(users, items)  # pyright: ignore[reportReturnType]
+
+
+def own_bias(network: ItemScorer, batch: Batch, own: OwnItems) -> Tensor:
+    """Return the own-item bias of each pair, [P]; of no meaning where the pair's count is 0."""
+    return network.own_items(own.count, own.first, own.last, batch.request_time[pair_questions(batch, own)])
+
+
+def pair_questions(batch: Batch, own: OwnItems) -> Tensor:
+    """Return each pair's question, int64 [P]."""
+    owned = own.item_offsets.diff()[batch.question_user]
+    return torch.repeat_interleave(owned, output_size=len(own.count))
+
+
+def pair_items(batch: Batch, own: OwnItems) -> Tensor:
+    """Return each pair's item, int64 [P]."""
+    owned = own.item_offsets.diff()[batch.question_user]
+    return own.item[_ragged_arange(own.item_offsets[batch.question_user], owned, len(own.count))]
+
+
+def _owned(network: ItemScorer, users: Tensor, batch: Batch, own: OwnItems) -> tuple[Tensor, Tensor]:
+    """Return log of the sum of exp(score + bias) over each question's owned items [Q], and the biases [P].
+
+    One matrix product a user: pairs are never gathered as vectors.
+    """
+    bias = own_bias(network, batch, own)
+    questions, owned = _lengths(own.question_offsets_list), _lengths(own.item_offsets_list)
+    pairs = [q * o for q, o in zip(questions, owned)]
+    log_z = []
+    for user_QE, item_OE, bias_P, count_P in zip(
+        users.split(questions),
+        network.item_vectors(own.item).split(owned),
+        bias.split(pairs),
+        own.count.split(pairs),
+    ):
+        shape = (len(user_QE), len(item_OE))
+        if shape[1] == 0:
+            log_z.append(users.new_full((shape[0],), NOTHING))
+            continue
+        scores = (user_QE @ item_OE.T + bias_P.view(shape)).masked_fill(count_P.view(shape) == 0, NOTHING)
+        log_z.append(scores.logsumexp(-1))
+    return torch.cat(log_z), bias
+
+
+def _grouped_logsumexp(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Return the log-sum-exp of each group's values, `NOTHING` of an empty one. [P], int64 [P] -> [num_groups]."""
+    top = torch.full((num_groups,), NOTHING, dtype=values.dtype, device=values.device)
+    top = top.scatter_reduce(0, group, values.detach(), "amax")
+    total = torch.zeros_like(top).index_add(0, group, (values - top[group]).exp())
+    return top + total.clamp(min=torch.finfo(values.dtype).tiny).log()
+
+
+def _hits(question: Tensor, item: Tensor, sorted_negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (question, column) of every negative that is one of the question's targets."""
+    first = torch.searchsorted(sorted_negatives, item)
+    times = torch.searchsorted(sorted_negatives, item, right=True) - first
+    return torch.repeat_interleave(question, times), _ragged_arange(first, times)
+
+
+def _owned_hits(batch: Batch, own: OwnItems, sorted_negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (question, column) of every negative that the question's user owned by then."""
+    owned = own.item_offsets.diff()
+    questions = torch.bincount(batch.question_user, minlength=len(owned))
+    first = torch.searchsorted(sorted_negatives, own.item)
+    times = torch.searchsorted(sorted_negatives, own.item, right=True) - first
+    slot = torch.repeat_interleave(times)
+    column = _ragged_arange(first, times)
+    user = torch.repeat_interleave(owned)[slot]
+
+    # Each match concerns every question of its user that already owned the item.
+    match = torch.repeat_interleave(questions[user])
+    user, slot, column = user[match], slot[match], column[match]
+    starts = questions.cumsum(0) - questions
+    nth = torch.arange(len(match), device=match.device)
+    nth -= torch.searchsorted(match, match)  # place among the match's rows
+    pair = own.pair_offsets[user] + nth * owned[user] + slot - own.item_offsets[user]
+    kept = own.count[pair] > 0
+    return (starts[user] + nth)[kept], column[kept]
+
+
+def _ragged_arange(starts: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
+    """Return starts[u], starts[u] + 1, ... (lengths[u] of them) for each u; `total` spares a transfer."""
+    shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths, output_size=total)
+    return torch.arange(len(shift), device=starts.device) + shift
+
+
+def _lengths(offsets: tuple[int, ...]) -> list[int]:
+    return [last - first for first, last in pairwise(offsets)]
+
+
+def _blocks(total: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, total)) for first in range(0, total, size)]
