@@ -1,0 +1,83 @@
+"""One KSA block: pre-norm gated attention over events and summaries, then SwiGLU.
+
+Event and summary tokens have their own query, key, value and gate projections and share the rest. A `summary`
+block lets both attend by the visibility rule; a `full` block is plain causal over events and passes summaries by.
+"""
+
+import torch
+import torch.nn.functional as F
+from ksa_kernels import QKV, ChunkLayout, summary_attention
+from torch import Tensor, nn
+
+from recsys_ksa.config import LayerKind, ModelConfig
+from recsys_ksa.model.rotary import Rotary, rotate
+
+# Shapes: T tokens of one kind, E model dim, H heads, D head dim.
+
+
+class Projection(nn.Module):
+    """Queries, gates, keys and values of one kind of token, per-head normalised and rotated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.query_gate = nn.Linear(config.dim, 2 * config.num_heads * config.head_dim, bias=False)
+        self.key_value = nn.Linear(config.dim, 2 * config.num_kv_heads * config.head_dim, bias=False)
+        self.query_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.key_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+
+    def queries(self, x_TE: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, D] and the output's gate [T, H, D] (arXiv 2505.06708)."""
+        query, gate = self.query_gate(self.norm(x_TE)).view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+        return rotate(self.query_norm(query), rotary).to(query.dtype), gate.sigmoid()
+
+    def keys_values(self, x_TE: Tensor, rotary: Rotary) -> Tensor:
+        """Return keys and values side by side, [T, 2, H_kv, D]: the rows a user state keeps."""
+        key, value = self.key_value(self.norm(x_TE)).view(-1, 2, self.num_kv_heads, self.head_dim).unbind(1)
+        return torch.stack((rotate(self.key_norm(key), rotary).to(value.dtype), value), dim=1)
+
+
+class Block(nn.Module):
+    """Projections of both kinds of token, the shared output projection, and the feed-forward."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+        super().__init__()
+        self.kind = kind
+        self.has_summaries = kind == "summary" and config.attention == "summary"
+        self.event = Projection(config)
+        self.summary = Projection(config) if self.has_summaries else None
+        self.output = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.up = nn.Linear(config.dim, 2 * config.feed_forward_dim, bias=False)
+        self.down = nn.Linear(config.feed_forward_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def finish(self, x_TE: Tensor, attended_THD: Tensor, gate_THD: Tensor) -> Tensor:
+        """Add the gated attention output and the feed-forward to the residual stream. [T, E] -> [T, E]."""
+        x_TE = x_TE + self.dropout(self.output((attended_THD * gate_THD).flatten(1)))
+        gate, up = self.up(self.norm(x_TE)).chunk(2, dim=-1)
+        return x_TE + self.dropout(self.down(F.silu(gate) * up))
+
+
+def attend(
+    event_query: Tensor,
+    event_rows: Tensor,
+    summary_query: Tensor,
+    summary_rows: Tensor,
+    layout: ChunkLayout,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Attend with keys and values kept side by side; returns outputs [Tq, H, D] and [Sq, H, D].
+
+    Args:
+        event_query, summary_query: [Tq, H, D], [Sq, H, D].
+        event_rows, summary_rows: [Tk, 2, H_kv, D], [Sk, 2, H_kv, D].
+    """
+    result = summary_attention(
+        QKV(event_query, event_rows[:, 0], event_rows[:, 1]),
+        QKV(summary_query, summary_rows[:, 0], summary_rows[:, 1]),
+        layout,
+        impl=impl,
+    )
+    return result.events, result.summaries

@@ -1,0 +1,125 @@
+"""Event inputs through TorchRec: one EmbeddingCollection holds every table.
+
+The item table serves two features: `item`, the event's own, and `candidate`, the items a loss scores; so one
+table, sharded or not, is looked up both ways.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys_ksa.config import ModelConfig
+from recsys_ksa.features import NUM_GAP_BUCKETS
+from recsys_ksa.model.features import FeatureSchema
+
+CANDIDATE = "candidate"
+
+
+class EventEmbedding(nn.Module):
+    """Sum of an event's embeddings: item, event type, side features, bucketed gap."""
+
+    def __init__(self, config: ModelConfig, features: FeatureSchema) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.has_event_type = config.use_event_type and features.num_event_types > 0
+        self.has_gap = config.use_gap
+        self.side = tuple(config.side_features)
+        self.content = config.item_vectors == "content"
+        self.untied = config.item_vectors == "untied"
+        rows = {"item": features.num_items}
+        if self.has_event_type:
+            rows["event_type"] = features.num_event_types
+        if self.has_gap:
+            rows["gap"] = NUM_GAP_BUCKETS
+        for name in self.side:
+            rows[f"side_{name}"] = features.side[name].num_categories
+            category = torch.from_numpy(features.side[name].category.astype("int64"))
+            self.register_buffer(f"category_{name}", category, persistent=False)
+        names = {table: [table] for table in rows}
+        if self.untied:
+            rows["candidate_item"] = features.num_items
+            names["candidate_item"] = [CANDIDATE]
+        else:
+            names["item"].append(CANDIDATE)
+        if self.content:
+            for name in self.side:
+                names[f"side_{name}"].append(f"{CANDIDATE}_{name}")
+        scale = config.dim**-0.5
+
+        def init(weight: Tensor) -> Tensor:
+            with torch.no_grad():
+                weight.normal_(std=scale)[0] = 0.0  # row 0 is the unknown item or category: it adds nothing
+            return weight
+
+        self.tables = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(
+                    name=table,
+                    embedding_dim=config.dim,
+                    num_embeddings=count,
+                    feature_names=names[table],
+                    init_fn=init,
+                )
+                for table, count in rows.items()
+            ]
+        )
+        self.keys = [name for table in rows for name in names[table]]
+
+    def forward(self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor) -> Tensor:
+        """Return event inputs of about unit elements, [T, E].
+
+        Args:
+            item_index, event_type, gap_bucket: int64 [T]; what the network does not use is not looked at.
+            lengths: int64 [U], events of each user.
+        """
+        ids = {"item": item_index}
+        if self.has_event_type:
+            ids["event_type"] = event_type if event_type is not None else torch.zeros_like(item_index)
+        if self.has_gap:
+            ids["gap"] = gap_bucket
+        for name in self.side:
+            ids[f"side_{name}"] = self._category(name)[item_index]
+        found = self._look_up(ids, lengths)
+        total = found["item"]
+        for name in ids:
+            if name != "item":
+                total = total + found[name]
+        return total * math.sqrt(self.dim)
+
+    def candidates(self, item_index: Tensor) -> Tensor:
+        """Return the rows by which items are scored, before normalisation. int64 [C] -> [C, E]."""
+        ids = {CANDIDATE: item_index}
+        if self.content:
+            ids |= {f"{CANDIDATE}_{name}": self._category(name)[item_index] for name in self.side}
+        found = self._look_up(ids, torch.tensor([item_index.numel()], device=item_index.device))
+        return sum((found[name] for name in ids), start=torch.zeros((), device=item_index.device))
+
+    def all_candidates(self) -> Tensor:
+        """Return `candidates` of every item row, [I, E]; needs the tables whole on this device."""
+        tables = self.tables.embeddings
+        rows = tables["candidate_item" if self.untied else "item"].weight
+        if self.content:
+            for name in self.side:
+                rows = rows + tables[f"side_{name}"].weight[self._category(name)]
+        return rows
+
+    def _category(self, name: str) -> Tensor:
+        return self.get_buffer(f"category_{name}")
+
+    def _look_up(self, ids: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
+        """Look up the features given; the collection's other features are empty."""
+        nothing = torch.zeros_like(lengths)
+        values = torch.cat([ids[key] for key in self.keys if key in ids])
+        jagged = KeyedJaggedTensor(
+            keys=self.keys,
+            values=values,
+            lengths=torch.cat([lengths if key in ids else nothing for key in self.keys]),
+            length_per_key=[ids[key].numel() if key in ids else 0 for key in self.keys],
+        )
+        dtype = self.tables.embeddings["item"].weight.dtype if hasattr(self.tables, "embeddings") else torch.float32
+        found = self.tables(jagged)
+        return {key: found[key].values().to(dtype) for key in ids}

@@ -1,0 +1,57 @@
+"""Content hashes of a network: what user states depend on, and what a release is made of.
+
+A state's keys and values depend on the weights they are computed with, the config, the feature schema, the dtype and
+the layout; not on the head, the own-item bias, the request time or the last block's output. Names and paths never
+enter: retrained weights under an old name must not find old states.
+"""
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor
+
+from recsys_ksa.model.network import Network
+
+STATE_LAYOUT = 1
+"""Raised when the meaning of a stored row changes."""
+_ANSWER_ONLY = ("start", "norm.", "head.", "log_temperature", "item_bias", "own_items.", "request.")
+
+
+def state_fingerprint(network: Network) -> str:
+    """Return the SHA-256, as 64 hex digits, of all that a user state's rows depend on."""
+    last = f"blocks.{len(network.blocks) - 1}."
+    skipped = _ANSWER_ONLY + tuple(f"{last}{part}" for part in ("output", "norm", "up", "down", "event.query"))
+    weights = {name: value for name, value in network.state_dict().items() if not name.startswith(skipped)}
+    about = {
+        "layout": STATE_LAYOUT,
+        "config": network.config.model_dump(mode="json"),
+        "features": network.features.as_dict(),
+        "dtype": str(network.state_dtype),
+        "side": {name: _array_hash(side.category.tobytes()) for name, side in network.features.side.items()},
+    }
+    return _hash(about, weights)
+
+
+def release_hash(network: Network) -> str:
+    """Return the SHA-256, as 64 hex digits, of everything answers depend on."""
+    about = {"config": network.config.model_dump(mode="json"), "features": network.features.as_dict()}
+    return _hash(about, network.state_dict())
+
+
+def vectors_hash(vectors: Tensor) -> str:
+    """Return the SHA-256, as 64 hex digits, of item vectors as little-endian float32."""
+    return _array_hash(vectors.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+
+
+def _hash(about: dict[str, object], weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(weights):
+        value = weights[name].detach().to("cpu").contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.dim() else str(value.item()).encode())
+    return digest.hexdigest()
+
+
+def _array_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,153 @@
+"""Where the tokens of one pass sit: layouts, rotary tables, and how earlier and new rows interleave.
+
+Built once a pass and shared by all layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from ksa_kernels import ChunkLayout
+from torch import Tensor
+
+from recsys_ksa.config import LayerKind, ModelConfig
+from recsys_ksa.model.rotary import Rotary, rotary_table, summary_position
+
+
+@dataclass(frozen=True)
+class Place:
+    """Placement of a pass's T new events and S new summaries.
+
+    layouts: for each kind of layer in use.
+    event_rotary, summary_rotary: of the new events and the new summaries.
+    summary_slot: int64 [S], the learned input each new summary starts from.
+    event_merge: for each kind of layer, and summary_merge: int64 [earlier + new], puts earlier rows and new rows,
+        given one after the other, in the layout's order; None where they already are.
+    """
+
+    layouts: Mapping[LayerKind, ChunkLayout]
+    event_rotary: Rotary
+    summary_rotary: Rotary
+    summary_slot: Tensor
+    event_merge: Mapping[LayerKind, Tensor | None]
+    summary_merge: Tensor | None
+
+
+def num_summaries(config: ModelConfig) -> int:
+    """Return the summary tokens a closed chunk has; 0 where the window is all there is."""
+    return config.summaries_per_chunk if config.attention == "summary" else 0
+
+
+def chunk_layout(
+    config: ModelConfig,
+    kind: LayerKind,
+    offsets: Tensor | Sequence[int],
+    query_start: Sequence[int] | None = None,
+    key_start: Sequence[int] | None = None,
+) -> ChunkLayout:
+    """Return the layout of a layer of `kind` over whole histories of lengths `offsets.diff()`."""
+    full = kind == "full"
+    return ChunkLayout.from_offsets(
+        offsets,
+        chunk_size=config.chunk_size,
+        summaries_per_chunk=0 if full else num_summaries(config),
+        window_chunks=None if full else config.window_chunks,
+        max_visible_chunks=None if full else config.max_visible_chunks,
+        query_start=query_start,
+        key_start=key_start,
+    )
+
+
+def place_histories(
+    config: ModelConfig, offsets: Tensor, first_position: Tensor, device: torch.device, dtype: torch.dtype
+) -> Place:
+    """Place histories that have no earlier rows (training, evaluation).
+
+    Args:
+        offsets: int64 [U + 1].
+        first_position: int64 [U], true index of the first event given of each; a multiple of chunk_size.
+    """
+    layouts = {kind: chunk_layout(config, kind, offsets).to(device) for kind in dict.fromkeys(config.layer_kinds)}
+    return _place(config, layouts, first_position.to(device), {}, None, dtype)
+
+
+def place_arrivals(
+    config: ModelConfig,
+    num_events: Sequence[int],
+    num_new: Sequence[int],
+    key_start: Mapping[LayerKind, Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Place:
+    """Place new events behind the rows that earlier ones left.
+
+    Args:
+        num_events: events each user had before.
+        num_new: events that arrive, at least 1 each.
+        key_start: for each kind of layer, the first event whose row the state still holds.
+    """
+    offsets = [0]
+    for had, new in zip(num_events, num_new):
+        offsets.append(offsets[-1] + had + new)
+    layouts = {
+        kind: chunk_layout(config, kind, offsets, num_events, key_start[kind]).to(device)
+        for kind in dict.fromkeys(config.layer_kinds)
+    }
+    event_merge = {
+        kind: _merge([had - start for had, start in zip(num_events, key_start[kind])], num_new, device)
+        for kind in layouts
+    }
+    summary_merge = None
+    if len(num_new) > 1 and (layout := layouts.get("summary")) is not None and num_summaries(config):
+        new = layout.summary_query_offsets.diff().tolist()
+        whole = layout.summary_key_offsets.diff().tolist()
+        summary_merge = _merge([total - count for total, count in zip(whole, new)], new, device)
+    return _place(config, layouts, None, event_merge, summary_merge, dtype)
+
+
+def _place(
+    config: ModelConfig,
+    layouts: Mapping[LayerKind, ChunkLayout],
+    first_position: Tensor | None,
+    event_merge: Mapping[LayerKind, Tensor | None],
+    summary_merge: Tensor | None,
+    dtype: torch.dtype,
+) -> Place:
+    layout = next(iter(layouts.values()))
+    position = layout.event_query_index
+    if first_position is not None:
+        position = position + torch.repeat_interleave(first_position, layout.event_query_offsets.diff())
+    summary_layout = layouts.get("summary") if num_summaries(config) else None
+    if summary_layout is None:
+        slot = position.new_zeros(0)
+        summary = slot
+    else:
+        slot = summary_layout.summary_query_slot
+        summary = summary_position(
+            summary_layout.summary_query_chunk, slot, config.chunk_size, config.summaries_per_chunk
+        )
+        if first_position is not None:
+            counts = summary_layout.summary_query_offsets.diff()
+            summary = summary + torch.repeat_interleave(first_position, counts)
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return Place(
+        layouts=layouts,
+        event_rotary=rotary_table(position, config.head_dim, table_dtype),
+        summary_rotary=rotary_table(summary, config.head_dim, table_dtype),
+        summary_slot=slot,
+        event_merge=event_merge,
+        summary_merge=summary_merge,
+    )
+
+
+def _merge(earlier: Sequence[int], new: Sequence[int], device: torch.device) -> Tensor | None:
+    """Return the order that puts each user's earlier rows before its new ones; None where nothing moves."""
+    if len(new) == 1 or not any(earlier):
+        return None
+    order: list[Tensor] = []
+    earlier_at, new_at = 0, sum(earlier)
+    for had, count in zip(earlier, new):
+        order += [torch.arange(earlier_at, earlier_at + had), torch.arange(new_at, new_at + count)]
+        earlier_at += had
+        new_at += count
+    return torch.cat(order).to(device)

@@ -1,0 +1,274 @@
+"""The library's front door: load a run, keep a user's state, append events, ask what comes next.
+
+    rec = Recommender.load("runs/ksa")
+    state = rec.append(rec.new_state(), ["milk", "bread"], [1700000000, 1700000000])
+    rec.recommend(state, k=10, request_time=1700600000)
+
+Imports without polars, mlflow and faiss.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys_ksa.errors import DataError, OutOfOrderError, StateError
+from recsys_ksa.features import NO_GAP, gap_buckets, request_bucket
+from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
+from recsys_ksa.model.fingerprint import state_fingerprint
+from recsys_ksa.model.network import Network
+from recsys_ksa.model.seen import SeenItems
+from recsys_ksa.model.state import UserState
+from recsys_ksa.order import OrderKey, order_key
+from recsys_ksa.retrieval.index import Index, TorchIndex, load_index
+from recsys_ksa.run import INDEX_FOLDER, Run, load_network, open_run
+from recsys_ksa.schema import UNKNOWN_ITEM
+
+log = logging.getLogger(__name__)
+
+Answer = list[tuple[str, float]]
+ItemId = str | int
+"""Ids are strings; whole numbers are taken as their decimal digits, as the pipeline does."""
+
+
+class Recommender:
+    """A loaded run. It holds no user: states are values, given and returned. Safe to share between threads."""
+
+    def __init__(self, run: Run, network: Network, index: Index, attention_impl: str = "auto") -> None:
+        """Join the parts; use `Recommender.load`."""
+        self.run = run
+        self.network = network
+        self.index = index
+        self.attention_impl = attention_impl
+        self.fingerprint = state_fingerprint(network)
+        self._vectors = network.item_vectors().detach().to(torch.float32).cpu().numpy()
+
+    @staticmethod
+    def load(
+        run_or_bundle: str | Path,
+        device: str = "cpu",
+        precision: Literal["float32", "float64", "bf16"] = "float32",
+    ) -> "Recommender":
+        """Load a run or bundle.
+
+        Args:
+            run_or_bundle: its directory. Without `index/` items are searched exactly in memory, and the log says so.
+            device: where the network runs.
+            precision: of the network; `bf16` keeps parameters in float32 and states in bf16.
+
+        Raises:
+            RunError: something is missing or damaged, or index and run disagree.
+        """
+        run = open_run(run_or_bundle)
+        weights = load_network(run, device)
+        vectors = weights.item_vectors().detach().to("cpu", torch.float32)
+        if (run.path / INDEX_FOLDER).exists():
+            index: Index = load_index(run.path / INDEX_FOLDER, vectors, run.info.release_hash)
+        else:
+            index = TorchIndex(vectors)
+        log.info("searching %d items: %s", run.info.num_items - 1, index.kind)
+        network = weights.to(torch.float64) if precision == "float64" else weights
+        if precision == "bf16":
+            network.precision = "bf16"
+        return Recommender(run, network, index)
+
+    # --- states ---
+
+    def new_state(self) -> UserState:
+        """Return the state of a user without events."""
+        memory = empty_memory(self.network)
+        return UserState(memory, None, SeenItems.empty(), 0, bytes(32), self.fingerprint)
+
+    def append(
+        self,
+        state: UserState,
+        item_ids: Sequence[ItemId],
+        timestamps: Sequence[int],
+        event_types: Sequence[str | None] | None = None,
+        features: Mapping[str, Sequence[object]] | None = None,
+        event_ids: Sequence[str | None] | None = None,
+    ) -> UserState:
+        """Return the state after further events, sorted by the run's order; `state` stays valid.
+
+        Args:
+            item_ids: raw ids, n of them. An id the run does not know is counted and read as the unknown item.
+            timestamps: Unix seconds (whatever the run's clock is), n of them.
+            event_types, event_ids: n of them where the log has them. An unknown type is read as the unknown category.
+            features: no per-event features exist beyond these; must be empty.
+
+        Raises:
+            DataError: lengths differ, or a value is of the wrong kind.
+            OutOfOrderError: the first event, after sorting, lies before the state's last.
+            StateError: the state belongs to another network.
+        """
+        self._own(state)
+        if features:
+            raise DataError(f"features: this run knows no per-event features, got {sorted(features)}. Leave them out.")
+        events = _checked_events(item_ids, timestamps, event_types, event_ids)
+        if not events:
+            return state
+        kind = self.run.info.tie
+        keyed: list[tuple[OrderKey, tuple[str, int, str | None, str | None]]] = sorted(
+            (
+                (
+                    order_key(
+                        kind,
+                        event[1],
+                        event[0],
+                        event_id=event[3],
+                        event_type=event[2],
+                        arrival=state.num_events + place,
+                    ),
+                    event,
+                )
+                for place, event in enumerate(events)
+            ),
+            key=lambda pair: pair[0],
+        )
+        first = keyed[0][0]
+        if state.last_key is not None and first < state.last_key:
+            raise OutOfOrderError(
+                f"append: expected events from {state.last_key[0]} s on (after the state's last event), got one at "
+                f"{first[0]} s that sorts before it. Rebuild the state from all events, in order."
+            )
+        items = np.array([self.run.items.index_of.get(event[0], UNKNOWN_ITEM) for _, event in keyed], dtype=np.int64)
+        times = np.array([event[1] for _, event in keyed], dtype=np.int64)
+        memory = append_events(
+            self.network, [state.memory], self._arrivals(state, items, times, keyed), self.attention_impl
+        )[0]
+        return UserState(
+            memory=memory,
+            last_key=keyed[-1][0],
+            seen=state.seen.add(items, times),
+            num_unknown=state.num_unknown + int((items == UNKNOWN_ITEM).sum()),
+            history_hash=_roll(state.history_hash, [event for _, event in keyed]),
+            fingerprint=self.fingerprint,
+        )
+
+    # --- answers ---
+
+    def user_vector(self, state: UserState, request_time: int | None = None) -> Tensor:
+        """Return the user's vector, [E] ([E + 1] with an item bias): item score = vector . item vector.
+
+        A user without events gets the learned start vector. A request time before the last event counts as a gap of 0;
+        None means no request time.
+        """
+        self._own(state)
+        bucket = request_bucket(state.last_timestamp, request_time)
+        return ask(self.network, [state.memory], [bucket], self.attention_impl)[0]
+
+    def recommend(
+        self,
+        state: UserState,
+        k: int = 10,
+        request_time: int | None = None,
+        exclude_seen: bool | None = None,
+        only_seen: bool = False,
+    ) -> Answer:
+        """Return up to k (item_id, score), best first, equal scores by item index.
+
+        Args:
+            k: how many; at least 1.
+            request_time: Unix seconds; None means none.
+            exclude_seen: leave out items the user already had ("new for you"); None takes the run's default.
+            only_seen: answer from the user's own items alone ("again").
+
+        Raises:
+            DataError: k is below 1, or both filters are asked for.
+        """
+        if k < 1:
+            raise DataError(f"recommend: k must be at least 1, got {k}.")
+        if only_seen and exclude_seen:
+            raise DataError("recommend: expected one of only_seen and exclude_seen, got both. Ask twice.")
+        exclude = self.run.info.exclude_seen and not only_seen if exclude_seen is None else exclude_seen
+        vector = self.user_vector(state, request_time).to("cpu", torch.float32).numpy()
+        owned = state.seen.item_index.astype(np.int64)
+        rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if not only_seen:
+            rows, scores = self.index.search(vector, k, owned)
+        if not exclude and len(owned):
+            # Owned items carry a bias of their own, so they are scored directly; the merge stays exact.
+            rows = np.concatenate((rows, owned))
+            scores = np.concatenate((scores, self._owned_scores(state, vector, request_time)))
+        best = np.lexsort((rows, -scores))[:k]
+        return [(str(self.run.items.item_id[rows[at]]), float(scores[at])) for at in best]
+
+    def _owned_scores(self, state: UserState, vector: NDArray[np.float32], request_time: int | None) -> NDArray:
+        seen = state.seen
+        scores = self._vectors[seen.item_index] @ vector
+        if self.network.own_items is None:
+            return scores
+        last = state.last_timestamp or 0
+        now = last if request_time is None else max(last, request_time)
+        device = self.network.start.device
+        count, first, latest = (torch.from_numpy(a).to(device) for a in (seen.count, seen.first, seen.last))
+        with torch.no_grad():
+            bias = self.network.own_items(count, first, latest, torch.tensor(now, device=device))
+        return scores + bias.to("cpu", torch.float32).numpy()
+
+    def _arrivals(
+        self,
+        state: UserState,
+        items: NDArray[np.int64],
+        times: NDArray[np.int64],
+        keyed: Sequence[tuple[OrderKey, tuple[str, int, str | None, str | None]]],
+    ) -> Arrivals:
+        before = times[0] if state.last_timestamp is None else state.last_timestamp
+        gaps = gap_buckets(np.diff(times, prepend=before))
+        if state.last_timestamp is None:
+            gaps[0] = NO_GAP
+        device = self.network.start.device
+        event_type = None
+        if self.network.features.num_event_types:
+            known = self.run.event_types
+            event_type = torch.tensor([known.get(event[2] or "", 0) for _, event in keyed], device=device)
+        return Arrivals(
+            [len(items)], torch.from_numpy(items).to(device), event_type, torch.from_numpy(gaps).to(device)
+        )
+
+    def _own(self, state: UserState) -> None:
+        if state.fingerprint != self.fingerprint:
+            raise StateError(
+                f"state: expected one of this network ({self.fingerprint[:12]}), got {state.fingerprint[:12]}. "
+                "Rebuild it from the user's events."
+            )
+
+
+def _checked_events(
+    item_ids: Sequence[ItemId],
+    timestamps: Sequence[int],
+    event_types: Sequence[str | None] | None,
+    event_ids: Sequence[str | None] | None,
+) -> list[tuple[str, int, str | None, str | None]]:
+    """Return (item, time, type, id) of each event, in the order given."""
+    n = len(item_ids)
+    for name, values in (("timestamps", timestamps), ("event_types", event_types), ("event_ids", event_ids)):
+        if values is not None and len(values) != n:
+            raise DataError(f"append: expected {n} {name}, one an item id, got {len(values)}.")
+    types = event_types if event_types is not None else [None] * n
+    ids = event_ids if event_ids is not None else [None] * n
+    events: list[tuple[str, int, str | None, str | None]] = []
+    for item, time, kind, event_id in zip(item_ids, timestamps, types, ids):
+        if isinstance(item, bool) or not isinstance(item, (str, int, np.integer)):
+            raise DataError(f"append: expected item ids as strings or whole numbers, got {item!r}.")
+        if isinstance(time, bool) or not isinstance(time, (int, np.integer)) or not 0 <= time < 2**62:
+            raise DataError(f"append: expected timestamps as whole seconds >= 0, got {time!r}.")
+        events.append((str(item), int(time), kind, event_id))
+    return events
+
+
+def _roll(previous: bytes, events: Sequence[tuple[str, int, str | None, str | None]]) -> bytes:
+    """Return the rolling hash after `events`: each step hashes the last hash, then the event's length-marked parts."""
+    for item, time, kind, event_id in events:
+        digest = hashlib.sha256(previous)
+        for part in (str(time), item, kind or "", event_id or ""):
+            data = part.encode()
+            digest.update(len(data).to_bytes(4, "big") + data)
+        previous = digest.digest()
+    return previous

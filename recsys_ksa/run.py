@@ -1,0 +1,176 @@
+"""A run directory: the resolved config, weights, items and vocabularies, and where they come from.
+
+    config.toml         the resolved config
+    model.safetensors   weights, float32
+    items.parquet       item_id <-> item_index, side features, titles
+    vocab/*.parquet     the other vocabularies
+    run.json            data and split hashes, training span, order, clock, fingerprints (`RunInfo`)
+    metrics.jsonl       training curves
+    index/              after `ksa index`
+
+A *bundle* is a run without optimiser files. Imports without polars, mlflow and faiss.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from recsys_ksa.config import RunConfig, Strict, TrainingSpan, load_config
+from recsys_ksa.errors import RunError
+from recsys_ksa.model.features import Clock, FeatureSchema, SideFeature
+from recsys_ksa.model.fingerprint import release_hash
+from recsys_ksa.model.network import Network
+from recsys_ksa.order import TieKind
+
+CONFIG_FILE = "config.toml"
+WEIGHTS_FILE = "model.safetensors"
+ITEMS_FILE = "items.parquet"
+VOCAB_FOLDER = "vocab"
+INFO_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+INDEX_FOLDER = "index"
+BUNDLE_PARTS = (CONFIG_FILE, WEIGHTS_FILE, ITEMS_FILE, VOCAB_FOLDER, INFO_FILE, METRICS_FILE, INDEX_FOLDER)
+
+
+class RunInfo(Strict):
+    """run.json: where a run comes from and what it may be used with."""
+
+    name: str
+    """The run's name in reports."""
+    data_hash: str
+    """Content hash of the data set it was trained on."""
+    split_hash: str
+    """Hash of that data set's split."""
+    training_span: TrainingSpan
+    """What was trained on; evaluation refuses protocols whose answers lie inside."""
+    tie: TieKind
+    """How events of one second are ordered; append and the service follow it."""
+    clock: Clock
+    """What timestamps mean."""
+    feature_schema: dict[str, Any]
+    """Sizes of the embedding tables."""
+    exclude_seen: bool
+    """Whether answers leave out items the user already had, unless asked."""
+    longest_trained_history: int
+    """Events; longer histories are answered and flagged."""
+    state_fingerprint: str
+    """What user states depend on."""
+    release_hash: str
+    """What answers depend on."""
+    code_version: str
+    """Version of recsys-ksa that wrote the run."""
+    num_items: int
+    """Item rows, row 0 (unknown) included."""
+
+
+@dataclass(frozen=True)
+class RunItems:
+    """The run's items, row = item_index; row 0 is the unknown item (item_id None)."""
+
+    item_id: list[str | None]
+    title: list[str | None] | None
+    count: np.ndarray
+    index_of: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run directory; the network is loaded by `load_network`."""
+
+    path: Path
+    config: RunConfig
+    info: RunInfo
+    items: RunItems
+    event_types: dict[str, int]
+    features: FeatureSchema
+
+
+def open_run(path: str | Path) -> Run:
+    """Read everything of a run or bundle but its weights.
+
+    Raises:
+        RunError: a file is missing or damaged, or files disagree.
+    """
+    path = Path(path)
+    info = _read_info(path)
+    config = load_config(RunConfig, path / CONFIG_FILE)
+    table = _read_table(path / ITEMS_FILE)
+    if table.num_rows != info.num_items:
+        raise RunError(
+            f"{path / ITEMS_FILE}: expected {info.num_items} rows as {INFO_FILE} says, got {table.num_rows}. "
+            "Copy the run again, whole."
+        )
+    item_id = table["item_id"].to_pylist()
+    side = {}
+    for name in config.model.side_features:
+        column = f"{name}_index"
+        if column not in table.column_names:
+            raise RunError(f"{path / ITEMS_FILE}: expected the column {column}, got {table.column_names}.")
+        rows = _read_table(path / VOCAB_FOLDER / f"{name}.parquet").num_rows
+        side[name] = SideFeature(rows, table[column].to_numpy().astype(np.int32))
+    types = path / VOCAB_FOLDER / "event_type.parquet"
+    names = _read_table(types)["value"].to_pylist() if types.exists() else []
+    return Run(
+        path=path,
+        config=config,
+        info=info,
+        items=RunItems(
+            item_id=item_id,
+            title=table["title"].to_pylist() if "title" in table.column_names else None,
+            count=table["count"].to_numpy(),
+            index_of={name: row for row, name in enumerate(item_id) if name is not None},
+        ),
+        event_types={name: row for row, name in enumerate(names) if name is not None},
+        features=FeatureSchema(info.num_items, len(names), side, info.clock),
+    )
+
+
+def load_network(run: Run, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Network:
+    """Return the run's network in eval mode.
+
+    Raises:
+        RunError: the weights are missing, damaged, do not fit the config, or are not those run.json names.
+    """
+    network = Network(run.config.model, run.features)
+    file = run.path / WEIGHTS_FILE
+    try:
+        network.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{file}: expected the weights of {CONFIG_FILE}'s network, got: {reason}") from error
+    if (found := release_hash(network)) != run.info.release_hash:
+        raise RunError(
+            f"{file}: expected the release {run.info.release_hash[:12]} as {INFO_FILE} says, got {found[:12]}. "
+            "The weights were replaced; copy the run again, whole."
+        )
+    return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _read_info(path: Path) -> RunInfo:
+    file = path / INFO_FILE
+    try:
+        return RunInfo.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RunError(f"{path}: expected a run directory with {INFO_FILE}, got {error.strerror}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{file}: expected JSON, got: {error}. Copy the run again, whole.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{file}: {where}: {first['msg']}. The run was written by another version.") from error
+
+
+def _read_table(file: Path) -> pa.Table:
+    try:
+        return pq.read_table(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{file}: expected a Parquet table, got: {error}. Copy the run again, whole.") from error
