@@ -1,0 +1,51 @@
+# Everything starts from a machine with python3 (3.11 or newer) and make.
+#   make demo   the main job on real household histories: prepare, train, evaluate, index, recommend (10 min, 2 cores)
+#   make test   every test that needs no GPU
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO ?= runs/demo
+
+# Beside another busy process torch's spinning threads are 15-20 times slower; this must be set before Python starts.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+
+.PHONY: all setup demo test lint types imports gpu bench nightly clean
+all: test
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements-cpu.txt pyproject.toml packaging/install.py packaging/fbgemm-gpu-stub/pyproject.toml
+	$(PYTHON) packaging/install.py $(VENV)
+	@touch $@
+
+demo: setup
+	$(BIN)/ksa demo --out $(DEMO)
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/basedpyright
+
+imports: setup
+	$(BIN)/lint-imports
+
+gpu:
+	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider
+	$(PYTHON) -m kernels.benchmarks
+
+bench: setup
+	$(BIN)/python -m benchmarks.append
+
+nightly: setup
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,102 @@
+"""`ksa recommend`: answer for one user whose events are in a file."""
+
+import argparse
+import csv
+from pathlib import Path
+
+from recsys_ksa.cli import Verb
+from recsys_ksa.errors import DataError, SchemaError
+
+Columns = dict[str, list[str]]
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory or bundle")
+    parser.add_argument(
+        "--events",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="one user's events, .csv or .parquet: item_id, timestamp, and event_type, event_id where present",
+    )
+    parser.add_argument("--k", type=int, default=10, help="how many items (default 10)")
+    parser.add_argument("--request-time", type=int, help="Unix seconds of the request (default: none)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--again", action="store_true", help="only items the user already had")
+    chosen.add_argument("--new", action="store_true", help="only items the user never had")
+
+
+def _run(args: argparse.Namespace) -> None:
+    columns = read_events(args.events)
+    from recsys_ksa.recommender import Recommender
+
+    rec = Recommender.load(args.run)
+    state = rec.append(
+        rec.new_state(),
+        columns["item_id"],
+        _whole_numbers(args.events, columns["timestamp"]),
+        event_types=_optional(columns, "event_type"),
+        event_ids=_optional(columns, "event_id"),
+    )
+    exclude = True if args.new else False if args.again else None
+    answer = rec.recommend(state, args.k, args.request_time, exclude_seen=exclude, only_seen=args.again)
+    known = state.num_events - state.num_unknown
+    print(f"{state.num_events} events ({known} of known items), state {state.nbytes / 1024:.1f} KiB, {rec.index.kind}")
+    longest = rec.run.info.longest_trained_history
+    if state.num_events > longest:
+        print(f"note: the longest history trained on has {longest} events; this one is longer")
+    titles = rec.run.items.title
+    for rank, (item_id, score) in enumerate(answer, start=1):
+        title = titles[rec.run.items.index_of[item_id]] if titles else None
+        print(f"{rank:>4}  {score:>9.4f}  {item_id}{'  ' + title if title else ''}")
+
+
+def read_events(file: Path) -> Columns:
+    """Read a CSV or Parquet file of one user's events as columns of strings; empty cells are ''.
+
+    Raises:
+        DataError: the file is missing or neither CSV nor Parquet.
+        SchemaError: item_id or timestamp is missing.
+    """
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(file)
+            columns = {
+                name: ["" if value is None else str(value) for value in table[name].to_pylist()]
+                for name in table.column_names
+            }
+        else:
+            with file.open(newline="", encoding="utf-8") as lines:
+                reader = csv.DictReader(lines)
+                rows = list(reader)
+            columns = {name: [row[name] or "" for row in rows] for name in reader.fieldnames or ()}
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise DataError(f"{file}: expected a .csv or .parquet file of events, got: {error}.") from error
+    for name in ("item_id", "timestamp"):
+        if name not in columns:
+            have = ", ".join(columns) or "none"
+            raise SchemaError(f"{file}: expected the column {name}, got the columns {have}. Rename it.")
+    if len(set(columns.get("user_id", []))) > 1:
+        raise DataError(f"{file}: expected the events of one user, got several user_ids. Filter the file.")
+    return columns
+
+
+def _whole_numbers(file: Path, values: list[str]) -> list[int]:
+    try:
+        return [int(value) for value in values]
+    except ValueError as error:
+        raise SchemaError(f"{file}: timestamp: expected whole Unix seconds, got: {error}.") from error
+
+
+def _optional(columns: Columns, name: str) -> list[str | None] | None:
+    return [value or None for value in columns[name]] if name in columns else None
+
+
+verb = Verb(
+    summary="answer for one user whose events are in a CSV or Parquet file",
+    example="ksa recommend runs/ksa --events history.csv --k 10",
+    configure=_configure,
+    run=_run,
+)
