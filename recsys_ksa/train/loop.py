@@ -1,0 +1,272 @@
+"""Training, top to bottom: data set and config in, run directory out."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from recsys_ksa.config import RunConfig
+from recsys_ksa.data.negatives import NegativeSampler, training_counts
+from recsys_ksa.data.spans import training_end
+from recsys_ksa.data.training_batches import TrainingBatches
+from recsys_ksa.errors import ConfigError, RunError
+from recsys_ksa.model.losses import batch_loss, check_loss
+from recsys_ksa.model.network import Network
+from recsys_ksa.run import METRICS_FILE
+from recsys_ksa.train.checkpoint import Progress, Weights, copy_weights, load_checkpoint, save_checkpoint
+from recsys_ksa.train.feed import Feed, feed
+from recsys_ksa.train.optim import learning_rate, make_optimizer
+from recsys_ksa.train.run_files import begin_run, feature_schema, finish_run, reopen_run
+from recsys_ksa.train.validation import Validation
+
+if TYPE_CHECKING:
+    from recsys_ksa.data.dataset import Dataset
+
+LOG_EVERY = 10
+"""Steps between rows of metrics.jsonl; reading the loss waits for the device."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What training tells while it runs."""
+
+    step: int
+    steps: int
+    seconds: float
+    loss: float
+    tokens_per_second: float
+    ndcg: float
+    """Best validation NDCG@10 so far; -1 before the first."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How training ended."""
+
+    progress: Progress
+    tokens_per_second: float
+    """Event tokens a second of this session's steps, validation and checkpoints left out; 0 without steps."""
+    num_parameters: int
+    reason: str
+    """Why it stopped."""
+
+
+def train(
+    config: RunConfig,
+    dataset: "Dataset",
+    run: Path,
+    *,
+    device: torch.device,
+    stop_at: int | None = None,
+    resume: bool = False,
+    report: Callable[[Report], None] = lambda report: None,
+) -> Trained:
+    """Train a network and write its run directory.
+
+    Args:
+        config: resolved (`resolve_config`).
+        dataset: opened.
+        run: directory to write.
+        device: where the network trains.
+        stop_at: stop after so many steps in all, the schedule still that of `train.max_steps`; 0 writes a random
+            model.
+        resume: go on from the run's last checkpoint, on the trajectory it would have taken.
+        report: called every `LOG_EVERY` steps.
+
+    Raises:
+        ConfigError: the config contradicts itself, the data or the device.
+        RunError: the directory is taken, cannot be resumed, or the loss is no longer finite.
+    """
+    _check(config, device)
+    steps = config.train.max_steps if stop_at is None else stop_at
+    if steps > config.train.max_steps:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
+
+    torch.manual_seed(config.seed)
+    network = Network(config.model, feature_schema(dataset, config)).to(device)
+    optimizer = make_optimizer(network, config.train)
+    end = training_end(dataset, config.data.split)
+    batches = TrainingBatches(dataset.histories, end, config)
+    counts = training_counts(dataset.histories, end, dataset.num_items)
+    # gBCE's calibration assumes uniform negatives.
+    power = 0.0 if config.loss.kind == "gbce" else config.loss.popularity_power
+    sampler = NegativeSampler(counts, power, config.seed)
+    if resume:
+        reopen_run(run, config, dataset)
+        progress, best = load_checkpoint(run, network, optimizer)
+        _cut_metrics(run, progress.step)
+    else:
+        begin_run(run, config, dataset)
+        progress, best = Progress(), None
+    session = _Session(config, run, network, optimizer, device, sampler.log_probability.to(device), report, steps)
+    progress, best, reason, speed = session.go(Validation(dataset, config), batches, sampler, progress, best)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    weights = best if best is not None else copy_weights(network)
+    network = network.to("cpu")
+    network.load_state_dict(weights)
+    finish_run(run, config, dataset, network, weights, batches.longest)
+    return Trained(progress, speed, num_parameters, reason)
+
+
+def resolve_config(config: RunConfig, dataset: "Dataset") -> tuple[RunConfig, list[str]]:
+    """Return the config as this data set allows it, and a sentence for each thing that was changed.
+
+    An ordinal clock has no seconds: gap inputs and request times are switched off.
+    """
+    if dataset.manifest.clock != "ordinal":
+        return config, []
+    off = [key for key in ("use_gap", "use_request_time") if getattr(config.model, key)]
+    model = config.model.model_copy(update=dict.fromkeys(off, False))
+    said = [f"model.{key} = false: the data set's clock is ordinal, it has an order but no seconds" for key in off]
+    return config.model_copy(update={"model": model}), said
+
+
+@dataclass
+class _Session:
+    """The loop over steps, from wherever the run stands to where it stops."""
+
+    config: RunConfig
+    run: Path
+    network: Network
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    log_probability: torch.Tensor
+    report: Callable[[Report], None]
+    steps: int
+
+    def go(
+        self,
+        validation: Validation,
+        batches: TrainingBatches,
+        sampler: NegativeSampler,
+        progress: Progress,
+        best: Weights | None,
+    ) -> tuple[Progress, Weights | None, str, float]:
+        """Return progress, the best weights, why it stopped, and tokens a second."""
+        config = self.config.train
+        began = time.monotonic() - progress.seconds
+        validated_for, trained_for, tokens = 0.0, 0.0, 0
+        inputs = feed(
+            batches,
+            sampler,
+            self.config.loss.num_negatives,
+            progress.step,
+            progress.epoch,
+            progress.position,
+            self.device,
+        )
+        self.network.train()
+        with closing(inputs):  # pyright: ignore[reportArgumentType]
+            while True:
+                budget = None if config.max_seconds is None else max(config.max_seconds - validated_for, 1e-3)
+                if (reason := self._why_stop(progress, budget)) is not None:
+                    break
+                started = time.monotonic()
+                given = next(inputs)
+                share = progress.step / max(config.max_steps, 1)
+                if budget is not None:
+                    share = max(share, progress.seconds / budget)
+                rate = learning_rate(config, progress.step, share)
+                loss = self._step(given, progress.step, rate)
+                progress = replace(
+                    progress,
+                    step=progress.step + 1,
+                    epoch=given.next_epoch,
+                    position=given.next_position,
+                    tokens=progress.tokens + given.batch.num_events,
+                )
+                if progress.step % LOG_EVERY == 0:
+                    tokens_per_second = tokens / trained_for if trained_for else 0.0
+                    self._log(progress, float(loss), rate, tokens_per_second)
+                trained_for += time.monotonic() - started
+                tokens += given.batch.num_events
+                progress = replace(progress, seconds=time.monotonic() - began)
+                if progress.step % config.validate_every == 0:
+                    started = time.monotonic()
+                    progress, best = self._validate(validation, progress, best)
+                    validated_for = time.monotonic() - started
+                if progress.step % config.checkpoint_every == 0:
+                    save_checkpoint(self.run, self.network, self.optimizer, best, progress)
+                progress = replace(progress, seconds=time.monotonic() - began)
+        save_checkpoint(self.run, self.network, self.optimizer, best, progress)
+        # The closing validation comes after the checkpoint: a run resumed from here must not have made it.
+        if progress.step and progress.step % config.validate_every:
+            progress, best = self._validate(validation, progress, best)
+        return progress, best, reason, tokens / trained_for if trained_for else 0.0
+
+    def _why_stop(self, progress: Progress, budget: float | None) -> str | None:
+        config = self.config.train
+        if progress.step >= self.steps:
+            return f"{progress.step} steps done"
+        if budget is not None and progress.seconds >= budget:
+            return f"train.max_seconds {config.max_seconds:g} used"
+        if progress.worse >= config.patience:
+            return f"no better validation in {progress.worse}"
+        return None
+
+    def _step(self, given: Feed, step: int, rate: float) -> torch.Tensor:
+        config = self.config
+        # Seeded by step: dropout after resuming is what it would have been.
+        torch.manual_seed((config.seed << 32) + step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = given.batch.to(self.device)
+        negatives = given.negatives.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            users = self.network(batch, config.train.attention_impl)
+        loss = batch_loss(self.network, users, batch, config.loss, negatives, self.log_probability)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.train.gradient_clip)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _validate(
+        self, validation: Validation, progress: Progress, best: Weights | None
+    ) -> tuple[Progress, Weights | None]:
+        config = self.config.train
+        ndcg = validation.ndcg(self.network, self.device, config.attention_impl, config.precision == "bf16")
+        self._write({"step": progress.step, "seconds": round(progress.seconds, 3), "valid_ndcg@10": ndcg})
+        if ndcg > progress.best_ndcg:
+            return replace(progress, best_ndcg=ndcg, best_step=progress.step, worse=0), copy_weights(self.network)
+        return replace(progress, worse=progress.worse + 1), best
+
+    def _log(self, progress: Progress, loss: float, rate: float, tokens_per_second: float) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RunError(f"{self.run}: the loss is {loss} at step {progress.step}. Lower train.learning_rate.")
+        self._write(
+            {
+                "step": progress.step,
+                "seconds": round(progress.seconds, 3),
+                "loss": loss,
+                "learning_rate": rate,
+                "tokens_per_second": round(tokens_per_second, 1),
+            }
+        )
+        self.report(Report(progress.step, self.steps, progress.seconds, loss, tokens_per_second, progress.best_ndcg))
+
+    def _write(self, row: dict[str, float]) -> None:
+        with (self.run / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _check(config: RunConfig, device: torch.device) -> None:
+    check_loss(config.loss, config.model)
+    if config.train.precision == "bf16" and device.type != "cuda":
+        raise ConfigError(
+            f"train.precision: expected float32 on {device.type}, got bf16. Train on CUDA, or --set "
+            "train.precision=float32."
+        )
+
+
+def _cut_metrics(run: Path, step: int) -> None:
+    """Drop rows written after the checkpoint."""
+    path = run / METRICS_FILE
+    lines: Iterator[str] = iter(path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,41 @@
+"""The optimiser and its schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from recsys_ksa.config import TrainConfig
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on the matrices of linear layers only.
+
+    Tables, norms, biases and other vectors do not decay: a rare item's row would shrink at every step that does not
+    touch it, and scales have no reason to be 0.
+    """
+    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+    decayed, kept = [], []
+    for name, parameter in network.named_parameters():
+        is_matrix = parameter.dim() >= 2 and id(parameter) not in tables and not _is_table(name)
+        (decayed if is_matrix else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+    """Return the learning rate of a step: linear warm-up, then a cosine down to `final_learning_rate`.
+
+    Args:
+        config: peak, warm-up and final share.
+        step: 0 for the first.
+        progress: share of the run that is over, 0 to 1, by steps or by the clock, whichever ends first.
+    """
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return config.learning_rate * warm * (config.final_learning_rate + (1.0 - config.final_learning_rate) * cosine)
+
+
+def _is_table(name: str) -> bool:
+    # An EmbeddingCollection may hold its tables as modules of another class (quantised, sharded).
+    return "embeddings." in name or name == "summary_input"

@@ -1,0 +1,125 @@
+"""Writes a run directory: config, items and vocabularies at the start, weights and run.json at the end."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+
+from recsys_ksa import __version__
+from recsys_ksa.config import RunConfig, dump_config, load_config
+from recsys_ksa.errors import RunError
+from recsys_ksa.model.features import FeatureSchema, SideFeature
+from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
+from recsys_ksa.model.network import Network
+from recsys_ksa.run import CONFIG_FILE, INFO_FILE, ITEMS_FILE, METRICS_FILE, VOCAB_FOLDER, WEIGHTS_FILE, RunInfo
+from recsys_ksa.train.checkpoint import Weights
+
+if TYPE_CHECKING:
+    from recsys_ksa.data.dataset import Dataset
+
+DATA_FILE = "data.json"
+"""Hashes of the data set a run was begun on; `run.json` holds them once training has ended."""
+
+
+def feature_schema(dataset: "Dataset", config: RunConfig) -> FeatureSchema:
+    """Return what the network must know of the data set; side features the data set lacks are left to its check."""
+    side = {
+        name: SideFeature(len(dataset.vocab[name]), dataset.items.side[name])
+        for name in config.model.side_features
+        if name in dataset.items.side
+    }
+    num_event_types = len(dataset.vocab.get("event_type", ()))
+    return FeatureSchema(dataset.num_items, num_event_types, side, dataset.manifest.clock)
+
+
+def begin_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
+    """Create the directory with all that is known before training.
+
+    Raises:
+        RunError: something is there already.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise RunError(
+            f"{run}: expected no such directory, found one. Name another --out, or go on with it by --resume."
+        )
+    vocabulary = run / VOCAB_FOLDER
+    vocabulary.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(dataset.path / ITEMS_FILE, run / ITEMS_FILE)
+    for name in dataset.vocab:
+        shutil.copyfile(dataset.path / VOCAB_FOLDER / f"{name}.parquet", vocabulary / f"{name}.parquet")
+    _write_text(run / DATA_FILE, json.dumps(_data_hashes(dataset)))
+    _write_text(run / CONFIG_FILE, dump_config(config))
+
+
+def reopen_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
+    """Check that a run may go on with this config and data set, and store the config.
+
+    Raises:
+        RunError: it was begun with another data set, or with another model, loss, data section or seed.
+    """
+    try:
+        began = json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run}: expected a run to resume, found none. Leave --resume out to begin one.") from error
+    if began != _data_hashes(dataset):
+        raise RunError(f"{run}: expected the data set it was begun on, got another ({dataset.path}). Train anew.")
+    before = load_config(RunConfig, run / CONFIG_FILE)
+    for key in ("seed", "model", "data", "loss"):
+        if getattr(before, key) != getattr(config, key):
+            raise RunError(
+                f"{run}: {key} differs from the config it was begun with ({run / CONFIG_FILE}). "
+                "Resume with the same, or train anew; only the section train may change."
+            )
+    _write_text(run / CONFIG_FILE, dump_config(config))
+
+
+def finish_run(
+    run: Path, config: RunConfig, dataset: "Dataset", network: Network, weights: Weights, longest: int
+) -> None:
+    """Write weights, then run.json: a run that has it is whole.
+
+    Args:
+        run: the directory, begun.
+        config: resolved.
+        dataset: what was trained on.
+        network: on the CPU, holding `weights`.
+        weights: what to keep.
+        longest: events of the longest history as trained.
+    """
+    info = RunInfo(
+        name=config.name,
+        data_hash=dataset.manifest.content_hash,
+        split_hash=dataset.manifest.split_hash,
+        training_span=config.data.split,
+        tie=dataset.manifest.tie,
+        clock=dataset.manifest.clock,
+        feature_schema=network.features.as_dict(),
+        exclude_seen=config.evaluate.exclude_seen,
+        longest_trained_history=longest,
+        state_fingerprint=state_fingerprint(network),
+        release_hash=release_hash(network),
+        code_version=__version__,
+        num_items=dataset.num_items,
+    )
+    (run / INFO_FILE).unlink(missing_ok=True)
+    _write(run / WEIGHTS_FILE, lambda path: save_file(weights, path))
+    (run / METRICS_FILE).touch()
+    _write_text(run / INFO_FILE, json.dumps(info.model_dump(mode="json"), indent=2))
+
+
+def _data_hashes(dataset: "Dataset") -> dict[str, str]:
+    return {"data_hash": dataset.manifest.content_hash, "split_hash": dataset.manifest.split_hash}
+
+
+def _write_text(path: Path, text: str) -> None:
+    _write(path, lambda fresh: fresh.write_text(text + "\n", encoding="utf-8") and None)
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    fresh = path.with_name(path.name + ".new")
+    write(fresh)
+    os.replace(fresh, path)
