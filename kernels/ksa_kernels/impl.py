@@ -1,0 +1,68 @@
+"""Which implementation of an operator runs. `"auto"` picks by device and says which; nothing falls back silently."""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from enum import StrEnum
+
+import torch
+
+from ksa_kernels.errors import ImplUnavailableError
+
+logger = logging.getLogger(__name__)
+
+
+class Impl(StrEnum):
+    """One way to compute an operator."""
+
+    REFERENCE = "reference"
+    """Dense, plain PyTorch: slow, quadratic in memory, obviously right."""
+    TORCH = "torch"
+    """Blocked PyTorch: any device and floating dtype, memory linear in the length."""
+    TRITON = "triton"
+    """Triton kernels: CUDA devices (or the Triton interpreter)."""
+
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def resolve(impl: str, device: torch.device, dtype: torch.dtype, available: Sequence[Impl] = tuple(Impl)) -> Impl:
+    """
+    Return the implementation that `impl` means on this device.
+
+    Args:
+        impl: `"auto"` or the name of an implementation.
+        device: where the tensors live.
+        dtype: of the tensors.
+        available: implementations the operator has.
+
+    Raises:
+        ImplUnavailableError: the name is unknown, or the implementation named cannot run here.
+    """
+    if impl == "auto":
+        chosen = Impl.TRITON if Impl.TRITON in available and not _why_no_triton(device, dtype) else Impl.TORCH
+        logger.debug("implementation chosen", extra={"impl": chosen.value, "device": str(device)})
+        return chosen
+    if impl not in [each.value for each in available]:
+        names = ", ".join(["auto", *(each.value for each in available)])
+        raise ImplUnavailableError(f"impl must be one of {names}: got {impl!r}.")
+    if impl == Impl.TRITON and (reason := _why_no_triton(device, dtype)):
+        raise ImplUnavailableError(f'impl="triton" cannot run: {reason}. Use impl="torch", or "auto" to choose.')
+    return Impl(impl)
+
+
+def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str:
+    """Say why Triton cannot run here; empty if it can."""
+    if dtype not in TRITON_DTYPES:
+        return f"its kernels take float16, bfloat16 or float32, got {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not _interpreting():
+        return f"it needs a CUDA device, got tensors on {device}"
+    return ""
+
+
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -1,0 +1,1 @@
+"""Summary attention over jagged histories: training and prefill, on top of state or from the start."""
