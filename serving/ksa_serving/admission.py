@@ -1,0 +1,87 @@
+"""What may come in: the one place that says why a user id, an event or a question is refused. Pure functions."""
+
+from ksa_serving.errors import InvalidRequestError
+from ksa_serving.messages import EventMessage, RecommendRequest
+from ksa_serving.release import Clock
+from ksa_serving.settings import Limits
+
+MAX_TIME = 2**53
+"""Times stay exact in every language that reads JSON, and far inside int64."""
+
+
+def check_user_id(user_id: str, limits: Limits) -> None:
+    """Refuse a user id that is empty, too long, or has control characters.
+
+    Raises:
+        InvalidRequestError: code `invalid-user-id`; the id itself is not repeated.
+    """
+    num_bytes = len(user_id.encode())
+    if not 1 <= num_bytes <= limits.user_id_bytes:
+        expected = f"expected 1 to {limits.user_id_bytes} bytes of UTF-8, got {num_bytes}"
+        raise InvalidRequestError(f"user id: {expected}. Percent-encode one id in the path.", "invalid-user-id")
+    if not _is_plain(user_id):
+        raise InvalidRequestError("user id: expected no control characters, got one. Remove it.", "invalid-user-id")
+
+
+def check_num_events(num_events: int, limits: Limits) -> None:
+    """Refuse more events than one call may have.
+
+    Raises:
+        InvalidRequestError: code `too-many-events`.
+    """
+    if num_events > limits.events_per_call:
+        expected = f"expected at most {limits.events_per_call} in one call, got {num_events}"
+        raise InvalidRequestError(f"events: {expected}. Send them in several calls.", "too-many-events")
+
+
+def event_fault(event: EventMessage, limits: Limits, clock: Clock, now: float) -> str | None:
+    """Return why this event cannot be kept, as a stable code, or None."""
+    texts = (("item-id", event.item_id, limits.item_id_bytes),)
+    if event.event_id is not None:
+        texts += (("event-id", event.event_id, limits.event_id_bytes),)
+    for name, text, most in texts:
+        if not text:
+            return f"empty-{name}"
+        if len(text.encode()) > most:
+            return f"{name}-too-long"
+    if event.event_id is not None and not _is_plain(event.event_id):
+        return "invalid-event-id"  # a NUL would sort it among events that have no id
+    if event.event_type is not None and len(event.event_type.encode()) > limits.event_type_bytes:
+        return "event-type-too-long"
+    if event.timestamp < 0:
+        return "negative-time"
+    if event.timestamp >= MAX_TIME:
+        return "time-out-of-range"
+    if clock == "unix" and event.timestamp > now + limits.seconds_ahead:
+        return "time-in-future"
+    return None
+
+
+def check_recommend(request: RecommendRequest, limits: Limits, clock: Clock, now: float) -> None:
+    """Refuse a question whose values are out of range or contradict each other.
+
+    Raises:
+        InvalidRequestError: the message names the field.
+    """
+    if not 1 <= request.k <= limits.k:
+        raise InvalidRequestError(f"k: expected 1 to {limits.k}, got {request.k}. Ask for fewer items.", "invalid-k")
+    if isinstance(request.request_time, int):
+        if not 0 <= request.request_time < MAX_TIME:
+            expected = "expected seconds from 0 to 2^53"
+            raise InvalidRequestError(f"request_time: {expected}, got {request.request_time}.", "invalid-request-time")
+        if clock == "ordinal":
+            reason = "this run's data set has an order but no clock"
+            raise InvalidRequestError(f"request_time: {reason}. Leave it out or send null.", "invalid-request-time")
+    if (request.which, request.exclude_seen) in (("again", True), ("new", False)):
+        contradiction = f"list {request.which!r} contradicts exclude_seen {str(request.exclude_seen).lower()}"
+        raise InvalidRequestError(f"list: {contradiction}. Leave exclude_seen out.", "contradiction")
+    check_num_events(len(request.events), limits)
+    for number, event in enumerate(request.events):
+        fault = event_fault(event, limits, clock, now)
+        if fault is not None:
+            raise InvalidRequestError(f"events[{number}]: {fault}. Mend or leave out this event.", "invalid-event")
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether a text has no control characters."""
+    return all(ord(character) >= 32 and ord(character) != 127 for character in text)

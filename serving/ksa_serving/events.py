@@ -1,0 +1,81 @@
+"""Events before and after they are kept, whose they are, and the one order among them."""
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+
+from recsys_ksa.order import OrderKey, TieKind, order_key
+
+Order = tuple[OrderKey, int]
+"""What a user's events are sorted by: the one order's key, then arrival (the sequence number)."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose events these are. One tenant today; the key has room for more."""
+
+    user_id: str
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """An event before it is kept. `timestamp` in Unix seconds, 0 <= timestamp < 2^63."""
+
+    item_id: str
+    timestamp: int
+    event_id: str | None = None
+    event_type: str | None = None
+    value: float | None = None
+
+    @property
+    def identity(self) -> bytes:
+        """What makes two sent events the same one."""
+        if self.event_id is not None:
+            return b"i" + self.event_id.encode()
+        same = msgspec.msgpack.encode((self.item_id, self.timestamp, self.event_type))
+        return b"c" + hashlib.sha256(same).digest()[:16]
+
+
+@dataclass(frozen=True)
+class StoredEvent:
+    """An event of the log. `seq` is its arrival."""
+
+    seq: int
+    item_id: str
+    timestamp: int
+    event_id: str | None
+    event_type: str | None
+    value: float | None
+
+    def order(self, tie: TieKind) -> Order:
+        """Return what this event is sorted by among its user's: the one order, then arrival."""
+        key = order_key(
+            tie, self.timestamp, self.item_id, event_id=self.event_id, event_type=self.event_type, arrival=self.seq
+        )
+        return key, self.seq
+
+    def has_payload(self, event: NewEvent) -> bool:
+        """Return whether `event`, which has the same id, says the same."""
+        mine = (self.item_id, self.timestamp, self.event_type, self.value)
+        return mine == (event.item_id, event.timestamp, event.event_type, event.value)
+
+
+def sort_events(events: list[StoredEvent], tie: TieKind) -> list[StoredEvent]:
+    """Return events in the one order. Keys are computed only where timestamps are equal: hash ties are slow."""
+    events = sorted(events, key=lambda event: event.timestamp)
+    start = 0
+    for stop in range(1, len(events) + 1):
+        if stop == len(events) or events[stop].timestamp != events[start].timestamp:
+            if stop - start > 1:
+                events[start:stop] = sorted(events[start:stop], key=lambda event: event.order(tie))
+            start = stop
+    return events
+
+
+def is_late(event: StoredEvent, last: Order, tie: TieKind) -> bool:
+    """Return whether `event` lies before the key `last`; ties are computed only where the times are equal."""
+    if event.timestamp != last[0][0]:
+        return event.timestamp < last[0][0]
+    return event.order(tie) < last

@@ -1,0 +1,42 @@
+"""Errors as RFC 9457 answers (`application/problem+json`), with stable codes."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+
+from ksa_serving.errors import ServiceError
+from ksa_serving.messages import Problem
+
+logger = logging.getLogger(__name__)
+CODES = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large"}
+
+
+def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response[bytes]:
+    """Return the answer that says what went wrong."""
+    body = Problem(f"urn:recsys-ksa:problem:{code}", HTTPStatus(status).phrase, status, detail, code)
+    return Response(
+        msgspec.json.encode(body), status_code=status, media_type="application/problem+json", headers=headers or {}
+    )
+
+
+def on_service_error(_: Request[Any, Any, Any], error: ServiceError) -> Response[bytes]:
+    """Answer one of the service's own errors; overload and an unwritable log ask to come back."""
+    if error.status >= 500:
+        logger.error("%s: %s", error.code, error)
+    return problem(error.status, error.code, str(error), {"Retry-After": "1"} if error.status == 503 else None)
+
+
+def on_http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """Answer what the web framework refused: no such path, wrong method, body too large."""
+    headers = {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
+    return problem(error.status_code, CODES.get(error.status_code, "invalid-request"), error.detail, headers)
+
+
+def on_any_error(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Answer a mistake of ours. The traceback goes to the log; neither path nor body does, for they hold user ids."""
+    logger.error("unhandled error", exc_info=error)
+    return problem(500, "internal-error", "The service made a mistake; its log has the traceback.")

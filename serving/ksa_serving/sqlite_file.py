@@ -1,0 +1,107 @@
+"""The event log's SQLite file: version check, schema, durable opening, transactions, and the lock on its directory."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import apsw
+
+from ksa_serving.errors import EventLogError
+
+FIRST_SAFE_SQLITE = (3, 51, 3)
+"""SQLite 3.7.0 to 3.51.2 can corrupt a WAL database that two connections write or checkpoint (the WAL-reset bug)."""
+APPLICATION_ID = 0x6B736131
+FORMAT = 1
+SCHEMA = """
+CREATE TABLE users (
+    user_key   INTEGER PRIMARY KEY,
+    tenant     TEXT NOT NULL,
+    user_id    TEXT NOT NULL,
+    generation INTEGER NOT NULL DEFAULT 0,
+    num_events INTEGER NOT NULL DEFAULT 0,
+    last_seq   INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (tenant, user_id)
+);
+CREATE TABLE events (
+    seq        INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_key   INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    identity   BLOB NOT NULL,
+    item_id    TEXT NOT NULL,
+    timestamp  INTEGER NOT NULL,
+    event_id   TEXT,
+    event_type TEXT,
+    value      REAL,
+    received   INTEGER NOT NULL
+);
+CREATE UNIQUE INDEX events_identity ON events (user_key, generation, identity);
+CREATE INDEX events_arrival ON events (user_key, generation, seq);
+CREATE INDEX events_time ON events (user_key, generation, timestamp);
+"""
+
+
+def check_sqlite_version(version: str | None = None) -> None:
+    """Refuse a SQLite whose WAL mode can corrupt the log.
+
+    Raises:
+        EventLogError: older than 3.51.3.
+    """
+    version = version or apsw.sqlite_lib_version()
+    if tuple(int(part) for part in version.split(".")[:3]) < FIRST_SAFE_SQLITE:
+        raise EventLogError(
+            f"event log: expected SQLite 3.51.3 or newer (3.7.0 to 3.51.2 can corrupt a WAL database), got {version}. "
+            "Install apsw 3.54.1 or newer."
+        )
+
+
+@contextlib.contextmanager
+def transaction(connection: apsw.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+    connection.execute(f"BEGIN {kind}")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def connect(path: Path, flags: int) -> apsw.Connection:
+    connection = apsw.Connection(str(path), flags=flags)
+    connection.set_busy_timeout(5000)
+    return connection
+
+
+def open_writer(path: Path) -> apsw.Connection:
+    """Open the writing connection, the schema made if the file is new, durability set and checked."""
+    connection = connect(path, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
+    mode = connection.pragma("journal_mode", "wal")
+    connection.pragma("synchronous", "FULL")
+    if mode != "wal" or connection.pragma("synchronous") != 2:
+        raise EventLogError(f"{path}: expected WAL mode and synchronous=FULL, got {mode}. Use a local file system.")
+    with transaction(connection):
+        application, version = connection.pragma("application_id"), connection.pragma("user_version")
+        if (application, version) == (0, 0) and not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+            connection.execute(SCHEMA)
+            connection.pragma("application_id", APPLICATION_ID)
+            connection.pragma("user_version", FORMAT)
+        elif (application, version) != (APPLICATION_ID, FORMAT):
+            raise EventLogError(
+                f"{path}: expected an event log of format {FORMAT}, got another file. Check --state-dir."
+            )
+    return connection
+
+
+def lock_directory(directory: Path) -> IO[str]:
+    """Hold `directory` for this process until the file is closed; the kernel lets go when the process dies."""
+    file = open(directory / "lock", "w")  # noqa: SIM115 - held until close
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise EventLogError(
+            f"{directory}: expected to be its only user, but another process serves from it. Stop that one."
+        ) from None
+    return file
