@@ -37,8 +37,7 @@ def lifelong_log(
     event_types: bool = False,
     event_ids: bool = False,
 ) -> pa.Table:
-    """
-    Return a log of synthetic histories: user_id, item_id, timestamp and, if asked, event_type and event_id.
+    """Return a log of synthetic histories: user_id, item_id, timestamp and, if asked, event_type and event_id.
 
     Lengths are lognormal. Events come in sessions whose events share one timestamp (baskets); sessions follow a day
     and week rhythm. Items are Zipf-distributed around a taste that drifts over a user's life. Some events
@@ -108,8 +107,7 @@ def item_table(items: int, *, seed: int = 0, categories: int = 8) -> pa.Table:
 def prepared_dataset(
     directory: Path, log: pa.Table, *, items: pa.Table | None = None, arguments: Sequence[str] = (), config: str = ""
 ) -> Dataset:
-    """
-    Write `log` to Parquet under `directory`, run `ksa prepare` on it, and open the data set it made.
+    """Write `log` to Parquet under `directory`, run `ksa prepare` on it, and open the data set it made.
 
     Args:
         directory: an existing folder, such as a test's tmp_path; the data set is `directory`/ds.
@@ -178,7 +176,10 @@ def _with_repeats(
     times = timestamp.tolist()
     for row in range(len(items)):
         if row in due and row:
-            candidates = items[(draws[row] * row).astype(np.int64)].tolist()
-            items[row] = max(candidates, key=lambda item: (times[row] - last[item]) / rhythm[item])
+            items[row] = _most_overdue(items[(draws[row] * row).astype(np.int64)].tolist(), times[row], last, rhythm)
         last[int(items[row])] = times[row]
     return items
+
+
+def _most_overdue(items: list[int], time: int, last: dict[int, int], rhythm: NDArray[np.float64]) -> int:
+    return max(items, key=lambda item: (time - last[item]) / rhythm[item])

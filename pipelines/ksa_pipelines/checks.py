@@ -29,13 +29,13 @@ def mark_rejected(events: pl.LazyFrame, config: PrepareConfig) -> pl.LazyFrame:
     return events.with_columns(reason.alias(REASON))
 
 
-def refuse_milliseconds(largest: int | None, config: PrepareConfig, source: str) -> None:
-    """
-    Refuse a log whose largest timestamp cannot be Unix seconds.
+def refuse_milliseconds(events: pl.LazyFrame, config: PrepareConfig, source: str) -> None:
+    """Refuse a log whose largest timestamp cannot be Unix seconds.
 
     Raises:
         SchemaError: it is above 10^11 under clock `unix`.
     """
+    largest = events.select(pl.col("timestamp").max()).collect().item()
     if config.clock == "unix" and largest is not None and largest > MILLISECONDS:
         raise SchemaError(
             f"{source}: column {config.columns.timestamp!r}: expected Unix seconds, got {largest} (above 10^11: "
@@ -44,8 +44,7 @@ def refuse_milliseconds(largest: int | None, config: PrepareConfig, source: str)
 
 
 def refuse_nothing_left(num_events: int, source: str, dropped: dict[str, int]) -> None:
-    """
-    Refuse a log of which no event is left.
+    """Refuse a log of which no event is left.
 
     Raises:
         DataError: with the counts of what was dropped and why.

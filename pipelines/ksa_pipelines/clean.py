@@ -4,14 +4,14 @@ import polars as pl
 
 from ksa_pipelines.sources import ROW
 
+DUPLICATE = "duplicate"
 SAME_ID = "same event_id"
 SAME_ID_OTHER_PAYLOAD = "same event_id, other payload"
 SAME_EVENT = "same user, item, time and type"
 
 
 def mark_duplicates(events: pl.LazyFrame, columns: list[str]) -> pl.LazyFrame:
-    """
-    Add the column `duplicate`: null for an event, else the rule by which an earlier row was the same one.
+    """Add the column `duplicate`: null for an event, else the rule by which an earlier row was the same one.
 
     With an event id: the user's same id. Without: the same user, item, time and type. The first row stays.
     """
@@ -20,7 +20,7 @@ def mark_duplicates(events: pl.LazyFrame, columns: list[str]) -> pl.LazyFrame:
     repeats = pl.col(ROW) > pl.col(ROW).min().over("user_id", *payload)
     plain = pl.when(repeats).then(pl.lit(SAME_EVENT))
     if "event_id" not in columns:
-        return events.with_columns(plain.alias("duplicate"))
+        return events.with_columns(plain.alias(DUPLICATE))
     first = pl.col(ROW) > pl.col(ROW).min().over("user_id", "event_id")
     other = same_event != same_event.sort_by(ROW).first().over("user_id", "event_id")
     by_id = pl.when(first & other).then(pl.lit(SAME_ID_OTHER_PAYLOAD)).when(first).then(pl.lit(SAME_ID))
@@ -29,7 +29,7 @@ def mark_duplicates(events: pl.LazyFrame, columns: list[str]) -> pl.LazyFrame:
         pl.when(pl.col("event_id").is_null())
         .then(pl.when(without_id).then(pl.lit(SAME_EVENT)))
         .otherwise(by_id)
-        .alias("duplicate")
+        .alias(DUPLICATE)
     )
 
 

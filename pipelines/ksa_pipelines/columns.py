@@ -10,8 +10,7 @@ Schema = dict[str, pl.DataType]
 
 
 def map_columns(frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, source: str) -> pl.LazyFrame:
-    """
-    Return `ROW`, user_id, item_id (string), timestamp (int64 seconds) and, where there, event_type, event_id.
+    """Return `ROW`, user_id, item_id (string), timestamp (int64 seconds) and, where there, event_type, event_id.
 
     What cannot be read as such becomes null; `checks.mark_rejected` counts it. Datetimes without a zone are UTC.
 
@@ -30,8 +29,7 @@ def map_columns(frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, sour
 
 
 def id_column(schema: Schema, name: str, source: str) -> pl.Expr:
-    """
-    Return the column `name` as strings.
+    """Return the column `name` as strings.
 
     Raises:
         SchemaError: it is missing, or neither strings, categories nor integers.
@@ -43,8 +41,7 @@ def id_column(schema: Schema, name: str, source: str) -> pl.Expr:
 
 
 def column_type(schema: Schema, name: str, source: str) -> pl.DataType:
-    """
-    Return the type of a column.
+    """Return the type of a column.
 
     Raises:
         SchemaError: it is missing; the message says which columns are there.

@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace) -> None:
     from ksa_pipelines.prepare import prepare
     from recsys_ksa.config import load_config, parse_config
 
-    config = load_config(PrepareConfig, args.config) if args.config else PrepareConfig()
+    config = load_config(PrepareConfig, args.config) if args.config else parse_config(PrepareConfig, {}, "ksa prepare")
     said = {name: getattr(args, name) for name in ("tie", "clock", "num_buckets") if getattr(args, name) is not None}
     config = parse_config(PrepareConfig, config.model_dump() | said, "ksa prepare")
     began = time.monotonic()

@@ -1,7 +1,7 @@
 """What `ksa prepare` is told: column mapping, clock, ties, filters, split. Written as TOML."""
 
 import re
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -80,6 +80,3 @@ class PrepareConfig(Strict):
         if len(set(names)) != len(names):
             raise ValueError(f"columns: user_id, item_id and timestamp must be three columns, got {names}")
         return self
-
-
-Format = Literal["parquet", "csv"]

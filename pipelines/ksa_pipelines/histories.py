@@ -18,8 +18,7 @@ def user_offsets(events: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group_by_user(events: pl.DataFrame, users: pl.DataFrame, split: Positions, offsets: np.ndarray) -> pa.Table:
-    """
-    Return one row a user, events in order, users by index.
+    """Return one row a user, events in order, users by index.
 
     Args:
         events: sorted by (user_index, order): item_index, timestamp, tie and, where the log has them, event_id and

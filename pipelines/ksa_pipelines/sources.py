@@ -4,20 +4,20 @@ import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
-from ksa_pipelines.config import Format
 from recsys_ksa.errors import DataError, SchemaError
 
-ROW = "row"
+Format = Literal["parquet", "csv"]
+ROW = "__row"
 """Column of the row number: files in order of name, then rows as they lie in the file."""
 _SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet", ".pq"), "csv": (".csv", ".csv.gz")}
 
 
 def find_files(log: str) -> tuple[Format, list[Path]]:
-    """
-    Return the format and the files of a log, in order of name.
+    """Return the format and the files of a log, in order of name.
 
     Args:
         log: a file, a folder (its *.parquet, or its *.csv and *.csv.gz), or a pattern with `*`.
@@ -36,14 +36,13 @@ def find_files(log: str) -> tuple[Format, list[Path]]:
         raise DataError(
             f"{log}: expected a file, a folder of Parquet or CSV files, or a pattern; found none. Check it."
         )
-    formats = {_format(file) for file in files}
-    if None in formats or len(formats) > 1:
+    formats: set[Format | None] = {_format(file) for file in files}
+    found = formats.pop()
+    if found is None or formats:
         raise DataError(
             f"{log}: expected Parquet (.parquet) or CSV (.csv, .csv.gz) files of one format, "
             f"got {', '.join(file.name for file in files[:5])}. Rename or convert them."
         )
-    (found,) = formats
-    assert found is not None
     return found, files
 
 
@@ -56,8 +55,7 @@ def scan(files_format: Format, files: list[Path]) -> pl.LazyFrame:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """
-    Turn what Polars raises while `what` is read into one typed line.
+    """Turn what Polars raises while `what` is read into one typed line.
 
     Raises:
         SchemaError: files of one log have different columns or types.

@@ -22,8 +22,7 @@ def global_cuts(config: SplitConfig, clock: Clock, log_end: int) -> dict[str, di
 def split_positions(
     timestamp: NDArray[np.int64], offsets: NDArray[np.int64], split: dict[str, dict[str, int]]
 ) -> Positions:
-    """
-    Return each column of `schema.SPLIT_COLUMNS`.
+    """Return each column of `schema.SPLIT_COLUMNS`.
 
     `loo`: test is all events at the last timestamp, validation all at the distinct timestamp before it; with fewer
     than 3 distinct timestamps both are the length (the user only trains). `global`: the first event at or after
@@ -43,7 +42,7 @@ def split_positions(
 
 
 def _last_timestamps(timestamp: NDArray[np.int64], offsets: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
-    """Positions of the first event at the last distinct timestamp but one, and at the last; lengths where fewer than 3."""
+    """Positions of the first event at the last timestamp but one and at the last; lengths where fewer than 3."""
     lengths = np.diff(offsets)
     begins = np.empty(len(timestamp), dtype=bool)
     begins[:1] = True

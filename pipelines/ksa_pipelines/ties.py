@@ -1,5 +1,7 @@
 """The audit of a log's ties, and the one order of `recsys_ksa.order` as a sort."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -7,7 +9,8 @@ import pyarrow.compute as pc
 
 from ksa_pipelines.sources import ROW
 from ksa_pipelines.vocab import comparison_ranks
-from recsys_ksa.data.manifest import TieAudit
+from recsys_ksa.data.manifest import ChosenBy, TieAudit
+from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import TieKind, hash_tie_numbers
 
 MIN_TIED_PAIRS = 1_000
@@ -15,8 +18,7 @@ MAX_DISTANCE = 0.05
 
 
 def neighbours(events: pl.LazyFrame, order: TieKind) -> pl.LazyFrame:
-    """
-    Pairs of neighbouring events of a user in the log's own order: `tied`, `other` (items differ), `greater`, `last`.
+    """Pairs of neighbouring events of a user in the log's own order: `tied`, `other` (items differ), `greater`, `last`.
 
     Args:
         events: user_id, item_id, timestamp, `ROW` and, for order `id`, event_id.
@@ -59,9 +61,40 @@ def audit_ties(events: pl.LazyFrame, order: TieKind) -> TieAudit:
     )
 
 
-def sort_by_order(events: pl.DataFrame, kind: TieKind) -> pl.DataFrame:
+@dataclass(frozen=True)
+class TieChoice:
+    """What orders equal timestamps, and why."""
+
+    kind: TieKind
+    chosen_by: ChosenBy
+
+
+def choose_tie(audit: TieAudit, asked: TieKind | None) -> TieChoice:
+    """Return what the config asks for, else `hash` where the audit found sorted ties, else the log's own order.
+
+    Raises:
+        SchemaError: `id` is asked for and the log has no event ids.
     """
-    Return the events sorted by (user_index, timestamp, tie), ties after that by arrival, with the column `tie`.
+    if asked == "id" and audit.order != "id":
+        raise SchemaError("tie 'id': expected a log with event ids, got none. Map event_id, or use arrival or hash.")
+    if asked is not None:
+        return TieChoice(asked, "config")
+    return TieChoice("hash", "audit") if audit.is_artefact else TieChoice(audit.order, "default")
+
+
+def describe_ties(audit: TieAudit, choice: TieChoice) -> str:
+    """Return the audit and the choice as one line."""
+    greater = "-" if audit.next_id_greater is None else f"{audit.next_id_greater:.4f}"
+    verdict = "the source sorts its ties by item id; " if audit.is_artefact else ""
+    return (
+        f"ties: {audit.gap_0_share:.1%} of gaps are 0, {audit.tied_target_share:.1%} of last events are tied, "
+        f"P(next id > id | tie) = {greater} over {audit.num_tied_pairs:,} pairs: "
+        f"{verdict}{choice.kind} order ({choice.chosen_by})"
+    )
+
+
+def sort_by_order(events: pl.DataFrame, kind: TieKind) -> pl.DataFrame:
+    """Return the events sorted by (user_index, timestamp, tie), ties after that by arrival, with the column `tie`.
 
     Args:
         events: user_index, timestamp, `arrival` (uint64) and, by kind, event_id (nulls fall back to arrival) or
@@ -101,7 +134,8 @@ def _ties(ordered: pl.DataFrame, kind: TieKind) -> pl.Series:
         first = ordered["tie_0"]
         return first if first.dtype == pl.Binary else _big_endian(first)
     number, event_type = _big_endian(ordered["tie_0"]).to_arrow(), ordered["tie_1"].to_arrow()
-    joined = pc.binary_join_element_wise(number.cast(pa.large_binary()), event_type.cast(pa.large_binary()), b"")
+    parts = [number.cast(pa.large_binary()), event_type.cast(pa.large_binary()), pa.scalar(b"", pa.large_binary())]
+    joined = pc.call_function("binary_join_element_wise", parts)
     return pl.Series(pl.from_arrow(joined))
 
 

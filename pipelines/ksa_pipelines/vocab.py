@@ -1,5 +1,4 @@
-"""
-Numbering of items, categories and users, frozen with the data set.
+"""Numbering of items, categories and users, frozen with the data set.
 
 Items: by (first timestamp, id as bytes), from 1; 0 is the unknown item. Categories: by value as bytes, from 1.
 Users: bucket = first 8 bytes of SHA-256(user id) mod num_buckets, user_index = bucket + num_buckets * n, n counting
@@ -70,23 +69,21 @@ def number_categories(values: pl.LazyFrame, column: str) -> pl.LazyFrame:
     return pl.concat([unknown, known]).with_row_index("index").select(pl.col("index").cast(pl.Int32), "value", "count")
 
 
-def check_event_types(vocabulary: pl.DataFrame, source: str) -> None:
-    """
-    Refuse more event types than an int8 numbers.
+def check_event_types(vocabulary: pl.DataFrame) -> None:
+    """Refuse more event types than an int8 numbers.
 
     Raises:
         SchemaError: more than 127.
     """
     if vocabulary.height - 1 > MAX_EVENT_TYPES:
         raise SchemaError(
-            f"{source}: event_type: expected at most {MAX_EVENT_TYPES} types, got {vocabulary.height - 1}. "
+            f"event_type: expected at most {MAX_EVENT_TYPES} types, got {vocabulary.height - 1}. "
             "Map another column, or none (event_type = '')."
         )
 
 
 def map_item_columns(frame: pl.LazyFrame, config: ItemsConfig, schema: Schema, source: str) -> pl.LazyFrame:
-    """
-    The items file -> item_id, side features and title as strings; empty values are null, the first row of an id stays.
+    """The items file -> item_id, side features, title as strings; empty ones are null, an id's first row stays.
 
     Raises:
         SchemaError: a column is missing or of a type that is no category.

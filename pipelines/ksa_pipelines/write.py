@@ -15,28 +15,25 @@ from recsys_ksa.errors import DataError
 
 
 def refuse_existing(target: Path) -> None:
-    """
-    Refuse a data set that is already there.
+    """Refuse a data set that is already there.
 
     Raises:
-        DataError: `target` exists, or the folder it should lie in does not.
+        DataError: `target` exists.
     """
     if target.exists() or target.is_symlink():
         raise DataError(
             f"{target}: expected a path that does not exist yet, got an existing one. Remove it or choose another."
         )
-    if not target.absolute().parent.is_dir():
-        raise DataError(f"{target}: expected its folder {target.absolute().parent} to exist. Create it.")
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """
-    Yield a temporary sibling of `target` to write into; on success it is synced and renamed, else removed.
+    """Yield a temporary sibling of `target` to write into; on success it is synced and renamed, else removed.
 
     A process that is killed leaves at most the hidden sibling `.<name>.<random>.unfinished`, never `target`.
     """
     refuse_existing(target)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.absolute().parent))
     try:
         unfinished.chmod(0o755)
@@ -56,7 +53,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a Parquet file with zstd; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", use_dictionary=["item_index", "event_type"])
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
 
 
 def write_parts(histories: pa.Table, directory: Path, num_buckets: int, log_number: int) -> None:

@@ -1,5 +1,4 @@
-"""
-The loader's copy of the histories: one uncompressed Arrow IPC record batch, users by index, hash-checked.
+"""The loader's copy of the histories: one uncompressed Arrow IPC record batch, users by index, hash-checked.
 
     cache/histories.arrow   what training and evaluation map into memory
     cache/histories.json    sha256 of that file, and the content and split hash it was built from
@@ -48,8 +47,7 @@ def write_cache(directory: Path, histories: pa.Table, content: str, split: str) 
 
 
 def map_cache(directory: Path, manifest: Manifest) -> pa.RecordBatch:
-    """
-    Return the cached histories as one memory-mapped record batch; rebuild the cache where it is missing or old.
+    """Return the cached histories as one memory-mapped record batch; rebuild the cache where it is missing or old.
 
     Raises:
         DataError: the cache was altered, or a part that a rebuild needs is missing or altered.
@@ -58,7 +56,7 @@ def map_cache(directory: Path, manifest: Manifest) -> pa.RecordBatch:
     seal = _read_seal(directory)
     if seal is None or (seal["content_hash"], seal["split_hash"]) != (manifest.content_hash, manifest.split_hash):
         _log.warning("%s: building %s from the parts", directory, CACHE)
-        write_cache(directory, read_parts(directory, manifest), manifest.content_hash, manifest.split_hash)
+        _rebuild(directory, manifest)
         seal = _read_seal(directory)
         assert seal is not None
     path = directory / CACHE
@@ -73,8 +71,7 @@ def map_cache(directory: Path, manifest: Manifest) -> pa.RecordBatch:
 
 
 def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
-    """
-    Return the histories of the parts, users by index; of a user in several parts the newest row.
+    """Return the histories of the parts, users by index; of a user in several parts the newest row.
 
     Raises:
         DataError: a part is missing or altered, or all together are not what the manifest says.
@@ -90,6 +87,16 @@ def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
             "Prepare the data set again."
         )
     return table.sort_by("user_index")
+
+
+def _rebuild(directory: Path, manifest: Manifest) -> None:
+    histories = read_parts(directory, manifest)
+    try:
+        write_cache(directory, histories, manifest.content_hash, manifest.split_hash)
+    except OSError as error:
+        raise DataError(
+            f"{directory / 'cache'}: expected to write the cache, got: {error.strerror}. Make the folder writable once."
+        ) from error
 
 
 def _read_seal(directory: Path) -> dict[str, str] | None:

@@ -1,5 +1,4 @@
-"""
-A prepared data set, opened for reading: memory-mapped numpy arrays, no copy, no loop over events.
+"""A prepared data set, opened for reading: memory-mapped numpy arrays, no copy, no loop over events.
 
 Torch-free and polars-free. U users, T events, I items (rows of items.parquet without row 0).
 """
@@ -105,8 +104,7 @@ class Dataset:
 
 
 def open_dataset(path: Path | str) -> Dataset:
-    """
-    Open the data set that `ksa prepare` wrote at `path`.
+    """Open the data set that `ksa prepare` wrote at `path`.
 
     The sha256 of every file read is compared with the manifest, the cache's with its seal; a missing cache is
     rebuilt from the parts.

@@ -15,6 +15,7 @@ from recsys_ksa.order import TieKind
 from recsys_ksa.schema import FORMAT_VERSION, SPLIT_COLUMNS
 
 Clock = Literal["unix", "relative", "ordinal"]
+ChosenBy = Literal["default", "audit", "config"]
 MANIFEST = "manifest.json"
 
 
@@ -86,7 +87,7 @@ class Manifest(Strict):
     clock: Clock
     tie: TieKind
     """What orders events with equal timestamps; a model's service must follow it."""
-    tie_chosen_by: Literal["default", "audit", "config"]
+    tie_chosen_by: ChosenBy
     tie_audit: TieAudit
     num_buckets: int
     has_event_type: bool
@@ -97,6 +98,10 @@ class Manifest(Strict):
     split: dict[str, dict[str, int]]
     """`global`: {valid_start, test_start, log_end} in the data set's seconds; absent with an ordinal clock."""
     logs: tuple[SourceLog, ...]
+    items_files: tuple[SourceFile, ...] = ()
+    """The items file (`--items`), where one was given."""
+    items_described: int = 0
+    """Items of the data set that the items file describes."""
     config: dict[str, Any]
     """The resolved PrepareConfig."""
     files: dict[str, str] = Field(default_factory=dict)
@@ -109,8 +114,7 @@ class Manifest(Strict):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """
-    Read and check manifest.json.
+    """Read and check manifest.json.
 
     Raises:
         DataError: it is missing, broken, or of another format version.
@@ -120,14 +124,14 @@ def read_manifest(directory: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{directory}: expected a prepared data set with {MANIFEST}, got: {error.strerror}. Run `ksa prepare` first."
+            f"{directory}: expected a prepared data set ({MANIFEST}), got: {error.strerror}. Run `ksa prepare` first."
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: expected JSON, got: {error}. Prepare the data set again.") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}. Prepare the data set with this version."
+            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}. Prepare it with this version."
         )
     try:
         return Manifest.model_validate(values)
@@ -144,8 +148,7 @@ def file_hash(path: Path) -> str:
 
 
 def check_file(directory: Path, manifest: Manifest, name: str) -> Path:
-    """
-    Return the path of a file of the data set after comparing its sha256 with the manifest's.
+    """Return the path of a file of the data set after comparing its sha256 with the manifest's.
 
     Raises:
         DataError: the file is not in the manifest, missing, or altered.
@@ -165,8 +168,7 @@ def check_file(directory: Path, manifest: Manifest, name: str) -> Path:
 
 
 def content_hash(histories: pa.Table) -> str:
-    """
-    Return the SHA-256 of a histories table's canonical rows, in hexadecimal.
+    """Return the SHA-256 of a histories table's canonical rows, in hexadecimal.
 
     Users go by user_index, whatever the table's order. Each user's row is: user_index and number of events
     (int64), user_id, then item_index (int32), timestamp (int64), tie, and where the log has them event_id and
@@ -225,7 +227,7 @@ class _Cells:
             return cls(offsets, memoryview(values if values is not None else b""), 0, ends_array)
         numbers = np.ascontiguousarray(flat.to_numpy())
         numbers = numbers.astype(numbers.dtype.newbyteorder("<"), copy=False)
-        return cls(offsets, memoryview(numbers).cast("B"), numbers.itemsize, None)
+        return cls(offsets, memoryview(numbers.tobytes()), numbers.itemsize, None)
 
     def update(self, digest: Any, first: int, last: int) -> None:
         if self.ends is None:
