@@ -8,7 +8,6 @@ else the install stops before anything large is downloaded, and says why.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -45,17 +44,12 @@ def main() -> None:
 
 def refuse_cuda(pip: list[str], environment: dict[str, str]) -> None:
     """Stop where pip would take a torch with CUDA dependencies."""
-    torch = next(line for line in (ROOT / "requirements-cpu.txt").read_text().splitlines() if line.startswith("torch=="))
-    plan = subprocess.run(
-        [*pip, "--dry-run", "--ignore-installed", torch], capture_output=True, text=True, env=environment
+    torch = next(
+        line for line in (ROOT / "requirements-cpu.txt").read_text().splitlines() if line.startswith("torch==")
     )
-    report = subprocess.run(
-        [arg for arg in pip if arg != "--quiet"] + ["--dry-run", "--ignore-installed", "--quiet", "--report", "-", torch],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    if "nvidia" in report.stdout + plan.stdout:
+    dry_run = [*pip, "--dry-run", "--ignore-installed", "--report", "-", torch]
+    report = subprocess.run(dry_run, capture_output=True, text=True, env=environment)
+    if "nvidia" in report.stdout:
         sys.exit(
             f"install: expected a CPU build of {torch}, but pip finds one with CUDA packages (gigabytes) only. Make "
             f"{TORCH_INDEX} reachable, or set TORCH_INDEX to a mirror of it."
@@ -79,6 +73,4 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if shutil.which("cc") is None and os.name == "posix":
-        print("install: note: no C compiler found; torch.compile will not work on this machine")
     main()

@@ -228,9 +228,7 @@ class Recommender:
         if self.network.features.num_event_types:
             known = self.run.event_types
             event_type = torch.tensor([known.get(event[2] or "", 0) for _, event in keyed], device=device)
-        return Arrivals(
-            [len(items)], torch.from_numpy(items).to(device), event_type, torch.from_numpy(gaps).to(device)
-        )
+        return Arrivals([len(items)], torch.from_numpy(items).to(device), event_type, torch.from_numpy(gaps).to(device))
 
     def _own(self, state: UserState) -> None:
         if state.fingerprint != self.fingerprint:

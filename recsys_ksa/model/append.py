@@ -42,7 +42,7 @@ def empty_memory(network: Network) -> Memory:
     return Memory(0, layers, torch.zeros(config.dim, dtype=network.dtype, device=device))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def append_events(
     network: Network, memories: Sequence[Memory], arrivals: Arrivals, attention_impl: str = "auto"
 ) -> list[Memory]:
@@ -94,7 +94,7 @@ def append_events(
     return after
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def ask(
     network: Network, memories: Sequence[Memory], request_bucket: Sequence[int], attention_impl: str = "auto"
 ) -> Tensor:
@@ -143,7 +143,7 @@ def replay_start(config: ModelConfig, num_events: int) -> int:
     return max(0, last_chunk - len(config.layer_kinds) * config.window_chunks) * config.chunk_size
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl: str = "auto") -> Memory:
     """Rebuild a user's memory exactly from its stored summaries (and full layers' rows) and its newest events.
 

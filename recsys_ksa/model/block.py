@@ -74,10 +74,12 @@ def attend(
         event_query, summary_query: [Tq, H, D], [Sq, H, D].
         event_rows, summary_rows: [Tk, 2, H_kv, D], [Sk, 2, H_kv, D].
     """
-    result = summary_attention(
-        QKV(event_query, event_rows[:, 0], event_rows[:, 1]),
-        QKV(summary_query, summary_rows[:, 0], summary_rows[:, 1]),
-        layout,
-        impl=impl,
-    )
+    # The operator chooses its own precision: softmax in float32 whatever the inputs.
+    with torch.autocast(event_query.device.type, enabled=False):
+        result = summary_attention(
+            QKV(event_query, event_rows[:, 0], event_rows[:, 1]),
+            QKV(summary_query, summary_rows[:, 0], summary_rows[:, 1]),
+            layout,
+            impl=impl,
+        )
     return result.events, result.summaries

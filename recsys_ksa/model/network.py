@@ -121,12 +121,11 @@ class Network(nn.Module):
         rows: list[Rows] = []
         for depth, module in enumerate(self.blocks):
             block = self._block(module)
+            summary = block.summary if len(summaries) else None  # most arrivals close no chunk
             event_rows = block.event.keys_values(events, place.event_rotary)
             new = Rows(
                 event_rows,
-                event_rows[:0]
-                if block.summary is None
-                else block.summary.keys_values(summaries, place.summary_rotary),
+                event_rows[:0] if summary is None else summary.keys_values(summaries, place.summary_rotary),
             )
             merged = _merge(new, earlier[depth] if earlier else None, place, block.kind)
             if fixed is not None and (known := fixed[depth]) is not None:
@@ -135,14 +134,14 @@ class Network(nn.Module):
             if depth == len(self.blocks) - 1:
                 break
             query, gate = block.event.queries(events, place.event_rotary)
-            if block.summary is not None:
-                summary_query, summary_gate = block.summary.queries(summaries, place.summary_rotary)
+            if summary is not None:
+                summary_query, summary_gate = summary.queries(summaries, place.summary_rotary)
             else:
                 summary_query, summary_gate = query[:0], gate[:0]
             layout = place.layouts[block.kind]
             seen, summary_seen = attend(query, merged.events, summary_query, merged.summaries, layout, attention_impl)
             events = block.finish(events, seen, gate)
-            if block.summary is not None:
+            if summary is not None:
                 summaries = block.finish(summaries, summary_seen, summary_gate)
         return Encoded(events, rows)
 
