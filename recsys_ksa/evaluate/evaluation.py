@@ -1,0 +1,142 @@
+"""One evaluation from end to end: a protocol, runs and baselines -> rows and the facts of the report."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from recsys_ksa.errors import RunError
+from recsys_ksa.evaluate.baselines import baselines
+from recsys_ksa.evaluate.ksa_scorer import AttentionImpl, RunScorer, run_scorers
+from recsys_ksa.evaluate.owned import Ownership
+from recsys_ksa.evaluate.protocol import ProtocolName, Questions, RequestTime, ask, check_honest, check_request_time
+from recsys_ksa.evaluate.ranking import Ranks, Scorer, rank_targets, repeats
+from recsys_ksa.evaluate.rows import MAIN, Row, make_rows
+from recsys_ksa.evaluate.slices import columns, slices
+from recsys_ksa.progress import progress
+
+if TYPE_CHECKING:
+    from recsys_ksa.data.dataset import Dataset
+    from recsys_ksa.model.network import Network
+    from recsys_ksa.run import Run
+
+log = logging.getLogger(__name__)
+TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """A run, its network, and what its rows are called."""
+
+    name: str
+    run: "Run"
+    network: "Network"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one protocol gave."""
+
+    protocol: ProtocolName
+    variants: tuple[RequestTime, ...]
+    exclude_seen: bool
+    rows: list[Row]
+    notes: dict[str, str]
+    """What was chosen or left out, by baseline."""
+    num_users: int
+    num_questions: int
+    num_targets: int
+    repeat_share: float
+    """Share of the targets that the user had before."""
+
+
+def check_run(run: "Run", dataset: "Dataset") -> None:
+    """Refuse a run of other data or another split.
+
+    Raises:
+        RunError: with both hashes.
+    """
+    for what, found, expected in (
+        ("data", run.info.data_hash, dataset.manifest.content_hash),
+        ("split", run.info.split_hash, dataset.manifest.split_hash),
+    ):
+        if found != expected:
+            raise RunError(
+                f"{run.path}: expected a run with the {what} hash of {dataset.path} ({expected[:12]}), got "
+                f"{found[:12]}: figures of different {what} cannot be compared. Train it on this data set."
+            )
+    if run.info.num_items != dataset.num_items:
+        raise RunError(
+            f"{run.path}: expected {dataset.num_items} item rows as {dataset.path} has, got {run.info.num_items}. "
+            "Train the run on this data set."
+        )
+
+
+def evaluate_protocol(
+    dataset: "Dataset",
+    protocol: ProtocolName,
+    runs: Sequence[NamedRun],
+    variants: Sequence[RequestTime],
+    ownership: Ownership,
+    *,
+    exclude_seen: bool,
+    baseline_names: Sequence[str],
+    attention_impl: AttentionImpl = "auto",
+) -> Evaluation:
+    """Evaluate the runs (the first is `ksa`), its truncated form, and the baselines under one protocol.
+
+    Raises:
+        ProtocolError: the data or a run's training span does not allow the protocol or a request time.
+        RunError: a run is of other data.
+    """
+    for named in runs:
+        check_run(named.run, dataset)
+        check_honest(dataset, protocol, named.run.info.training_span)
+    for variant in variants:
+        check_request_time(variant, dataset.manifest)
+    questions = ask(dataset.histories, protocol)
+    num_items = dataset.num_items - 1
+    scorers: list[Scorer] = []
+    for named in runs:
+        scorers.extend(
+            run_scorers(
+                named.name, named.network, dataset, questions, ownership, variants, attention_impl=attention_impl
+            )
+        )
+    main = runs[0].network
+    cut = run_scorers(
+        TRUNCATED, main, dataset, questions, ownership, variants, truncated=True, attention_impl=attention_impl
+    )
+    scorers.extend(cut)
+    simple, notes = baselines(dataset, protocol, ownership, exclude_seen=exclude_seen, names=baseline_names)
+    scorers.extend(simple)
+    ranked: list[tuple[str, RequestTime | None, Ranks]] = []
+    for scorer in progress(scorers, f"ranking all items: {protocol}", unit="model"):
+        ranks = rank_targets(scorer, questions, ownership, num_items, exclude_seen=exclude_seen)
+        ranked.append((scorer.name, scorer.request_time, ranks))
+    repeat = repeats(questions, ownership, num_items)
+    parts = slices(questions, repeat, exclude_seen=exclude_seen)
+    names, values = columns(questions, ranked, parts)
+    return Evaluation(
+        protocol=protocol,
+        variants=tuple(variants),
+        exclude_seen=exclude_seen,
+        rows=make_rows(protocol, names, values),
+        notes=notes,
+        num_users=len(values),
+        num_questions=len(questions),
+        num_targets=len(questions.target_item),
+        repeat_share=float(repeat.mean()),
+    )
+
+
+def main_scorer(
+    dataset: "Dataset",
+    run: NamedRun,
+    questions: Questions,
+    ownership: Ownership,
+    variant: RequestTime,
+    attention_impl: AttentionImpl = "auto",
+) -> RunScorer:
+    """Return the scorer whose rankings are exported."""
+    return run_scorers(MAIN, run.network, dataset, questions, ownership, [variant], attention_impl=attention_impl)[0]

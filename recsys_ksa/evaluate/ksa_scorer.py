@@ -1,0 +1,179 @@
+"""Scores of a trained run: the network's user vectors times all item vectors, plus the own-item bias.
+
+Each user is read once for all of the user's questions and all kinds of request time, which keys and values never
+depend on. Q questions, I items, E width of vectors, P (question, item) pairs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys_ksa.data.batches import Batch, questions_batch
+from recsys_ksa.evaluate.owned import Ownership
+from recsys_ksa.evaluate.protocol import Questions, RequestTime, request_times
+from recsys_ksa.features import NO_GAP, gap_buckets
+from recsys_ksa.model.place import place_histories
+from recsys_ksa.progress import progress
+
+if TYPE_CHECKING:
+    from recsys_ksa.data.dataset import Dataset
+    from recsys_ksa.model.network import Network
+
+AttentionImpl = Literal["auto", "reference", "torch", "triton"]
+BATCH_EVENTS = 1 << 15
+"""Event tokens of a pass, one user at least."""
+
+
+@dataclass(frozen=True)
+class RunScorer:
+    """Scores of one network for a fixed table of questions, shown one kind of request time."""
+
+    name: str
+    request_time: RequestTime
+    network: "Network"
+    vectors: Tensor
+    """[Q, E] of the whole table, float32."""
+    items: Tensor
+    """[I + 1, E], float32."""
+    now: NDArray[np.int64]
+    """[Q] of the whole table: the time of asking, or where none is shown, of the last event."""
+    ownership: Ownership
+    truncated: bool
+
+    def scores(self, questions: Questions) -> Tensor:
+        """Return float32 [Q, I + 1] on the network's device."""
+        device = self.items.device
+        scores = self.vectors[torch.from_numpy(questions.number).to(device)] @ self.items.T
+        if self.network.own_items is None:
+            return scores
+        start = window_start(self.network, questions) if self.truncated else None
+        owned = self.ownership.before(questions, start)
+        now = self.now[questions.number][owned.question]
+        parts = (owned.question, owned.item, owned.count, owned.first, owned.last, now)
+        question, item, *rest = (torch.from_numpy(part).to(device) for part in parts)
+        with torch.no_grad():
+            scores[question, item] += self.network.own_items(*rest).to(torch.float32)
+        return scores
+
+
+def run_scorers(
+    name: str,
+    network: "Network",
+    dataset: "Dataset",
+    questions: Questions,
+    ownership: Ownership,
+    variants: Sequence[RequestTime],
+    *,
+    truncated: bool = False,
+    attention_impl: AttentionImpl = "auto",
+) -> list[RunScorer]:
+    """Return one scorer for each kind of request time.
+
+    Args:
+        name: what to call them.
+        network: of the run, on its device.
+        dataset: what the questions are about.
+        questions: all that will be asked.
+        ownership: of the data set's histories.
+        variants: kinds of request time.
+        truncated: show the network the last (W + 1) * k events of each question only, cut at a chunk boundary with
+            true positions; owned items are counted in those events too. It is what is left without a long memory.
+        attention_impl: implementation of summary attention.
+    """
+    user_ids = dataset.histories.user_ids()
+    times = {variant: request_times(questions, variant, user_ids) for variant in variants}
+    buckets = np.stack(
+        [
+            np.where(shown, gap_buckets(now - questions.last_timestamp), NO_GAP)
+            for now, shown in (times[variant] for variant in variants)
+        ]
+    )
+    reach = (network.config.window_chunks + 1) * network.config.chunk_size if truncated else None
+    vectors: list[list[Tensor]] = [[] for _ in variants]
+    batches = list(_batches(questions, reach))
+    for rows in progress(batches, f"reading histories: {name}", unit="batch"):
+        batch = _batch(dataset, questions, rows, network.config.chunk_size, reach)
+        batch = batch.to(network.start.device)
+        for kept, answer in zip(vectors, user_vectors(network, batch, buckets[:, rows], attention_impl)):
+            kept.append(answer)
+    items = network.item_vectors().detach().to(torch.float32)
+    return [
+        RunScorer(name, variant, network, torch.cat(answers), items, times[variant][0], ownership, truncated)
+        for variant, answers in zip(variants, vectors)
+    ]
+
+
+@torch.no_grad()
+def user_vectors(
+    network: "Network", batch: Batch, buckets: NDArray[np.int64], attention_impl: AttentionImpl = "auto"
+) -> list[Tensor]:
+    """Return the user vectors of a batch's questions for each row of request buckets, float32 [Q, E] each.
+
+    Equal to calling the network once a row; the histories are read once.
+
+    Args:
+        network: in eval mode.
+        batch: histories and questions; its own request buckets are not used.
+        buckets: [V, Q].
+        attention_impl: implementation of summary attention.
+    """
+    device = network.start.device
+    known = batch.question_row >= 0
+    row = batch.question_row.clamp(min=0)
+    if not batch.num_events:
+        start = network.user_vectors(network.start.expand(len(row), -1)).to(torch.float32)
+        return [start for _ in buckets]
+    place = place_histories(network.config, batch.offsets, batch.first_position, device, network.dtype)
+    events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, batch.offsets.diff())
+    encoded = network.encode(events, place, attention_impl)
+    layout = place.layouts[network.config.layer_kinds[-1]]
+    vectors = []
+    for asked in torch.from_numpy(buckets).to(device):
+        bucket = torch.zeros(batch.num_events, dtype=torch.int64, device=device)
+        bucket[row[known]] = asked[known]
+        hidden = network.answer(
+            encoded.last_input, bucket, encoded.rows[-1], layout, place.event_rotary, row, attention_impl
+        )
+        hidden = torch.where(known[:, None], hidden, network.start)
+        vectors.append(network.user_vectors(hidden).to(torch.float32))
+    return vectors
+
+
+def window_start(network: "Network", questions: Questions) -> NDArray[np.int64]:
+    """Return the first event that each question still sees as an event, int64 [Q]."""
+    config = network.config
+    chunk = np.maximum(questions.cut - 1, 0) // config.chunk_size
+    return np.maximum(chunk - config.window_chunks, 0) * config.chunk_size
+
+
+def _batch(dataset: "Dataset", questions: Questions, rows: slice, chunk_size: int, reach: int | None) -> Batch:
+    user = questions.user[rows]
+    if reach is None:
+        users, question_user = np.unique(user, return_inverse=True)
+    else:
+        # Each question is cut elsewhere, so each is a history of its own.
+        users, question_user = user, np.arange(len(user))
+    cuts = questions.cut[rows]
+    return questions_batch(dataset.histories, users, question_user, cuts, chunk_size=chunk_size, max_length=reach)
+
+
+def _batches(questions: Questions, reach: int | None) -> Iterator[slice]:
+    """Cut the questions into runs of whole users (of whole questions if only `reach` events are read)."""
+    if reach is None:
+        ends = np.append(np.flatnonzero(np.diff(questions.user)) + 1, len(questions))
+        cost = questions.cut[ends - 1]
+    else:
+        ends = np.arange(1, len(questions) + 1)
+        cost = np.minimum(questions.cut, reach)
+    start, spent = 0, 0
+    for at in range(len(ends)):
+        if spent and spent + cost[at] > BATCH_EVENTS:
+            yield slice(start, int(ends[at - 1]))
+            start, spent = int(ends[at - 1]), 0
+        spent += int(cost[at])
+    yield slice(start, len(questions))

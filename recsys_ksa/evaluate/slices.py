@@ -1,0 +1,102 @@
+"""Parts of the targets that are looked at apart, and the per-user values of every metric on them.
+
+Q questions, M targets, U users asked, C columns.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys_ksa.evaluate.metrics import METRICS, question_metrics, user_means
+from recsys_ksa.evaluate.protocol import Questions, RequestTime
+from recsys_ksa.evaluate.ranking import Ranks
+
+LENGTHS = (0, 16, 64, 256, 1024, 4096, 16384, 65536, 1 << 30)
+"""Where slices by history length begin; each ends one event before the next."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which targets count, and in which ranking."""
+
+    name: str
+    kept: NDArray[np.bool_]
+    """[M]"""
+    in_list: bool = False
+    """Whether targets are ranked in their own list ("again", "new for you") instead of among all items."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one column of values holds."""
+
+    model: str
+    request_time: RequestTime | None
+    slice: str
+    metric: str
+
+
+def slices(questions: Questions, repeat: NDArray[np.bool_], *, exclude_seen: bool) -> list[Slice]:
+    """Return the slices that hold a target.
+
+    - `all`; `new` and `repeat`: targets that the user did not have, or had, in the same ranking. A question's set
+      splits into the two.
+    - `list-new` and `list-again`: the same targets in the two lists that are served: new ones ranked among the items
+      the user never had, repeated ones among those the user had. Left out where a seen filter makes one list.
+    - `gap-0` and `gap-positive` (tie-ordered `loo-classic` only): seconds from the last known event to the target.
+    - `length-LO-HI`: events known to the question, both ends included.
+
+    Args:
+        questions: what was asked.
+        repeat: whether the user had the target before, bool [M].
+        exclude_seen: whether the ranking leaves out what the user had.
+    """
+    every = np.ones(len(repeat), dtype=bool)
+    found = [Slice("all", every), Slice("new", ~repeat), Slice("repeat", repeat)]
+    if repeat.any() and not exclude_seen:
+        found += [Slice("list-new", ~repeat, in_list=True), Slice("list-again", repeat, in_list=True)]
+    question = questions.target_question
+    if questions.protocol == "loo-classic":
+        tied = (questions.gap == 0)[question]
+        found += [Slice("gap-0", tied), Slice("gap-positive", ~tied)]
+    length = questions.cut[question]
+    for low, end in pairwise(LENGTHS):
+        found.append(Slice(f"length-{low}-{end - 1}", (low <= length) & (length < end)))
+    return [part for part in found if part.kept.any()]
+
+
+def columns(
+    questions: Questions,
+    ranked: Sequence[tuple[str, RequestTime | None, Ranks]],
+    parts: Sequence[Slice],
+) -> tuple[list[Column], NDArray[np.float64]]:
+    """Return every metric of every model and slice, one row a user. C columns, float64 [U, C].
+
+    A user's value is the mean over the user's questions; NaN where the user has none in the slice.
+
+    Args:
+        questions: what was asked.
+        ranked: (model, request time, ranks).
+        parts: the slices.
+    """
+    users, user = np.unique(questions.user, return_inverse=True)
+    names: list[Column] = []
+    values = []
+    for model, request_time, ranks in ranked:
+        for part, metric, value in _question_values(questions, ranks, parts):
+            names.append(Column(model, request_time, part, metric))
+            values.append(user_means(value, user, len(users)))
+    return names, np.stack(values, axis=1)
+
+
+def _question_values(
+    questions: Questions, ranks: Ranks, parts: Sequence[Slice]
+) -> Iterator[tuple[str, str, NDArray[np.float64]]]:
+    for part in parts:
+        rank = ranks.own_list if part.in_list else ranks.all_items
+        by_metric = question_metrics(rank, questions.target_question, len(questions), part.kept)
+        for metric in METRICS:
+            yield part.name, metric, by_metric[metric]
