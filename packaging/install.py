@@ -1,4 +1,5 @@
-"""Create the virtual environment and install the pinned CPU set and the project, with no CUDA wheel.
+"""
+Create the virtual environment and install the pinned CPU set and the project, with no CUDA wheel.
 
     python3 packaging/install.py .venv
 
@@ -20,7 +21,7 @@ TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cp
 
 def main() -> None:
     """Install into the folder named by the one argument."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (runs before anything is installed)
         sys.exit(f"install: expected Python 3.11 or newer, got {sys.version.split()[0]}. Set PYTHON=python3.x.")
     folder = Path(sys.argv[1])
     python = folder / "bin" / "python"
