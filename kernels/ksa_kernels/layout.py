@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class ChunkLayout:
     """
     Which user, chunk and slot each row of the event and summary tensors belongs to.
 
-    Build it once a batch with `from_offsets`; tensors that only some implementations need are made when first asked for.
+    Build it once a batch with `from_offsets`; tensors that only some implementations need are made when asked for.
     """
 
     spans: tuple[UserSpan, ...]
@@ -229,13 +229,13 @@ def _integers(name: str, values: Integers) -> list[int]:
         return [int(value) for value in values]
     if values.dim() != 1 or values.dtype.is_floating_point or values.dtype.is_complex or values.dtype is torch.bool:
         raise ShapeError(f"{name} must be a 1-d tensor of integers: got {values.dtype} of shape {list(values.shape)}.")
-    return values.tolist()
+    return cast(list[int], values.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def _lengths(offsets: list[int]) -> list[int]:
     if not offsets or offsets[0] != 0:
         raise ShapeError(f"offsets must start with 0 and have one more entry than users: got {offsets[:4]}.")
-    lengths = [stop - start for start, stop in zip(offsets, offsets[1:])]
+    lengths = [stop - start for start, stop in pairwise(offsets)]
     if lengths and min(lengths) < 0:
         user = next(u for u, length in enumerate(lengths) if length < 0)
         raise ShapeError(f"offsets must not decrease: user {user} has {offsets[user]} then {offsets[user + 1]}.")

@@ -1,7 +1,8 @@
-"""The oracle: one dense boolean mask per user, plain PyTorch, any device. Slow and meant to be believed at first reading."""
+"""The oracle: one dense boolean mask per user, plain PyTorch, any device; slow, and believed at first reading."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -102,4 +103,4 @@ def _tokens(first_event: int, stop_event: int, first_chunk: int, stop_chunk: int
 
 def _rows(values: Tensor, offsets: Tensor) -> list[Tensor]:
     bounds = offsets.tolist()
-    return [values[start:stop] for start, stop in zip(bounds, bounds[1:])]
+    return [values[start:stop] for start, stop in itertools.pairwise(bounds)]

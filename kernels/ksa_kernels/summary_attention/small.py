@@ -1,8 +1,8 @@
 """
 A few queries on long states: slices of keys and values instead of blocks, masks only where rows differ.
 
-Everything a chunk's events see is one range of event rows and one range of summary rows, so one new event costs two
-small matrix products and no mask. Plain autograd; what it keeps is linear in the keys.
+Everything a chunk's events see is one range of event rows and one range of summary rows, so one new event costs one
+small product of matrices and no mask. Plain autograd where gradients are wanted; what it keeps is linear in the keys.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ksa_kernels.layout import ChunkLayout, UserSpan
+from ksa_kernels.summary_attention import fused_cpu
 
 if TYPE_CHECKING:
     from ksa_kernels.summary_attention.api import QKV
@@ -75,13 +76,7 @@ def _ranges(chunk: int, layout: ChunkLayout, span: UserSpan) -> tuple[int, tuple
 
 
 def _attend(
-    query: Tensor,
-    events: QKV,
-    keys: slice,
-    summaries: QKV,
-    remembered: slice,
-    causal_events: int,
-    causal_summaries: int,
+    query: Tensor, events: QKV, keys: slice, summaries: QKV, old: slice, causal_events: int, causal_summaries: int
 ) -> tuple[Tensor, Tensor]:
     """
     Attend over one range of events and one of summaries; the last rows of one range may be causal.
@@ -91,30 +86,43 @@ def _attend(
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads = events.key.shape[1]
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3) * head_dim**-0.5
+    q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     q = q.reshape(num_kv_heads, -1, head_dim)
-    has_summaries = remembered.stop > remembered.start
-    scores = q @ events.key[keys].to(dtype).permute(1, 2, 0)
-    if causal_events > 1:
-        scores = _hide_later(scores, causal_events)
-    num_events = scores.shape[-1]
-    if has_summaries:
-        more = q @ summaries.key[remembered].to(dtype).permute(1, 2, 0)
-        scores = torch.cat([scores, _hide_later(more, causal_summaries) if causal_summaries > 1 else more], -1)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp()
-    out = weights[..., :num_events] @ events.value[keys].to(dtype).transpose(0, 1)
-    if has_summaries:
-        out = out + weights[..., num_events:] @ summaries.value[remembered].to(dtype).transpose(0, 1)
-    out = out.view(num_kv_heads, -1, num_rows, head_dim).permute(2, 0, 1, 3).reshape(query.shape)
-    return out.to(query.dtype), lse.view(num_heads, num_rows).T
+    key, value = events.key[keys], events.value[keys]
+    causal = causal_events
+    if old.stop > old.start:
+        # what is causal goes last
+        if causal_summaries:
+            causal = causal_summaries
+            key, value = torch.cat([key, summaries.key[old]]), torch.cat([value, summaries.value[old]])
+        else:
+            key, value = torch.cat([summaries.key[old], key]), torch.cat([summaries.value[old], value])
+    key, value = key.to(dtype).transpose(0, 1), value.to(dtype).transpose(0, 1)
+    bias = _hide_later(causal, q.shape[1], key) if causal > 1 else None
+    if query.device.type == "cpu" and not (torch.is_grad_enabled() and _any_needs_grad(q, key, value)):
+        out, lse = fused_cpu.attend_rows(q, key, value, bias)
+    else:
+        scores = q @ key.mT * head_dim**-0.5
+        scores = scores if bias is None else scores + bias
+        lse = scores.logsumexp(-1)
+        out = (scores - lse[..., None]).exp() @ value
+    out = out.reshape(num_kv_heads, -1, num_rows, head_dim).permute(2, 0, 1, 3).reshape(query.shape)
+    return out.to(query.dtype), lse.reshape(num_heads, num_rows).T
 
 
-def _hide_later(scores: Tensor, count: int) -> Tensor:
-    """Hide from each of `count` rows (a group's heads repeat them) the last columns that come after it."""
-    later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
-    by_row = scores.unflatten(1, (-1, count))
-    return torch.cat([by_row[..., :-count], by_row[..., -count:].masked_fill(later, -torch.inf)], -1).flatten(1, 2)
+def _any_needs_grad(*tensors: Tensor) -> bool:
+    return any(each.requires_grad for each in tensors)
+
+
+def _hide_later(count: int, num_rows: int, key: Tensor) -> Tensor:
+    """
+    Return a bias that hides from each of `count` rows the keys that come after it among the last `count` ones.
+
+    Shape [num_rows, keys]: a group's heads repeat the rows.
+    """
+    bias = key.new_zeros(count, key.shape[1])
+    bias[:, -count:] = torch.full((count, count), -torch.inf, dtype=key.dtype, device=key.device).triu_(1)
+    return bias.repeat(num_rows // count, 1)
 
 
 def _join(parts: list[tuple[Tensor, Tensor]], query: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ Inside, scores are in base 2: q is scaled by log2(e) D**-0.5 (torch's exp is 15 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from math import log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ksa_kernels.layout import ChunkLayout
-from ksa_kernels.summary_attention import small
+from ksa_kernels.summary_attention import fused_cpu, small
 from ksa_kernels.summary_attention.reference import Tokens, visible
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 64
 """Event queries of a full block (one chunk, where chunks are longer)."""
-SCORES_AT_ONCE = 1 << 19
+SCORES_AT_ONCE = 1 << 18
 """Scores worked on together: few enough for a core's cache, enough to hide Python."""
+MOST_KEPT = 1 << 22
+"""Entries of bias up to which a plan keeps them (16 MB)."""
 HIDDEN = -1e30
 """Bias of a key that a query does not see: finite, so that rows of padding stay finite too."""
 
@@ -46,6 +48,8 @@ def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Te
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
     if small.is_small(layout):
         return small.attend(events, summaries, layout)
+    if events.query.device.type == "cpu" and fused_cpu.is_dense(layout):
+        return fused_cpu.attend_dense(events, summaries, layout)
     plan = layout.plans.get("torch")
     if plan is None:
         plan = layout.plans["torch"] = Plan.of(layout)
@@ -89,6 +93,8 @@ class Plan:
     summary_query: Side
     event_key: Side
     summary_key: Side
+    kept: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    """Pieces of small layouts, by number of heads: each layer, forward and backward, wants the same."""
 
     @staticmethod
     def of(layout: ChunkLayout) -> Plan:
@@ -109,7 +115,15 @@ class Plan:
             side(key_chunk * m, closed * m, layout.summary_key_offsets, layout.num_key_events),
         )
 
-    def pieces(self, num_heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pieces(self, num_heads: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Return what `_pieces` yields, kept where it is small."""
+        if sum(len(group.user) * group.bias.numel() for group in self.groups) > MOST_KEPT:
+            return self._pieces(num_heads)
+        if num_heads not in self.kept:
+            self.kept[num_heads] = list(self._pieces(num_heads))
+        return self.kept[num_heads]
+
+    def _pieces(self, num_heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """
         Yield query rows [n, Q], key rows [n, L] and bias [n, Q, L], a bounded number of blocks at a time.
 
