@@ -1,3 +1,5 @@
+# pyright: standard
+# pyarrow has no type stubs.
 """Names and types of every table: logs, prepared data sets, runs. Torch-free (pyarrow).
 
 A prepared data set:

@@ -14,7 +14,6 @@ from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import TieKind, hash_tie_numbers
 
 MIN_TIED_PAIRS = 1_000
-MAX_DISTANCE = 0.05
 
 
 def neighbours(events: pl.LazyFrame, order: TieKind) -> pl.LazyFrame:
@@ -57,8 +56,13 @@ def audit_ties(events: pl.LazyFrame, order: TieKind) -> TieAudit:
         tied_target_share=row["tied_targets"] / row["users"],
         num_tied_pairs=row["pairs"],
         next_id_greater=greater,
-        is_artefact=greater is not None and row["pairs"] >= MIN_TIED_PAIRS and abs(greater - 0.5) > MAX_DISTANCE,
+        is_artefact=row["pairs"] >= MIN_TIED_PAIRS and _is_sorted(row["greater"], row["pairs"]),
     )
+
+
+def _is_sorted(greater: int, pairs: int) -> bool:
+    """Whether greater / pairs is more than 1/20 from 1/2, in integers so that the edge is exact."""
+    return 10 * abs(2 * greater - pairs) > pairs
 
 
 @dataclass(frozen=True)

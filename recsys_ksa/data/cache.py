@@ -11,6 +11,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -79,14 +80,21 @@ def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
     names = sorted(name for name in manifest.files if name.startswith("histories/"))
     if not names:
         raise DataError(f"{directory}: expected histories/part-*.parquet in the manifest, got none. Prepare it again.")
-    table = pa.concat_tables([pq.read_table(check_file(directory, manifest, name)) for name in names])
+    table = _newest_rows(pa.concat_tables([pq.read_table(check_file(directory, manifest, name)) for name in names]))
     found = content_hash(table)
     if found != manifest.content_hash:
         raise DataError(
             f"{directory}: expected content_hash {manifest.content_hash[:12]}..., its parts give {found[:12]}.... "
             "Prepare the data set again."
         )
-    return table.sort_by("user_index")
+    return table
+
+
+def _newest_rows(table: pa.Table) -> pa.Table:
+    """Of each user the last row, users by index: parts are read in order of log, and a later log's row is whole."""
+    backwards = table.column("user_index").to_numpy()[::-1]
+    _, newest = np.unique(backwards, return_index=True)
+    return table.take(pa.array(len(backwards) - 1 - newest))
 
 
 def _rebuild(directory: Path, manifest: Manifest) -> None:

@@ -1,0 +1,90 @@
+import gzip
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from ksa_pipelines.sources import find_files
+from recsys_ksa.errors import DataError, SchemaError
+
+CSV = "user_id,item_id,timestamp\n007,x,10\n007,y,20\n8,x,30\n"
+
+
+def test_csv_gzip_and_parquet_of_one_log_give_one_data_set(prepared, tmp_path):
+    (tmp_path / "a.csv").write_text(CSV)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(CSV.encode()))
+    frame = {"user_id": ["007", "007", "8"], "item_id": ["x", "y", "x"], "timestamp": [10, 20, 30]}
+
+    hashes = {prepared(log).manifest.content_hash for log in (tmp_path / "a.csv", tmp_path / "b.csv.gz", frame)}
+
+    assert len(hashes) == 1
+
+
+def test_ids_in_csv_keep_their_leading_zeros(prepared, tmp_path):
+    (tmp_path / "log.csv").write_text(CSV)
+    assert sorted(prepared(tmp_path / "log.csv").histories.user_ids()) == ["007", "8"]
+
+
+def test_a_folder_and_a_pattern_are_read_in_order_of_name(prepared, tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    for name, item in (("b", "second"), ("a", "first"), ("c", "third")):
+        pl.DataFrame({"user_id": ["u"], "item_id": [item], "timestamp": [5]}).write_parquet(folder / f"{name}.parquet")
+    (folder / "notes.txt").write_text("not a log")
+
+    for log in (folder, folder / "*.parquet"):
+        dataset = prepared(Path(log))
+        items = [dataset.items.item_id[index] for index in dataset.histories.item_index]
+        assert items == ["first", "second", "third"]
+        assert [file.name for file in dataset.manifest.logs[0].files] == ["a.parquet", "b.parquet", "c.parquet"]
+
+
+@pytest.mark.parametrize("name", ["nothing", "none-*.parquet"])
+def test_a_missing_log_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="found none"):
+        find_files(str(tmp_path / name))
+
+
+def test_mixed_and_unknown_formats_are_refused(tmp_path):
+    for name in ("a.csv", "b.parquet", "c.json"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match="one format"):
+        find_files(str(tmp_path))
+    with pytest.raises(DataError, match=r"got c\.json"):
+        find_files(str(tmp_path / "c.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("broken.parquet", b"PAR1 this is no parquet file PAR1"),
+        ("cut.parquet", b"PAR1"),
+        ("empty.parquet", b""),
+        ("empty.csv", b""),
+        ("ragged.csv", b"user_id,item_id,timestamp\na,b,1,2,3\n"),
+        ("broken.csv.gz", b"\x1f\x8b not gzip"),
+    ],
+)
+def test_a_broken_file_is_one_line(prepared, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((DataError, SchemaError)) as caught:
+        prepared(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_parquet_file_is_one_line(prepared, tmp_path):
+    path = tmp_path / "log.parquet"
+    pl.DataFrame({"user_id": range(10_000), "item_id": range(10_000), "timestamp": range(10_000)}).write_parquet(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"log\.parquet: cannot be read"):
+        prepared(path)
+
+
+def test_files_of_different_columns_are_refused(prepared, tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "timestamp": [1]}).write_parquet(folder / "a.parquet")
+    pl.DataFrame({"user_id": ["a"], "thing": ["x"], "timestamp": [1]}).write_parquet(folder / "b.parquet")
+    with pytest.raises((SchemaError, DataError), match="log"):
+        prepared(folder)
