@@ -34,3 +34,23 @@ def realdata() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set KSA_REALDATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of a synthetic log: event types, side features, sessions, repeats."""
+    from recsys_ksa.testing import item_table, lifelong_log, prepared_dataset
+
+    log = lifelong_log(11, users=60, items=150, median_length=50)
+    return prepared_dataset(tmp_path_factory.mktemp("data"), log, items=item_table(150)).path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained for a few steps on `tiny_data`; tests must not write into it."""
+    from recsys_ksa.cli import call_verb
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    config = str(Path(__file__).resolve().parents[1] / "configs" / "smoke.toml")
+    call_verb("train", [config, "--data", str(tiny_data), "--out", str(run), "--steps", "4"])
+    return run

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import StateError
 from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory, replay, replay_start

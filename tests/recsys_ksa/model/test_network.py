@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import ConfigError
 from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
