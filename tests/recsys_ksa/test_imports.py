@@ -1,4 +1,4 @@
-"""Accelerator machines often have only torch, triton, numpy and pyarrow: each part imports without the others' packages."""
+"""Each part imports without the packages of the others: accelerator machines have little beyond torch and pyarrow."""
 
 import subprocess
 import sys
