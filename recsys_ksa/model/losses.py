@@ -16,6 +16,7 @@ Softmax losses are the mean over questions of `sum over targets of weight * (log
   negatives are uniform, which beta assumes.
 """
 
+import math
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -93,7 +94,7 @@ def sampled_softmax(
 
     negatives, _ = negatives.sort()
     drawn = users @ network.item_vectors(negatives).T
-    drawn = drawn - (log_probability[negatives] + torch.log(torch.tensor(float(len(negatives)))))
+    drawn = drawn - (log_probability[negatives] + math.log(len(negatives)))
     excluded = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
     excluded[_hits(question, item, negatives)] = True
 
@@ -136,7 +137,7 @@ def gbce(
     drawn = F.logsigmoid(-(users @ network.item_vectors(negatives).T))
     excluded = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
     excluded[_hits(question, item, negatives)] = True
-    total = (batch.target_weight * beta * positive).sum() + drawn.masked_fill(excluded, 0.0).sum()
+    total = beta * (batch.target_weight * positive).sum() + drawn.masked_fill(excluded, 0.0).sum()
     return -total / (len(negatives) + 1) / len(users)
 
 

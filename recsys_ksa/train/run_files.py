@@ -116,10 +116,10 @@ def _data_hashes(dataset: "Dataset") -> dict[str, str]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda fresh: fresh.write_text(text + "\n", encoding="utf-8") and None)
+    _write(path, lambda fresh: fresh.write_text(text + "\n", encoding="utf-8"))
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     fresh = path.with_name(path.name + ".new")
     write(fresh)
     os.replace(fresh, path)
