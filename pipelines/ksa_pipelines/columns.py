@@ -24,7 +24,7 @@ def map_columns(frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, sour
     for target in ("event_type", "event_id"):
         name = getattr(config, target)
         if name != "" and (name is not None or target in schema):
-            columns.append(id_column(schema, name or target, source).alias(target))
+            columns.append(text_column(schema, name or target, source).alias(target))
     return frame.select(columns)
 
 
@@ -38,6 +38,12 @@ def id_column(schema: Schema, name: str, source: str) -> pl.Expr:
     if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise SchemaError(f"{source}: column {name!r}: expected strings or integers, got {kind}. Cast the column.")
     return pl.col(name).cast(pl.String)
+
+
+def text_column(schema: Schema, name: str, source: str) -> pl.Expr:
+    """Return the column `name` as strings like `id_column`, empty ones as null: for what an event may lack."""
+    text = id_column(schema, name, source)
+    return pl.when(text != "").then(text)
 
 
 def column_type(schema: Schema, name: str, source: str) -> pl.DataType:

@@ -27,7 +27,7 @@ def find_files(log: str) -> tuple[Format, list[Path]]:
     """
     path = Path(log)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and _format(file) is not None)
+        files = sorted(file for file in path.iterdir() if _is_part(file))
     elif path.is_file():
         files = [path]
     else:
@@ -69,6 +69,11 @@ def reading(what: str) -> Iterator[None]:
         ) from error
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{what}: cannot be read: {_first_line(error)}. Mend or replace the file.") from error
+
+
+def _is_part(file: Path) -> bool:
+    # Other engines put _metadata and .part.crc files beside the parts.
+    return file.is_file() and not file.name.startswith((".", "_")) and _format(file) is not None
 
 
 def _format(file: Path) -> Format | None:

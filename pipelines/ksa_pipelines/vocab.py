@@ -9,7 +9,7 @@ import hashlib
 
 import polars as pl
 
-from ksa_pipelines.columns import Schema, id_column
+from ksa_pipelines.columns import Schema, id_column, text_column
 from ksa_pipelines.config import ItemsConfig
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import item_hash
@@ -90,15 +90,10 @@ def map_item_columns(frame: pl.LazyFrame, config: ItemsConfig, schema: Schema, s
     """
     columns = [id_column(schema, config.item_id, source).alias("item_id")]
     for name in config.side_features:
-        columns.append(_text_column(schema, name, source).alias(name))
+        columns.append(text_column(schema, name, source).alias(name))
     if config.title != "" and (config.title is not None or "title" in schema):
-        columns.append(_text_column(schema, config.title or "title", source).alias("title"))
+        columns.append(text_column(schema, config.title or "title", source).alias("title"))
     return frame.select(columns).drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)
-
-
-def _text_column(schema: Schema, name: str, source: str) -> pl.Expr:
-    text = id_column(schema, name, source)
-    return pl.when(text != "").then(text)
 
 
 def item_hashes(items: pl.DataFrame) -> pl.Series:

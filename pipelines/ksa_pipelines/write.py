@@ -31,12 +31,16 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` to write into; on success it is synced and renamed, else removed.
 
     A process that is killed leaves at most the hidden sibling `.<name>.<random>.unfinished`, never `target`.
+
+    Raises:
+        DataError: `target` exists, or the disk refuses.
     """
     refuse_existing(target)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.absolute().parent))
     try:
-        unfinished.chmod(0o755)
+        unfinished = _unfinished_sibling(target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    try:
         yield unfinished
         for folder, _, names in os.walk(unfinished):
             for name in names:
@@ -45,9 +49,23 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         refuse_existing(target)
         unfinished.rename(target)
         _sync(target.absolute().parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(target, error) from error
         raise
+
+
+def _unfinished_sibling(target: Path) -> Path:
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=parent))
+    folder.chmod(0o755)
+    return folder
+
+
+def _cannot_write(target: Path, error: OSError) -> DataError:
+    return DataError(f"{target}: expected to write it, got: {error.strerror or error}. Check the folder and its space.")
 
 
 def write_table(table: pa.Table, path: Path) -> None:

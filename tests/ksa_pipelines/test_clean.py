@@ -58,6 +58,13 @@ def test_duplicates_are_dropped_and_counted(prepared):
     assert dataset.histories.timestamp.tolist() == [1, 1, 2]
 
 
+def test_an_empty_event_id_is_no_id(prepared):
+    log = {"user_id": ["a"] * 3, "item_id": ["x", "y", "y"], "timestamp": [1, 2, 2], "event_id": ["", "", ""]}
+    dataset = prepared(log)
+    assert dataset.manifest.logs[0].duplicates == {SAME_EVENT: 1}
+    assert dataset.histories.num_events == 2
+
+
 def test_items_are_filtered_first_then_users(prepared):
     users = ["a"] * 4 + ["b"] * 3
     items = ["x", "y", "x", "rare", "x", "y", "odd"]

@@ -31,8 +31,9 @@ def test_a_folder_and_a_pattern_are_read_in_order_of_name(prepared, tmp_path):
     for name, item in (("b", "second"), ("a", "first"), ("c", "third")):
         pl.DataFrame({"user_id": ["u"], "item_id": [item], "timestamp": [5]}).write_parquet(folder / f"{name}.parquet")
     (folder / "notes.txt").write_text("not a log")
+    (folder / "_metadata.parquet").write_text("another engine's")
 
-    for log in (folder, folder / "*.parquet"):
+    for log in (folder, folder / "[abc].parquet"):
         dataset = prepared(Path(log))
         items = [dataset.items.item_id[index] for index in dataset.histories.item_index]
         assert items == ["first", "second", "third"]

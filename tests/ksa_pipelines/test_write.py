@@ -30,6 +30,22 @@ def test_an_error_midway_leaves_nothing(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    def full() -> None:
+        with atomic_directory(tmp_path / "new" / "ds"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match="ds: expected to write it, got: No space left on device"):
+        full()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="expected to write it"), atomic_directory(tmp_path / "file" / "ds"):
+        pytest.fail("the body ran")
+
+
 def test_a_kill_midway_leaves_no_data_set(tmp_path):
     lifelong = lifelong_log(0, 5, 5, median_length=5)
     pq.write_table(lifelong, tmp_path / "log.parquet")
