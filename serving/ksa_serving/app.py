@@ -15,6 +15,7 @@ import msgspec
 from litestar import Litestar, Request, Response, get, post
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
+from litestar.params import FromPath
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from ksa_serving.errors import InvalidRequestError, ServiceError
@@ -57,25 +58,27 @@ def create_app(service: Service, host: str = "127.0.0.1") -> ASGIApp:
             Exception: on_any_error,
         },
     )
-    return _count_requests(_refuse_foreign_pages(_route_as_sent(cast(ASGIApp, app)), (*LOOPBACK, host)), requests)
+    header_bytes = service.settings.limits.header_bytes
+    guarded = _guard(_route_as_sent(cast(ASGIApp, app)), (*LOOPBACK, host), header_bytes)
+    return _count_requests(guarded, requests)
 
 
 @post("/v1/users/{segment:str}/events", status_code=200)
-async def post_events(request: AnyRequest, segment: str) -> Response[bytes]:
+async def post_events(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Keep events."""
     asked = await _body(request, EventsRequest)
     return _json(await _service(request).post_events(_user_id(segment), asked))
 
 
 @post("/v1/users/{segment:str}/recommend", status_code=200)
-async def recommend(request: AnyRequest, segment: str) -> Response[bytes]:
+async def recommend(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Answer "what next?"."""
     asked = await _body(request, RecommendRequest)
     return _json(await _service(request).recommend(_user_id(segment), asked))
 
 
 @get("/v1/users/{segment:str}/state")
-async def state(request: AnyRequest, segment: str) -> Response[bytes]:
+async def state(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Tell what is kept of a user."""
     return _json(await _service(request).state(_user_id(segment)))
 
@@ -124,7 +127,7 @@ async def _body(request: AnyRequest, kind: type[Asked]) -> Asked:
         raise InvalidRequestError(f"body: expected JSON in UTF-8, got: {error}.", "invalid-json") from error
 
 
-def _user_id(segment: str) -> str:
+def _user_id(segment: FromPath[str]) -> str:
     try:
         return unquote_to_bytes(segment).decode()
     except UnicodeDecodeError:
@@ -144,17 +147,21 @@ def _route_as_sent(app: ASGIApp) -> ASGIApp:
     return routed
 
 
-def _refuse_foreign_pages(app: ASGIApp, hosts: tuple[str, ...]) -> ASGIApp:
-    """Refuse what a browser sends for a page of another site; only browsers send `Origin`."""
+def _guard(app: ASGIApp, hosts: tuple[str, ...], header_bytes: int) -> ASGIApp:
+    """Refuse too large headers, and what a browser sends for a page of another site; only browsers send `Origin`."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             origin = dict(scope["headers"]).get(b"origin")
-            if origin is not None and _host(origin) not in hosts:
-                refusal = problem(403, "foreign-origin", "A page of another site may not call this service.")
-                await _send(refusal, send)
-                return
-        await app(scope, receive, send)
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > header_bytes:
+                detail = f"headers: expected at most {header_bytes} bytes in all. Send fewer."
+                await _send(problem(431, "headers-too-large", detail), send)
+            elif origin is not None and _host(origin) not in hosts:
+                await _send(problem(403, "foreign-origin", "A page of another site may not call this service."), send)
+            else:
+                await app(scope, receive, send)
+        else:
+            await app(scope, receive, send)
 
     return guarded
 

@@ -110,6 +110,8 @@ def serve(
     from ksa_serving.state_store import MemoryStateStore
 
     settings = settings or ServeSettings()
+    # Also before torch: several model threads share the cores, so each gets its part of them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.model_threads)))
     release = load_release(run)
     log = EventLog(
         prepare_state_dir(state_dir),

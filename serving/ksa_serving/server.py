@@ -23,7 +23,7 @@ def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
         limit_concurrency=settings.concurrent_requests,
         timeout_keep_alive=int(settings.keep_alive_seconds),
         timeout_graceful_shutdown=settings.graceful_seconds,
-        h11_max_incomplete_event_size=settings.limits.header_bytes,
+        h11_max_incomplete_event_size=2 * settings.limits.header_bytes,  # while reading; the app counts exactly
         ws="none",
     )
 
@@ -43,7 +43,7 @@ class ReadyServer(uvicorn.Server):
             print(self._ready, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Turn unready and stop; a second SIGINT stops without waiting. Being told to stop is no failure: exit code 0."""
+        """Turn unready, then stop with exit code 0; a second SIGINT stops without waiting."""
         self._service.draining = True
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True

@@ -160,7 +160,10 @@ class Service:
         """Return why no requests should come here, or None."""
         if self.draining:
             return "draining"
-        return None if self.log.healthy else "event log cannot be written"
+        if self.log.healthy:
+            return None
+        self.log.probe()
+        return "event log cannot be written"
 
     async def close(self) -> None:
         """Let background work end, write what waits, close the log."""

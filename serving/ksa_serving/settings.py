@@ -11,7 +11,7 @@ class Limits(Strict):
     body_bytes: PositiveInt = 1024 * 1024
     """Largest request body."""
     header_bytes: PositiveInt = 16 * 1024
-    """Largest request line and headers."""
+    """Names and values of all headers."""
     events_per_call: PositiveInt = 1000
     """Events in one call, kept or given for one answer."""
     k: PositiveInt = 1000

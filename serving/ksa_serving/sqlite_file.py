@@ -96,7 +96,10 @@ def open_writer(path: Path) -> apsw.Connection:
 
 def lock_directory(directory: Path) -> IO[str]:
     """Hold `directory` for this process until the file is closed; the kernel lets go when the process dies."""
-    file = open(directory / "lock", "w")  # noqa: SIM115 - held until close
+    try:
+        file = open(directory / "lock", "w")  # noqa: SIM115 - held until close
+    except OSError as error:
+        raise EventLogError(f"{directory}: expected a directory to write in, got: {error.strerror}.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

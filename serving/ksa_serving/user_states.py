@@ -68,7 +68,10 @@ class UserStates:
         Exact also where they lie before the record's last event: then all is computed anew, for this answer only.
         """
         known = self._log.known(record.owner, events, record.seq)
-        fresh = {event.identity: event for event, is_known in zip(events, known) if not is_known}
+        fresh: dict[bytes, NewEvent] = {}
+        for event, is_known in zip(events, known):
+            if not is_known:
+                fresh.setdefault(event.identity, event)
         given = sort_events(
             [
                 StoredEvent(record.seq + n, e.item_id, e.timestamp, e.event_id, e.event_type, e.value)

@@ -1,0 +1,76 @@
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ksa_serving.app import create_app
+from ksa_serving.command import listen
+from ksa_serving.event_log import EventLog
+from ksa_serving.release import Release
+from ksa_serving.server import ReadyServer, server_config
+from ksa_serving.service import Service
+from ksa_serving.settings import ServeSettings
+from ksa_serving.state_store import MemoryStateStore
+from ksa_serving.testing import toy_release
+
+NOW = 1_700_000_000
+
+
+@pytest.fixture
+def make_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Return a function that makes a service over a log in `tmp_path`, with a clock that stands at NOW."""
+    made: list[Service] = []
+
+    def make(release: Release | None = None, settings: ServeSettings | None = None, folder: str = "state") -> Service:
+        release = release or toy_release()
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log = EventLog(tmp_path / folder, release.tie)
+        store = MemoryStateStore((settings or ServeSettings()).state_bytes)
+        made.append(Service(release, log, store, settings, clock=lambda: NOW))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.log.close()
+
+
+@contextlib.contextmanager
+def serving(service: Service) -> Iterator[httpx.Client]:
+    """A real uvicorn on a free loopback port, in a thread, and a client of it."""
+    listener = listen("127.0.0.1", 0)
+    server = ReadyServer(server_config(create_app(service), service.settings), service, "ready")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture
+def client(make_service: Callable[..., Service]) -> Iterator[httpx.Client]:
+    with serving(make_service()) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """One server for the tests of a module that keep out of each other's way."""
+    log = EventLog(tmp_path_factory.mktemp("state"), "arrival")
+    with serving(Service(toy_release(), log, MemoryStateStore(10**6), clock=lambda: NOW)) as client:
+        yield client
+
+
+@pytest.fixture
+def serve_in_thread() -> Any:
+    return serving

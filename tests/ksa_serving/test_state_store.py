@@ -1,0 +1,121 @@
+from dataclasses import replace
+
+import pytest
+
+from ksa_serving.events import Owner
+from ksa_serving.state_store import MemoryStateStore, StateRecord, StateStore
+from ksa_serving.testing import ToyState
+
+
+def record(
+    user: str = "ann", seq: int = 1, nbytes: int = 10, fingerprint: str = "f", generation: int = 0
+) -> StateRecord:
+    return StateRecord(Owner(user), generation, fingerprint, seq, seq, None, ToyState(), nbytes)
+
+
+class StateStoreContract:
+    """Every store passes these; a subclass says how to make one that holds at most `max_bytes`."""
+
+    def make(self, max_bytes: int) -> StateStore:
+        raise NotImplementedError
+
+    def test_gives_back_what_was_put(self):
+        store = self.make(1000)
+        store.put(record())
+        assert store.get(Owner("ann"), "f") == record()
+        assert (len(store), store.nbytes) == (1, 10)
+
+    def test_an_absent_owner_is_a_counted_miss(self):
+        store = self.make(1000)
+        assert store.get(Owner("ann"), "f") is None
+        assert store.misses["absent"] == 1
+
+    def test_another_fingerprint_is_a_counted_miss(self):
+        store = self.make(1000)
+        store.put(record(fingerprint="old"))
+        assert store.get(Owner("ann"), "new") is None
+        assert store.misses["fingerprint"] == 1
+
+    def test_owners_of_other_tenants_are_apart(self):
+        store = self.make(1000)
+        store.put(record())
+        assert store.get(Owner("ann", "shop"), "f") is None
+
+    def test_a_record_that_knows_less_does_not_replace_one_that_knows_more(self):
+        store = self.make(1000)
+        store.put(record(seq=5))
+        store.put(record(seq=4))
+        held = store.get(Owner("ann"), "f")
+        assert held is not None
+        assert held.seq == 5
+
+    def test_an_older_generation_never_replaces_a_newer_one(self):
+        store = self.make(1000)
+        store.put(record(seq=1, generation=2))
+        store.put(record(seq=9, generation=1))
+        held = store.get(Owner("ann"), "f")
+        assert held is not None
+        assert held.generation == 2
+
+    def test_a_new_fingerprint_replaces_an_old_one(self):
+        store = self.make(1000)
+        store.put(record(seq=9, fingerprint="old"))
+        store.put(record(seq=4, fingerprint="new"))
+        assert store.get(Owner("ann"), "new") is not None
+
+    def test_a_dropped_record_is_gone_until_the_next_put(self):
+        store = self.make(1000)
+        store.put(record(seq=5))
+        store.drop(Owner("ann"))
+        store.drop(Owner("nobody"))
+        assert store.get(Owner("ann"), "f") is None
+        store.put(record(seq=4))
+        assert store.get(Owner("ann"), "f") is not None
+
+    def test_never_holds_more_than_its_size(self):
+        store = self.make(100)
+        for n in range(50):
+            store.put(record(f"u{n}", nbytes=7 + n % 5))
+            assert store.nbytes <= 100
+        assert 0 < len(store) < 50
+
+
+class TestMemoryStateStore(StateStoreContract):
+    def make(self, max_bytes: int) -> MemoryStateStore:
+        return MemoryStateStore(max_bytes)
+
+    def test_the_least_recently_used_go_first(self):
+        store = self.make(30)
+        for user in ("ann", "bob", "cat"):
+            store.put(record(user))
+        store.get(Owner("ann"), "f")
+        store.put(record("dan"))
+        held = [user for user in ("ann", "bob", "cat", "dan") if store.get(Owner(user), "f")]
+        assert held == ["ann", "cat", "dan"]
+        assert store.evictions == 1
+
+    def test_one_larger_than_the_store_drives_nobody_out(self):
+        store = self.make(30)
+        store.put(record("ann"))
+        store.put(record("big", nbytes=31))
+        assert store.get(Owner("ann"), "f") is not None
+        assert store.get(Owner("big"), "f") is None
+
+    def test_a_record_that_outgrows_the_store_leaves_no_older_one(self):
+        store = self.make(30)
+        store.put(record(seq=1))
+        store.put(record(seq=2, nbytes=31))
+        assert store.get(Owner("ann"), "f") is None
+        assert store.nbytes == 0
+
+    def test_a_record_under_another_owner_is_never_returned(self):
+        store = self.make(30)
+        store.put(record("ann"))
+        store._records[Owner("bob")] = store._records[Owner("ann")]
+        assert store.get(Owner("bob"), "f") is None
+        assert store.misses["owner"] == 1
+
+    def test_records_are_values(self):
+        with pytest.raises(AttributeError):
+            record().seq = 3  # type: ignore[misc]
+        assert replace(record(), seq=3).seq == 3

@@ -1,0 +1,194 @@
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ksa_serving.errors import EventLogError
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import NewEvent, Owner
+from ksa_serving.release import Release
+from ksa_serving.state_store import MemoryStateStore
+from ksa_serving.testing import ToyState, toy_release
+from ksa_serving.user_states import UserStates
+from recsys_ksa.order import TieKind
+
+ANN, BOB = Owner("ann"), Owner("bob")
+TIES: list[TieKind] = ["id", "arrival", "hash"]
+
+
+@dataclass
+class World:
+    release: Release
+    log: EventLog
+    store: MemoryStateStore
+    states: UserStates
+
+    def recomputed(self, owner: Owner) -> ToyState:
+        """One pass over the log's events, written without the code under test."""
+        events = sorted(self.log.read(owner)[1], key=lambda event: event.order(self.release.tie))
+        recommender = self.release.recommender
+        return recommender.append(
+            recommender.new_state(),
+            [event.item_id for event in events],
+            [event.timestamp for event in events],
+            [event.event_type for event in events],
+            event_ids=[event.event_id for event in events] if self.release.tie == "id" else None,
+        )
+
+
+def make_world(folder: Path, tie: TieKind = "arrival", max_bytes: int = 10**6, step: int = 3) -> World:
+    release = toy_release(tie)
+    log = EventLog(folder, tie)
+    store = MemoryStateStore(max_bytes)
+    return World(release, log, store, UserStates(release, log, store, rebuild_step_events=step))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = make_world(tmp_path)
+    yield world
+    world.log.close()
+
+
+events = st.builds(
+    NewEvent,
+    item_id=st.sampled_from("abc"),
+    timestamp=st.integers(0, 6),
+    event_id=st.one_of(st.none(), st.text("0123456789", min_size=1, max_size=2)),
+    event_type=st.sampled_from([None, "view"]),
+)
+steps = st.lists(
+    st.tuples(
+        st.sampled_from([ANN, BOB]),
+        st.sampled_from(["post", "post", "post-and-catch-up", "ask", "drop"]),
+        st.lists(events, max_size=4),
+    ),
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("tie", TIES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=steps, max_bytes=st.sampled_from([100, 10**6]))
+def test_a_state_equals_the_log_after_any_story(tie: TieKind, steps: list, max_bytes: int):
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(Path(folder), tie, max_bytes)
+        for owner, step, given_events in steps:
+            if step.startswith("post"):
+                world.log.append(owner, given_events)
+            if step == "post-and-catch-up":
+                world.states.catch_up(owner)
+            if step == "drop":
+                world.store.drop(owner)
+            if step == "ask":
+                record, _ = world.states.current(owner)
+                assert record.state == world.recomputed(owner)
+                assert (record.num_events, record.seq) == (
+                    world.log.head(owner).num_events,
+                    world.log.head(owner).last_seq,
+                )
+        for owner in (ANN, BOB):
+            held = world.states.held(owner)
+            record, source = world.states.current(owner)
+            assert record.state == world.recomputed(owner)
+            assert source == (
+                "none" if not record.num_events else "host" if held and held.seq == record.seq else source
+            )
+        world.log.close()
+
+
+@pytest.mark.parametrize("tie", TIES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(kept=st.lists(events, max_size=6), asked=st.lists(events, max_size=4))
+def test_events_of_a_request_serve_as_if_they_were_kept(tie: TieKind, kept: list[NewEvent], asked: list[NewEvent]):
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(Path(folder), tie)
+        world.log.append(ANN, kept)
+        before, _ = world.states.current(ANN)
+        answered = world.states.with_events(before, asked)
+        assert world.states.current(ANN)[0] == before  # nothing was kept, nothing changed
+        world.log.append(ANN, asked)
+        assert answered.state == world.states.current(ANN)[0].state
+        world.log.close()
+
+
+def test_a_user_without_events_is_answered_and_not_held(world: World):
+    record, source = world.states.current(ANN)
+    assert (record.num_events, record.seq, source) == (0, 0, "none")
+    assert len(world.store) == 0
+
+
+def test_states_are_not_built_before_someone_asks(world: World):
+    world.log.append(ANN, [NewEvent("a", 1)])
+    world.states.catch_up(ANN)
+    assert len(world.store) == 0
+
+
+def test_a_held_state_is_appended_not_rebuilt(world: World):
+    world.log.append(ANN, [NewEvent("a", 1)])
+    assert world.states.current(ANN)[1] == "rebuilt"
+    world.log.append(ANN, [NewEvent("b", 2)])
+    world.states.catch_up(ANN)
+    held = world.states.held(ANN)
+    assert held is not None
+    assert held.num_events == 2
+    assert world.states.current(ANN)[1] == "host"
+    assert dict(world.states.rebuilds) == {"absent": 1}
+
+
+def test_a_late_event_drops_the_state_and_the_next_answer_rebuilds_it(world: World):
+    world.log.append(ANN, [NewEvent("a", 5)])
+    old, _ = world.states.current(ANN)
+    assert world.log.append(ANN, [NewEvent("b", 4)]).outcomes == ["late"]
+    world.states.catch_up(ANN)
+    assert world.states.held(ANN) is None
+    record, source = world.states.current(ANN)
+    assert source == "rebuilt"
+    assert record.state == world.recomputed(ANN)
+    assert old.state.num_events == 1  # the old value stays what it was
+
+
+def test_a_late_event_met_by_an_answer_is_counted(world: World):
+    world.log.append(ANN, [NewEvent("a", 5)])
+    world.states.current(ANN)
+    world.log.append(ANN, [NewEvent("b", 4)])
+    world.states.current(ANN)
+    assert dict(world.states.rebuilds) == {"absent": 1, "late": 1}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: replace(record, num_events=7),
+        lambda record: replace(record, generation=3),
+        lambda record: replace(record, seq=0),
+    ],
+)
+def test_a_record_that_disagrees_with_the_log_is_never_used(world: World, damage):
+    world.log.append(ANN, [NewEvent("a", 5), NewEvent("b", 6)])
+    record, _ = world.states.current(ANN)
+    world.store.drop(ANN)
+    world.store.put(damage(record))
+    again, source = world.states.current(ANN)
+    assert (again, source) == (record, "rebuilt")
+    assert sum(world.states.rebuilds.values()) == 2
+
+
+def test_a_state_of_another_model_is_never_used(world: World):
+    world.log.append(ANN, [NewEvent("a", 5)])
+    world.states.current(ANN)
+    other = UserStates(toy_release(fingerprint="other"), world.log, world.store)
+    assert other.held(ANN) is None
+    record, source = other.current(ANN)
+    assert (record.fingerprint, source) == ("other", "rebuilt")
+
+
+def test_a_log_that_lost_events_is_refused(world: World):
+    world.log.append(ANN, [NewEvent("a", 5), NewEvent("b", 6)])
+    world.log._connection.execute("DELETE FROM events WHERE item_id = 'b'")
+    with pytest.raises(EventLogError, match="expected 2 events"):
+        world.states.current(ANN)
