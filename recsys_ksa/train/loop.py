@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,7 +196,7 @@ class _Session:
         save_checkpoint(self.run, self.network, self.optimizer, best, progress)
         # The closing validation comes after the checkpoint: a run resumed from here must not have made it.
         if progress.step and progress.step % config.validate_every:
-            progress, best = self._validate(validation, progress, best)
+            progress, best = self._validate(validation, progress, best, closing=True)
         return progress, best, reason, tokens / trained_for if trained_for else 0.0
 
     def _why_stop(self, progress: Progress, budget: float | None) -> str | None:
@@ -227,11 +227,12 @@ class _Session:
         return loss.detach()
 
     def _validate(
-        self, validation: Validation, progress: Progress, best: Weights | None
+        self, validation: Validation, progress: Progress, best: Weights | None, closing: bool = False
     ) -> tuple[Progress, Weights | None]:
         config = self.config.train
         ndcg = validation.ndcg(self.network, self.device, config.attention_impl, config.precision == "bf16")
-        self._write({"step": progress.step, "seconds": round(progress.seconds, 3), "valid_ndcg@10": ndcg})
+        row = {"step": progress.step, "seconds": round(progress.seconds, 3), "valid_ndcg@10": ndcg}
+        self._write(row | ({"closing": True} if closing else {}))
         if ndcg > progress.best_ndcg:
             return replace(progress, best_ndcg=ndcg, best_step=progress.step, worse=0), copy_weights(self.network)
         return replace(progress, worse=progress.worse + 1), best
@@ -265,8 +266,9 @@ def _check(config: RunConfig, device: torch.device) -> None:
 
 
 def _cut_metrics(run: Path, step: int) -> None:
-    """Drop rows written after the checkpoint."""
+    """Drop what a run that never stopped would not have: rows after the checkpoint, the closing validation."""
     path = run / METRICS_FILE
-    lines: Iterator[str] = iter(path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    kept = [row for row in rows if row["step"] <= step and not row.get("closing")]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
