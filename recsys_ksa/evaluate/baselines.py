@@ -52,6 +52,7 @@ class Popularity:
 
     def __init__(self, name: str, histories: "Histories", num_items: int, protocol: ProtocolName, window: int | None):
         self.name, self.num_items, self.window = name, num_items, window
+        self._latest: tuple[Questions, Tensor] | None = None
         item, time = np.asarray(histories.item_index), np.asarray(histories.timestamp)
         self.fixed: NDArray[np.float32] | None = None
         if protocol == "global":
@@ -65,16 +66,22 @@ class Popularity:
         self.fixed = np.bincount(item, minlength=num_items + 1).astype(np.float32)
 
     def scores(self, questions: Questions) -> Tensor:
-        """Return the counts, float32 [Q, I + 1]."""
+        """Return the counts, float32 [Q, I + 1]. The last answer is kept: the personal baselines ask for it too."""
         if self.fixed is not None:
             return torch.from_numpy(self.fixed).repeat(len(questions), 1)
+        if self._latest is None or self._latest[0] is not questions:
+            self._latest = (questions, torch.from_numpy(self._rolling(questions)))
+        return self._latest[1].clone()
+
+    def _rolling(self, questions: Questions) -> NDArray[np.float32]:
+        """Return the counts of all events before each question's time."""
         times, inverse = np.unique(questions.timestamp, return_inverse=True)
         end = np.searchsorted(self.time, times, side="left")
         counts = self._counts_up_to(end)
         if self.window is not None:
             last = np.where(end > 0, self.time[np.maximum(end - 1, 0)], 0)
             counts -= self._counts_up_to(np.searchsorted(self.time, last - self.window, side="right"))
-        return torch.from_numpy(counts[inverse])
+        return counts[inverse]
 
     def _counts_up_to(self, end: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the counts of the events 0 .. end-1 in time, for ascending ends; float32 [E, I + 1]."""
@@ -175,18 +182,18 @@ def own_items_first(owned: Owned, value: NDArray[np.float64], background: Tensor
     """
     if not len(value):
         return background
-    behind = background.numpy()[owned.question, owned.item]
-    order = np.lexsort((behind, value, owned.question))
-    question = owned.question[order]
-    new_question = np.ones(len(order), dtype=bool)
-    new_question[1:] = question[1:] != question[:-1]
-    step = new_question.copy()
-    step[1:] |= (value[order][1:] != value[order][:-1]) | (behind[order][1:] != behind[order][:-1])
-    level = np.cumsum(step)
-    first = np.maximum.accumulate(np.where(new_question, np.arange(len(order)), 0))
-    level = level - level[first] + 1
+    behind = background.numpy()[owned.question, owned.item].astype(np.int64)
+    # (question, value, background) as one integer: one fast sort instead of three.
+    values, level = np.unique(value, return_inverse=True)
+    span = int(behind.max()) + 1
+    key = (owned.question * len(values) + level) * span + behind
+    order = np.argsort(key)
+    key, question = key[order], owned.question[order]
+    rises = np.cumsum(np.diff(key, prepend=key[0] - 1) > 0)
+    starts = np.flatnonzero(np.diff(question, prepend=-1))
+    before = np.repeat(rises[starts] - 1, np.diff(starts, append=len(order)))
     highest = background.numpy().max(axis=1)
-    background.numpy()[question, owned.item[order]] = highest[question] + level
+    background.numpy()[question, owned.item[order]] = highest[question] + rises - before
     return background
 
 
@@ -211,13 +218,19 @@ def choose_half_life(
     questions = questions.of_users(keep)
     _, user = np.unique(questions.user, return_inverse=True)
 
-    def ndcg(half_life: float) -> float:
-        scorer = DecayedFrequency(ownership, popularity, half_life)
-        ranks = rank_targets(scorer, questions, ownership, popularity.num_items, exclude_seen=exclude_seen)
-        value = question_metrics(ranks.all_items, questions.target_question, len(questions))["ndcg@10"]
-        return float(np.nanmean(user_means(value, user, user.max() + 1)))
-
-    return float(max(grid, key=ndcg))
+    scorers = [DecayedFrequency(ownership, popularity, half_life) for half_life in grid]
+    ranked, _ = rank_targets(scorers, questions, ownership, popularity.num_items, exclude_seen=exclude_seen)
+    scores = [
+        np.nanmean(
+            user_means(
+                question_metrics(ranks.all_items, questions.target_question, len(questions))["ndcg@10"],
+                user,
+                int(user.max()) + 1,
+            )
+        )
+        for ranks in ranked
+    ]
+    return float(grid[int(np.argmax(scores))])
 
 
 def baselines(

@@ -189,6 +189,13 @@ def _export_rankings(
         "split_hash": dataset.manifest.split_hash,
     }
     count = write_rankings(
-        args.rankings, scorer, questions, dataset, ownership, exclude_seen=exclude_seen, metadata=metadata
+        args.rankings,
+        scorer,
+        questions,
+        dataset,
+        ownership,
+        exclude_seen=exclude_seen,
+        metadata=metadata,
+        device=main.network.start.device,
     )
     print(f"rankings: {args.rankings}: {count:,} rows, protocol {protocol}, request time {variant}")

@@ -10,10 +10,9 @@ from recsys_ksa.evaluate.baselines import baselines
 from recsys_ksa.evaluate.ksa_scorer import AttentionImpl, RunScorer, run_scorers
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import ProtocolName, Questions, RequestTime, ask, check_honest, check_request_time
-from recsys_ksa.evaluate.ranking import Ranks, Scorer, rank_targets, repeats
+from recsys_ksa.evaluate.ranking import Ranks, Scorer, rank_targets
 from recsys_ksa.evaluate.rows import MAIN, Row, make_rows
 from recsys_ksa.evaluate.slices import columns, slices
-from recsys_ksa.progress import progress
 
 if TYPE_CHECKING:
     from recsys_ksa.data.dataset import Dataset
@@ -110,11 +109,12 @@ def evaluate_protocol(
     scorers.extend(cut)
     simple, notes = baselines(dataset, protocol, ownership, exclude_seen=exclude_seen, names=baseline_names)
     scorers.extend(simple)
-    ranked: list[tuple[str, RequestTime | None, Ranks]] = []
-    for scorer in progress(scorers, f"ranking all items: {protocol}", unit="model"):
-        ranks = rank_targets(scorer, questions, ownership, num_items, exclude_seen=exclude_seen)
-        ranked.append((scorer.name, scorer.request_time, ranks))
-    repeat = repeats(questions, ownership, num_items)
+    ranks, repeat = rank_targets(
+        scorers, questions, ownership, num_items, exclude_seen=exclude_seen, device=main.start.device
+    )
+    ranked: list[tuple[str, RequestTime | None, Ranks]] = [
+        (scorer.name, scorer.request_time, found) for scorer, found in zip(scorers, ranks)
+    ]
     parts = slices(questions, repeat, exclude_seen=exclude_seen)
     names, values = columns(questions, ranked, parts)
     return Evaluation(

@@ -4,6 +4,8 @@ hr@10 is any hit, recall@10 hits/|set|, ndcg@10 normalised by the ideal of min(|
 of the best target. Q questions, M targets, I items, U users.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,44 +13,66 @@ from torch import Tensor
 
 METRICS = ("ndcg@10", "hr@10", "recall@10", "mrr")
 TOP = 10
-_COMPARED = 1 << 23
-"""Most score comparisons held at once (one byte each, twice)."""
 
 
-def target_ranks(
-    scores: Tensor, target_question: Tensor, target_item: Tensor, owned: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Pairs:
+    """(question, item) pairs as tensors, ordered by question."""
+
+    question: Tensor
+    """int64 [P]"""
+    item: Tensor
+    """int64 [P]"""
+
+
+def target_ranks(scores: Tensor, targets: Pairs, owned: Pairs, is_owned: Tensor) -> tuple[Tensor, Tensor]:
     """Return each target's rank among all items, and among the items of its own list. int64 [M] twice, from 1.
 
-    A target stands behind every other item whose score is not below its own (so a NaN ranks last), but among targets
+    A target stands behind every other item whose score is not below its own (and a NaN behind all), but among targets
     of one question equal scores take turns. The padding item, column 0, is never ranked. The list of a target is the
     items its user had (`owned`) if it is one of them, else the items the user never had.
 
     Args:
         scores: float32 [Q, I + 1].
-        target_question: int64 [M], rows of `scores`, non-decreasing.
-        target_item: int64 [M], columns of `scores`; each once a question.
-        owned: bool [Q, I + 1]; without it both ranks are the same.
+        targets: M of them, each once a question.
+        owned: P of them, each once a question, never the padding item.
+        is_owned: bool [M], whether the target is one of them.
     """
-    ranks, list_ranks = torch.empty_like(target_item), torch.empty_like(target_item)
-    step = max(1, _COMPARED // scores.shape[1])
-    for start in range(0, len(target_item), step):
-        question, item = target_question[start : start + step], target_item[start : start + step]
-        mine = scores[question, item]
-        ahead = ~(scores[question] < mine[:, None])
-        ahead[:, 0] = False
-        ranks[start : start + step] = ahead.sum(dim=1)
-        if owned is not None:
-            among = ahead & (owned[question] == owned[question, item][:, None])
-            list_ranks[start : start + step] = among.sum(dim=1)
+    num_items = scores.shape[1] - 1
+    mine = scores[targets.question, targets.item]
+    ahead = _not_below(scores[:, 1:], targets.question, mine)
+    table, lengths = _padded(scores[owned.question, owned.item], owned.question, len(scores), -torch.inf)
+    # Padding is not below a target of -inf, the only one it could stand before.
+    ahead_owned = torch.minimum(_not_below(table, targets.question, mine), lengths[targets.question])
+    in_list = torch.where(is_owned, ahead_owned, ahead - ahead_owned)
     # Tied targets were counted against each other: the first of them need not wait for the later ones.
-    mine = scores[target_question, target_item]
-    unknown = target_item == 0
-    ranks = (ranks - _later_ties(mine, target_question)).masked_fill(unknown, scores.shape[1])
-    if owned is None:
-        return ranks, ranks
-    group = 2 * target_question + owned[target_question, target_item]
-    return ranks, (list_ranks - _later_ties(mine, group)).masked_fill(unknown, scores.shape[1])
+    unknown = targets.item == 0
+    ranks = ahead - _later_ties(mine, targets.question)
+    list_ranks = in_list - _later_ties(mine, 2 * targets.question + is_owned)
+    return ranks.masked_fill(unknown, num_items + 1), list_ranks.masked_fill(unknown, num_items + 1)
+
+
+def _not_below(scores: Tensor, question: Tensor, value: Tensor) -> Tensor:
+    """Return how many scores of the question's row are not below `value`, itself among them. [Q, N], [M] -> [M]."""
+    if not scores.shape[1] or not len(value):
+        return torch.zeros_like(question)
+    # numpy sorts float32 rows many times faster than torch does on a CPU; both put NaN last.
+    ascending = (
+        torch.sort(scores, dim=1).values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy(), axis=1))
+    )
+    asked, lengths = _padded(value, question, len(scores), 0.0)
+    below = torch.searchsorted(ascending, asked)
+    below = below[torch.arange(asked.shape[1], device=value.device) < lengths[:, None]]
+    return torch.where(value.isnan(), scores.shape[1], scores.shape[1] - below)
+
+
+def _padded(value: Tensor, row: Tensor, num_rows: int, padding: float) -> tuple[Tensor, Tensor]:
+    """Lay values out by row: float32 [num_rows, longest], and the lengths, int64 [num_rows]. `row` is ascending."""
+    lengths = torch.bincount(row, minlength=num_rows)
+    place = torch.arange(len(row), device=row.device) - (lengths.cumsum(0) - lengths)[row]
+    table = value.new_full((num_rows, int(lengths.max()) if len(row) else 0), padding)
+    table[row, place] = value
+    return table, lengths
 
 
 def _later_ties(score: Tensor, group: Tensor) -> Tensor:
@@ -74,7 +98,7 @@ def question_metrics(
 
     Args:
         rank: of each target, int64 [M], from 1.
-        target_question: int64 [M].
+        target_question: int64 [M], ascending.
         num_questions: Q.
         kept: bool [M], the targets that count; the others are neither hits nor part of the ideal.
     """
@@ -86,7 +110,9 @@ def question_metrics(
     gain = np.where(hit, 1.0 / np.log2(rank + 1.0), 0.0)
     gained = np.bincount(target_question, weights=gain, minlength=num_questions)
     best = np.full(num_questions, np.inf)
-    np.minimum.at(best, target_question, rank.astype(np.float64))
+    starts = np.flatnonzero(np.diff(target_question, prepend=-1))
+    if len(starts):
+        best[target_question[starts]] = np.minimum.reduceat(rank, starts)
     ideal = np.concatenate(([0.0], np.cumsum(1.0 / np.log2(np.arange(TOP) + 2.0))))
     asked = np.where(size > 0, 1.0, np.nan)
     whole = np.maximum(size, 1)

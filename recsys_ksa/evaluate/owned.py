@@ -42,6 +42,7 @@ class Ownership:
 
     def __init__(self, histories: "Histories") -> None:
         self.histories = histories
+        self._latest: tuple[Questions, Owned] | None = None
         user = np.repeat(np.arange(histories.num_users), histories.lengths)
         item = np.asarray(histories.item_index)
         self.time = np.asarray(histories.timestamp)
@@ -62,10 +63,19 @@ class Ownership:
     def before(self, questions: Questions, start: NDArray[np.int64] | None = None) -> Owned:
         """Return what each question's user had in the events known to it: events start .. cut-1 of the history.
 
+        The last answer about whole histories is kept, since many scorers ask it of one chunk of questions.
+
         Args:
             questions: what is asked.
             start: int64 [Q]; None: whole histories.
         """
+        if start is not None:
+            return self._gather(questions, start)
+        if self._latest is None or self._latest[0] is not questions:
+            self._latest = (questions, self._gather(questions, None))
+        return self._latest[1]
+
+    def _gather(self, questions: Questions, start: NDArray[np.int64] | None) -> Owned:
         base = self.histories.offsets[questions.user]
         begin = base if start is None else base + start
         end = base + questions.cut

@@ -4,7 +4,7 @@ A scorer scores every item of the vocabulary for a chunk of questions; nothing i
 I items.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys_ksa.evaluate.metrics import target_ranks
+from recsys_ksa.evaluate.metrics import Pairs, target_ranks
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime
+from recsys_ksa.progress import progress
 
 MAX_SCORES = 1 << 24
 """Most scores held at once (64 MiB)."""
@@ -64,53 +65,65 @@ def chunks(questions: Questions, num_items: int) -> Iterator[Questions]:
         start = stop
 
 
-def repeats(questions: Questions, ownership: Ownership, num_items: int) -> NDArray[np.bool_]:
-    """Return whether the user had each target before, bool [M]."""
-    found = [np.empty(0, dtype=bool)]
-    for chunk in chunks(questions, num_items):
-        owned = ownership.before(chunk)
-        keys = owned.question * (num_items + 1) + owned.item
-        found.append(np.isin(chunk.target_question * (num_items + 1) + chunk.target_item, keys))
-    return np.concatenate(found)
+@dataclass(frozen=True)
+class Chunk:
+    """Some of the questions, their targets, and what their users had, on one device."""
 
+    questions: Questions
+    targets: Pairs
+    owned: Pairs
+    is_owned: Tensor
+    """bool [M], whether the user had the target."""
 
-def rank_chunk(
-    scorer: Scorer, chunk: Questions, ownership: Ownership, *, exclude_seen: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score a chunk: float32 [Q, I + 1] after the seen filter, and the ranks of its targets, int64 [M] twice.
+    @staticmethod
+    def of(questions: Questions, ownership: Ownership, num_items: int, device: torch.device) -> "Chunk":
+        """Gather the chunk of these questions."""
+        had = ownership.before(questions)
+        owned = Pairs(torch.from_numpy(had.question).to(device), torch.from_numpy(had.item).to(device))
+        targets = Pairs(
+            torch.from_numpy(questions.target_question).to(device), torch.from_numpy(questions.target_item).to(device)
+        )
+        table = torch.zeros(len(questions), num_items + 1, dtype=torch.bool, device=device)
+        table[owned.question, owned.item] = True
+        return Chunk(questions, targets, owned, table[targets.question, targets.item])
 
-    The seen filter takes away what the user had, but never a target.
-    """
-    scores = scorer.scores(chunk)
-    device = scores.device
-    pairs = ownership.before(chunk)
-    owned = torch.zeros(scores.shape, dtype=torch.bool, device=device)
-    owned[torch.from_numpy(pairs.question).to(device), torch.from_numpy(pairs.item).to(device)] = True
-    target_question = torch.from_numpy(chunk.target_question).to(device)
-    target_item = torch.from_numpy(chunk.target_item).to(device)
-    if exclude_seen:
-        hidden = owned.clone()
-        hidden[target_question, target_item] = False
-        scores.masked_fill_(hidden, -torch.inf)
-    ranks, list_ranks = target_ranks(scores, target_question, target_item, owned)
-    return scores, ranks, list_ranks
+    def scores(self, scorer: Scorer, *, exclude_seen: bool) -> Tensor:
+        """Return the scorer's scores after the seen filter, float32 [Q, I + 1]; the filter never takes a target."""
+        scores = scorer.scores(self.questions).to(self.targets.item.device)
+        if exclude_seen:
+            kept = scores[self.targets.question, self.targets.item]
+            scores[self.owned.question, self.owned.item] = -torch.inf
+            scores[self.targets.question, self.targets.item] = kept
+        return scores
 
 
 def rank_targets(
-    scorer: Scorer, questions: Questions, ownership: Ownership, num_items: int, *, exclude_seen: bool
-) -> Ranks:
-    """Rank all targets of all questions.
+    scorers: Sequence[Scorer],
+    questions: Questions,
+    ownership: Ownership,
+    num_items: int,
+    *,
+    exclude_seen: bool,
+    device: torch.device | str = "cpu",
+) -> tuple[list[Ranks], NDArray[np.bool_]]:
+    """Rank all targets of all questions by each scorer; also return whether the user had each target, bool [M].
 
     Args:
-        scorer: gives the scores.
+        scorers: give the scores.
         questions: what is asked.
         ownership: of the same histories.
         num_items: I, without the padding item.
         exclude_seen: leave out of the ranking what the user had, targets excepted.
+        device: where ranks are counted.
     """
-    ranks, list_ranks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for chunk in chunks(questions, num_items):
-        _, among_all, among_list = rank_chunk(scorer, chunk, ownership, exclude_seen=exclude_seen)
-        ranks.append(among_all.cpu().numpy())
-        list_ranks.append(among_list.cpu().numpy())
-    return Ranks(np.concatenate(ranks), np.concatenate(list_ranks))
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in scorers]
+    repeat = [torch.zeros(0, dtype=torch.bool)]
+    parts = list(chunks(questions, num_items))
+    for part in progress(parts, f"ranking all items: {questions.protocol} {questions.part}", unit="chunk"):
+        chunk = Chunk.of(part, ownership, num_items, torch.device(device))
+        repeat.append(chunk.is_owned.cpu())
+        for ranks, scorer in zip(found, scorers):
+            scores = chunk.scores(scorer, exclude_seen=exclude_seen)
+            among_all, among_list = target_ranks(scores, chunk.targets, chunk.owned, chunk.is_owned)
+            ranks.append((among_all.cpu(), among_list.cpu()))
+    return [Ranks(*(torch.cat(part).numpy() for part in zip(*ranks))) for ranks in found], torch.cat(repeat).numpy()

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions
-from recsys_ksa.evaluate.ranking import Scorer, chunks, rank_chunk
+from recsys_ksa.evaluate.ranking import Chunk, Scorer, chunks
 
 if TYPE_CHECKING:
     from recsys_ksa.data.dataset import Dataset
@@ -37,6 +38,7 @@ def write_rankings(
     *,
     exclude_seen: bool,
     metadata: Mapping[str, str],
+    device: torch.device,
 ) -> int:
     """Write the first `DEPTH` items of every question; return the number of rows.
 
@@ -50,6 +52,7 @@ def write_rankings(
         ownership: of its histories.
         exclude_seen: leave out what the user had, targets excepted.
         metadata: kept in the file's schema.
+        device: where items are ranked.
     """
     user_ids = np.array(dataset.histories.user_ids(), dtype=object)
     item_ids = np.array(dataset.items.item_id, dtype=object)
@@ -58,7 +61,8 @@ def write_rankings(
     rows = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for chunk in chunks(questions, dataset.num_items - 1):
-            scores, _, _ = rank_chunk(scorer, chunk, ownership, exclude_seen=exclude_seen)
+            gathered = Chunk.of(chunk, ownership, dataset.num_items - 1, device)
+            scores = gathered.scores(scorer, exclude_seen=exclude_seen)
             best = scores[:, 1:].topk(min(DEPTH, scores.shape[1] - 1), dim=1)
             item, score = best.indices.cpu().numpy() + 1, best.values.cpu().numpy()
             question = np.repeat(np.arange(len(chunk)), item.shape[1]).reshape(item.shape)
