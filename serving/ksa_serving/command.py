@@ -69,13 +69,14 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UsageError: the address or port cannot be had.
     """
+    choose = f"ksa serve: expected to listen on {host} port {port}, got: {{}}. Choose another."
+    if not 0 <= port < 2**16:
+        raise UsageError(choose.format("no port; ports are 0 to 65535"))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"ksa serve: expected to listen on {host} port {port}, got: {error}. Choose another."
-        ) from error
+    except OSError as error:
+        raise UsageError(choose.format(error)) from error
 
 
 def prepare_state_dir(path: Path) -> Path:

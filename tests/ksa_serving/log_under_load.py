@@ -1,0 +1,59 @@
+"""A child process that keeps events until it is killed; `test_kill.py` starts it. Imports no torch.
+
+    python log_under_load.py DIRECTORY SEED
+
+It prints `ready`, then for each acknowledged call one line of JSON: the user and [event number, outcome] pairs. Event
+numbers name events (`story_event`), so the parent knows what was acknowledged. Calls run at once, some events are
+sent again, some are late, and states are asked for in between.
+"""
+
+import asyncio
+import json
+import random
+import sys
+from pathlib import Path
+
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import NewEvent
+from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
+from ksa_serving.service import Service
+from ksa_serving.state_store import MemoryStateStore
+from ksa_serving.testing import toy_release
+
+NUM_USERS = 5
+
+
+def story_event(number: int) -> NewEvent:
+    """Return event `number` of user `number` mod 5: every second one has an id, every seventh lies far back."""
+    timestamp = 1_000_000 + number // 3 - (500 if number % 7 == 0 else 0)
+    # The item names the event, so that events without an id are told apart too.
+    return NewEvent(f"item-{number}", timestamp, f"e{number}" if number % 2 else None, ("view", "buy")[number % 2])
+
+
+async def keep_events(service: Service, draw: random.Random, number: int) -> None:
+    sent: list[int] = []
+    while True:
+        user = draw.randrange(NUM_USERS)
+        new = [n * NUM_USERS + user for n in range(number, number + draw.randint(1, 6))]
+        number += len(new)
+        again = [old for old in draw.sample(sent, min(5, len(sent))) if old % NUM_USERS == user]
+        numbers = new + again
+        events = [story_event(n) for n in numbers]
+        wire = [EventMessage(event.item_id, event.timestamp, event.event_id, event.event_type) for event in events]
+        answer = await service.post_events(f"user-{user}", EventsRequest(wire))
+        outcomes = [[n, result.status] for n, result in zip(numbers, answer.results)]
+        print(json.dumps([f"user-{user}", outcomes]), flush=True)
+        sent += new
+        if draw.random() < 0.2:
+            await service.recommend(f"user-{user}", RecommendRequest(k=1))
+
+
+async def main(directory: Path, seed: int) -> None:
+    service = Service(toy_release(), EventLog(directory, "arrival"), MemoryStateStore(10**7))
+    print("ready", flush=True)
+    senders = range(seed * 4, seed * 4 + 4)
+    await asyncio.gather(*(keep_events(service, random.Random(n), n * 1_000_000) for n in senders))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,144 @@
+"""The service over the real library: what it answers is what the library answers."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from ksa_serving.events import Owner
+from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
+from ksa_serving.release import Release, load_release
+from ksa_serving.service import Service
+from ksa_serving.settings import ServeSettings
+from recsys_ksa.order import TieKind
+
+TIES: list[TieKind] = ["arrival", "id", "hash"]
+
+
+@pytest.fixture(scope="module")
+def release(tiny_run: Path) -> Release:
+    return load_release(tiny_run)
+
+
+def with_tie(release: Release, tie: TieKind) -> Release:
+    """The same model under another order; the run's own says `arrival`."""
+    from recsys_ksa import Recommender
+
+    recommender: Any = release.recommender
+    run = replace(recommender.run, info=recommender.run.info.model_copy(update={"tie": tie}))
+    return replace(release, recommender=Recommender(run, recommender.network, recommender.index), tie=tie)
+
+
+def history(seed: int, length: int) -> list[EventMessage]:
+    draw = random.Random(seed)
+    times = sorted(1_600_000_000 + draw.randrange(length * 40) // 100 * 100 for _ in range(length))
+    return [
+        EventMessage(f"i{draw.randrange(60)}", time, f"{n:04}", draw.choice(["view", "buy", "never seen", None]))
+        for n, time in enumerate(times)
+    ]
+
+
+async def ask(service: Service, user_id: str, **fields: Any) -> Any:
+    return await service.recommend(user_id, msgspec.convert(fields, RecommendRequest))
+
+
+def assert_same(answer: Any, expected: list[tuple[str, float]]) -> None:
+    assert [item.item_id for item in answer.items] == [item_id for item_id, _ in expected]
+    np.testing.assert_allclose([item.score for item in answer.items], [score for _, score in expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_online_equals_library_equals_rebuilt(release: Release, make_service: Callable[..., Service], tie: TieKind):
+    release = with_tie(release, tie)
+    events = history(5, 90)
+    library = release.recommender
+    state = library.append(
+        library.new_state(),
+        [event.item_id for event in events],
+        [event.timestamp for event in events],
+        [event.event_type for event in events],
+        event_ids=[event.event_id for event in events],
+    )
+    at = events[-1].timestamp + 86_400
+    expected = library.recommend(state, k=8, request_time=at)
+    again = library.recommend(state, k=8, request_time=at, only_seen=True)
+
+    async def story() -> None:
+        service = make_service(release, ServeSettings(rebuild_step_events=37))
+        draw = random.Random(1)
+        place = 0
+        while place < len(events):  # in pieces that sometimes overlap and sometimes come in another order
+            size = draw.randint(1, 12)
+            piece = events[max(0, place - 2) : place + size]
+            if tie != "arrival":
+                draw.shuffle(piece)
+            await service.post_events("ann", EventsRequest(piece))
+            if draw.random() < 0.5:
+                await ask(service, "ann", k=1)
+            place += size
+        online = await ask(service, "ann", k=8, request_time=at)
+        assert (online.num_events, online.state_source) == (90, "host")
+        assert_same(online, expected)
+        assert_same(await ask(service, "ann", k=8, request_time=at, list="again"), again)
+        service.store.drop(Owner("ann"))
+        rebuilt = await ask(service, "ann", k=8, request_time=at)
+        assert rebuilt.state_source == "rebuilt"
+        assert_same(rebuilt, expected)
+        given_events = [msgspec.to_builtins(event) for event in events]
+        assert_same(await ask(service, "eve", k=8, request_time=at, events=given_events), expected)
+        half = await service.post_events("bob", EventsRequest(events[:45]))
+        assert all(result.status == "accepted" for result in half.results)
+        assert_same(await ask(service, "bob", k=8, request_time=at, events=given_events), expected)
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_a_late_event_gives_the_history_in_order(release: Release, make_service: Callable[..., Service]):
+    events = history(6, 40)
+    library = release.recommender
+
+    async def story() -> None:
+        service = make_service(release)
+        await service.post_events("ann", EventsRequest(events[:20] + events[21:]))
+        await ask(service, "ann")
+        late = await service.post_events("ann", EventsRequest([events[20]]))
+        online = await ask(service, "ann", k=8, request_time=None)
+        in_order = sorted(
+            enumerate(events[:20] + events[21:] + [events[20]]), key=lambda pair: (pair[1].timestamp, pair[0])
+        )
+        state = library.append(
+            library.new_state(),
+            [event.item_id for _, event in in_order],
+            [event.timestamp for _, event in in_order],
+            [event.event_type for _, event in in_order],
+        )
+        assert late.results[0].status == "late-applied"
+        assert_same(online, library.recommend(state, k=8))
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_new_users_and_unknown_items_have_answers(release: Release, make_service: Callable[..., Service]):
+    async def story() -> None:
+        service = make_service(release)
+        assert len((await ask(service, "new", k=5)).items) == 5
+        assert (await ask(service, "new", k=5, list="again")).items == []
+        unknown = EventMessage("no such item", 1_600_000_000)
+        await service.post_events("ann", EventsRequest([unknown]))
+        answer = await ask(service, "ann", k=1000)
+        assert answer.num_events == 1
+        assert "no such item" not in {item.item_id for item in answer.items}
+        state = await service.state("ann")
+        assert state.nbytes > 0
+        assert state.state_fingerprint == release.state_fingerprint
+        await service.close()
+
+    asyncio.run(story())
