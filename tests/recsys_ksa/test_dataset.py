@@ -158,7 +158,7 @@ def test_the_content_hash_sees_every_column(original):
     table = read_parts(original, read_manifest(original))
     row = table.slice(0, 1).to_pylist()[0]
     changes = {
-        "user_id": "other",
+        "user_id": row["user_id"][::-1],
         "user_index": row["user_index"] + 4,
         "item_index": [row["item_index"][0] + 1, *row["item_index"][1:]],
         "timestamp": [*row["timestamp"][:-1], row["timestamp"][-1] + 1],
@@ -166,10 +166,20 @@ def test_the_content_hash_sees_every_column(original):
         "event_id": ["other", *row["event_id"][1:]],
         "event_type": [3 - row["event_type"][0], *row["event_type"][1:]],
     }
+    assert row["user_id"] != row["user_id"][::-1]
     hashes = {content_hash(pa.Table.from_pylist([row], schema=table.schema))}
     for name, value in changes.items():
         hashes.add(content_hash(pa.Table.from_pylist([row | {name: value}], schema=table.schema)))
     assert len(hashes) == len(changes) + 1
+
+
+def test_the_content_hash_sees_where_one_id_ends_and_the_next_begins(original):
+    table = read_parts(original, read_manifest(original))
+    row = next(row for row in table.to_pylist() if len(row["tie"]) > 1)
+    first, second, *others = row["tie"]
+    moved = row | {"tie": [first + second[:1], second[1:], *others]}
+    hashes = {content_hash(pa.Table.from_pylist([each], schema=table.schema)) for each in (row, moved)}
+    assert len(hashes) == 2
 
 
 def test_the_newest_parts_row_of_a_user_counts(path):
