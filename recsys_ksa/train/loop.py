@@ -214,7 +214,7 @@ class _Session:
         # Seeded by step: dropout after resuming is what it would have been.
         torch.manual_seed((config.seed << 32) + step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         batch = given.batch.to(self.device)
         negatives = given.negatives.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):

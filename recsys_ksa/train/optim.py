@@ -8,18 +8,32 @@ from torch import nn
 from recsys_ksa.config import TrainConfig
 
 
+SCALAR_RATE = 10.0
+"""Learning rate of scalars (temperature, the own-item bias's level and slope), as a multiple of the others'.
+
+Adam moves a value by about the learning rate a step: in a short run a log temperature would not get far otherwise."""
+
+
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on the matrices of linear layers only.
 
     Tables, norms, biases and other vectors do not decay: a rare item's row would shrink at every step that does not
-    touch it, and scales have no reason to be 0.
+    touch it, and scales have no reason to be 0. Each group's `scale` multiplies the learning rate.
     """
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
-    decayed, kept = [], []
+    decayed, kept, scalars = [], [], []
     for name, parameter in network.named_parameters():
-        is_matrix = parameter.dim() >= 2 and id(parameter) not in tables and not _is_table(name)
-        (decayed if is_matrix else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        if parameter.dim() == 0:
+            scalars.append(parameter)
+        elif parameter.dim() >= 2 and id(parameter) not in tables and not _is_table(name):
+            decayed.append(parameter)
+        else:
+            kept.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay, "scale": 1.0},
+        {"params": kept, "weight_decay": 0.0, "scale": 1.0},
+        {"params": scalars, "weight_decay": 0.0, "scale": SCALAR_RATE},
+    ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 

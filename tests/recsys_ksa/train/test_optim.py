@@ -11,14 +11,18 @@ from recsys_ksa.train.optim import learning_rate, make_optimizer
 from recsys_ksa.train.run_files import feature_schema
 
 
-def test_only_matrices_of_linear_layers_decay(dataset: Dataset, make_config: Callable[..., RunConfig]) -> None:
+def test_only_matrices_of_linear_layers_decay_and_scalars_run_ahead(
+    dataset: Dataset, make_config: Callable[..., RunConfig]
+) -> None:
     config = make_config(model={"item_bias": "learned"})
     network = Network(config.model, feature_schema(dataset, config))
     optimizer = make_optimizer(network, config.train)
     decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    scale = {id(parameter): group["scale"] for group in optimizer.param_groups for parameter in group["params"]}
     assert len(decay) == len(list(network.parameters()))
     for name, parameter in network.named_parameters():
         is_table = name.startswith(("embedding.", "request.", "summary_input"))
+        assert scale[id(parameter)] == (10.0 if parameter.dim() == 0 else 1.0), name
         assert (decay[id(parameter)] > 0) == (parameter.dim() == 2 and not is_table), name
 
 
