@@ -1,5 +1,4 @@
-"""
-Create the virtual environment and install the pinned CPU set and the project, with no CUDA wheel.
+"""Create the virtual environment and install the pinned CPU set and the project, with no CUDA wheel.
 
     python3 packaging/install.py .venv
 

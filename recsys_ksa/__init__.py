@@ -17,7 +17,7 @@ _HOMES = {
     "OutOfOrderError": "recsys_ksa.errors",
     "RecsysKsaError": "recsys_ksa.errors",
 }
-__all__ = ["OutOfOrderError", "RecsysKsaError", "Recommender", "UserState"]
+__all__ = ["OutOfOrderError", "Recommender", "RecsysKsaError", "UserState"]
 __version__ = "0.1.0"
 
 

@@ -27,8 +27,7 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype, available: Sequence[Impl] = tuple(Impl)) -> Impl:
-    """
-    Return the implementation that `impl` means on this device.
+    """Return the implementation that `impl` means on this device.
 
     Args:
         impl: `"auto"` or the name of an implementation.

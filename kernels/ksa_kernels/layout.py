@@ -1,5 +1,4 @@
-"""
-ChunkLayout: the only place that knows where event tokens and summary tokens sit, and who is where.
+"""ChunkLayout: the only place that knows where event tokens and summary tokens sit, and who is where.
 
 Letters: U users, N events of one history, k chunk_size, m summaries_per_chunk, W window_chunks, V max_visible_chunks.
 A history's events are i = 0..N-1, the chunk of i is i // k, and its N // k closed chunks have m summaries each.
@@ -61,8 +60,7 @@ class UserSpan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ChunkLayout:
-    """
-    Which user, chunk and slot each row of the event and summary tensors belongs to.
+    """Which user, chunk and slot each row of the event and summary tensors belongs to.
 
     Build it once a batch with `from_offsets`; tensors that only some implementations need are made when asked for.
     """
@@ -87,8 +85,7 @@ class ChunkLayout:
         query_start: Integers | None = None,
         key_start: Integers | None = None,
     ) -> ChunkLayout:
-        """
-        Describe a jagged batch of histories.
+        """Describe a jagged batch of histories.
 
         Args:
             offsets: [U + 1] integers from 0, non-decreasing: user u's whole history has offsets[u+1] - offsets[u]

@@ -52,6 +52,7 @@ def _device() -> str:
 def _attention() -> str:
     try:
         import torch
+
         from ksa_kernels.impl import resolve
     except ImportError as error:
         return f"cannot be imported: {error}"

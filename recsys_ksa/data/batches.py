@@ -1,5 +1,4 @@
-"""
-Batches: jagged tensors of events, of the questions asked about them, and of the answers.
+"""Batches: jagged tensors of events, of the questions asked about them, and of the answers.
 
 A *question* asks for what follows a known part of a history. Letters: U users, T events, Q questions, M targets,
 O owned items, P pairs (question, owned item of its user). Everything is gathered by numpy from the mapped
@@ -146,8 +145,7 @@ def questions_batch(
     own_items: bool = False,
     max_own_items: int | None = None,
 ) -> Batch:
-    """
-    Return a batch that asks each user questions at given cuts, for evaluation: no targets.
+    """Return a batch that asks each user questions at given cuts, for evaluation: no targets.
 
     A user's events reach up to the largest of the user's cuts.
 
@@ -180,8 +178,7 @@ def questions_batch(
 
 
 def span_start(end: Ints, max_length: int | None, chunk_size: int) -> Ints:
-    """
-    Return where the last `max_length` events before `end` begin, moved forward to a chunk boundary. [U] -> [U].
+    """Return where the last `max_length` events before `end` begin, moved forward to a chunk boundary. [U] -> [U].
 
     Cut elsewhere, the chunk phase would shift and the model measured would not be the one served.
     """
@@ -200,8 +197,7 @@ def assemble(
     with_own: bool,
     max_own_items: int | None,
 ) -> Batch:
-    """
-    Gather events start..end-1 of each user and the questions about them into a batch.
+    """Gather events start..end-1 of each user and the questions about them into a batch.
 
     Raises:
         DataError: a question asks from an event before `start`.

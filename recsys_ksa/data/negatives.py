@@ -1,5 +1,4 @@
-"""
-Negatives: items drawn for a batch in proportion to a power of their popularity, with their log-probabilities.
+"""Negatives: items drawn for a batch in proportion to a power of their popularity, with their log-probabilities.
 
 Draws are with replacement and a function of (seed, step) alone, so a resumed run draws what it would have drawn.
 """
@@ -19,15 +18,13 @@ if TYPE_CHECKING:
 
 
 class NegativeSampler:
-    """
-    Draws items with probability q proportional to count ** power; an item never met counts as met once.
+    """Draws items with probability q proportional to count ** power; an item never met counts as met once.
 
     Without that floor an item that only validation or test events touch would never be told apart from targets.
     """
 
     def __init__(self, counts: Ints, power: float, seed: int) -> None:
-        """
-        Prepare draws from counts [I]; row 0, the unknown item, is never drawn.
+        """Prepare draws from counts [I]; row 0, the unknown item, is never drawn.
 
         Raises:
             DataError: there is no item.

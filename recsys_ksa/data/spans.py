@@ -1,5 +1,4 @@
-"""
-Which part of each history trains and which part validates, by protocol. Nothing here reads an event.
+"""Which part of each history trains and which part validates, by protocol. Nothing here reads an event.
 
 | data.split    | trains on events before        | validates on events from there to before |
 |---------------|--------------------------------|------------------------------------------|
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 
 
 def validation_span(dataset: "Dataset", split: TrainingSpan) -> tuple[Ints, Ints]:
-    """
-    Return where each user's validation events begin, which ends the training span, and where they end. [U], [U].
+    """Return where each user's validation events begin, which ends the training span, and where they end. [U], [U].
 
     Raises:
         ProtocolError: `global` of a data set without time.

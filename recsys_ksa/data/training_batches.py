@@ -1,5 +1,4 @@
-"""
-Training batches: the newest events of each training span, packed by a token budget, shuffled each epoch.
+"""Training batches: the newest events of each training span, packed by a token budget, shuffled each epoch.
 
 Batch `position` of `epoch` is a function of the seed and those two numbers alone, so training resumes at the exact
 next batch and batches may be built ahead of time.
@@ -29,8 +28,7 @@ class TrainingBatches:
     """The batches of a run: `batch(epoch, position)` for position in 0..num_batches(epoch)-1."""
 
     def __init__(self, histories: "Histories", end: Ints, config: RunConfig) -> None:
-        """
-        Plan batches of events before `end` (int64 [U], `spans.training_end`).
+        """Plan batches of events before `end` (int64 [U], `spans.training_end`).
 
         Raises:
             ConfigError: `data.max_length` is shorter than a chunk.
@@ -101,8 +99,7 @@ def pack(users: Ints, lengths: Ints, budget: int) -> list[Ints]:
 def training_questions(
     histories: "Histories", users: Ints, start: Ints, end: Ints, loss: LossConfig, random: np.random.Generator
 ) -> Questions:
-    """
-    Ask for what follows each known part of the events start..end-1, a random `questions_per_user` of a user.
+    """Ask for what follows each known part of the events start..end-1, a random `questions_per_user` of a user.
 
     `next-event`: one target, the next event. `next-set`: all events of the next distinct timestamp, asked from
     strictly earlier ones; equal items are merged. What follows an event left out before `start` is not asked for;

@@ -6,9 +6,9 @@ block lets both attend by the visibility rule; a `full` block is plain causal ov
 
 import torch
 import torch.nn.functional as F
-from ksa_kernels import QKV, ChunkLayout, summary_attention
 from torch import Tensor, nn
 
+from ksa_kernels import QKV, ChunkLayout, summary_attention
 from recsys_ksa.config import LayerKind, ModelConfig
 from recsys_ksa.model.rotary import Rotary, rotate
 

@@ -26,7 +26,6 @@ from recsys_ksa.model.rotary import Rotary
 
 if TYPE_CHECKING:
     from ksa_kernels import ChunkLayout
-
     from recsys_ksa.data.batches import Batch
 
 # Shapes: U users, T events, S summaries, Q questions, I items, E model dim, D head dim.

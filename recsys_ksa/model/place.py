@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from ksa_kernels import ChunkLayout
 from torch import Tensor
 
+from ksa_kernels import ChunkLayout
 from recsys_ksa.config import LayerKind, ModelConfig
 from recsys_ksa.model.rotary import Rotary, rotary_table, summary_position
 

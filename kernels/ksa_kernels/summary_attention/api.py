@@ -38,8 +38,7 @@ class AttentionOutput(NamedTuple):
 def summary_attention(
     events: QKV, summaries: QKV | None, layout: ChunkLayout, *, impl: str = "auto"
 ) -> AttentionOutput:
-    """
-    Attend from each event to its window and to older chunks' summaries, from each summary to its own chunk.
+    """Attend from each event to its window and to older chunks' summaries, from each summary to its own chunk.
 
     Scores are scaled by D**-0.5; the softmax runs in float32 (float64 for float64). Query heads h of
     H share the key head h // (H / H_kv).
@@ -51,8 +50,7 @@ def summary_attention(
         impl: "auto" (Triton on CUDA, else "torch"), "reference", "torch" or "triton".
 
     Returns:
-        Outputs and log-sum-exps of event and summary queries. Both can be differentiated, except that the Triton
-        implementation's log-sum-exps cannot.
+        Outputs and log-sum-exps of event and summary queries; both can be differentiated.
 
     Raises:
         ShapeError: a tensor disagrees with the layout or with the other tensors.
@@ -62,15 +60,14 @@ def summary_attention(
     if summaries is None:
         summaries = _no_summaries(events)
     _check(events, summaries, layout)
-    chosen = resolve(impl, events.query.device, events.query.dtype, IMPLS)
+    chosen = resolve(impl, events.query.device, events.query.dtype)
     if chosen is Impl.REFERENCE:
         from ksa_kernels.summary_attention.reference import attend
+    elif chosen is Impl.TRITON:
+        from ksa_kernels.summary_attention.triton_op import attend
     else:
         from ksa_kernels.summary_attention.torch_blocked import attend
     return AttentionOutput(*attend(events, summaries, layout))
-
-
-IMPLS = (Impl.REFERENCE, Impl.TORCH)
 
 
 def _no_summaries(events: QKV) -> QKV:

@@ -1,5 +1,4 @@
-"""
-PyTorch's fused attention for CPUs, with the log-sum-exp that its public function hides, and the dense route.
+"""PyTorch's fused attention for CPUs, with the log-sum-exp that its public function hides, and the dense route.
 
 `scaled_dot_product_attention` on a CPU dispatches to the two operators called here; only they return (and take back)
 the log-sum-exp. They run in blocks of their own and keep nothing quadratic.

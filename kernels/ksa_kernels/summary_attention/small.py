@@ -1,5 +1,4 @@
-"""
-A few queries on long states: slices of keys and values instead of blocks, masks only where rows differ.
+"""A few queries on long states: slices of keys and values instead of blocks, masks only where rows differ.
 
 Everything a chunk's events see is one range of event rows and one range of summary rows, so one new event costs one
 small product of matrices and no mask. Plain autograd where gradients are wanted; what it keeps is linear in the keys.
@@ -78,8 +77,7 @@ def _ranges(chunk: int, layout: ChunkLayout, span: UserSpan) -> tuple[int, tuple
 def _attend(
     query: Tensor, events: QKV, keys: slice, summaries: QKV, old: slice, causal_events: int, causal_summaries: int
 ) -> tuple[Tensor, Tensor]:
-    """
-    Attend over one range of events and one of summaries; the last rows of one range may be causal.
+    """Attend over one range of events and one of summaries; the last rows of one range may be causal.
 
     Returns out [rows, H, D] in the query's dtype and lse [rows, H].
     """
@@ -115,8 +113,7 @@ def _any_needs_grad(*tensors: Tensor) -> bool:
 
 
 def _hide_later(count: int, num_rows: int, key: Tensor) -> Tensor:
-    """
-    Return a bias that hides from each of `count` rows the keys that come after it among the last `count` ones.
+    """Return a bias that hides from each of `count` rows the keys that come after it among the last `count` ones.
 
     Shape [num_rows, keys]: a group's heads repeat the rows.
     """

@@ -1,5 +1,4 @@
-"""
-Blocked PyTorch: any device, memory linear in the length, forward and backward.
+"""Blocked PyTorch: any device, memory linear in the length, forward and backward.
 
 A *block* is a few neighbouring chunks of one user. Its queries are their events and their summaries; its keys are
 
@@ -124,8 +123,7 @@ class Plan:
         return self.kept[num_heads]
 
     def _pieces(self, num_heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """
-        Yield query rows [n, Q], key rows [n, L] and bias [n, Q, L], a bounded number of blocks at a time.
+        """Yield query rows [n, Q], key rows [n, L] and bias [n, Q, L], a bounded number of blocks at a time.
 
         A token that does not exist has the row behind all others.
         """
