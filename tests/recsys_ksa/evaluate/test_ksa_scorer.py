@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+
+from recsys_ksa.data.batches import questions_batch
+from recsys_ksa.data.dataset import open_dataset
+from recsys_ksa.evaluate.ksa_scorer import run_scorers, window_start
+from recsys_ksa.evaluate.owned import Ownership
+from recsys_ksa.evaluate.protocol import ask, request_times
+from recsys_ksa.recommender import Recommender
+
+VARIANTS = ("target", "drawn", "none")
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_data):
+    return open_dataset(tiny_data)
+
+
+@pytest.fixture(scope="module")
+def recommender(tiny_run):
+    return Recommender.load(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def questions(dataset):
+    return ask(dataset.histories, "global")
+
+
+@pytest.fixture(scope="module")
+def ownership(dataset):
+    return Ownership(dataset.histories)
+
+
+def scores_by_variant(dataset, recommender, questions, ownership, **options) -> dict[str, torch.Tensor]:
+    scorers = run_scorers("ksa", recommender.network, dataset, questions, ownership, VARIANTS, **options)
+    return {scorer.request_time: scorer.scores(questions) for scorer in scorers}
+
+
+def test_scores_equal_what_the_service_answers_for_the_same_events(dataset, recommender, questions, ownership):
+    """One pass over whole histories, all questions of a user at once, against appended states."""
+    scores = scores_by_variant(dataset, recommender, questions, ownership)
+    items, types = dataset.items.item_id, dataset.vocab.get("event_type")
+    histories = dataset.histories
+    ids = histories.user_ids()
+    times = {variant: request_times(questions, variant, ids) for variant in VARIANTS}
+    for q in range(0, len(questions), max(1, len(questions) // 6)):
+        rows = slice(histories.offsets[questions.user[q]], histories.offsets[questions.user[q]] + int(questions.cut[q]))
+        state = recommender.append(
+            recommender.new_state(),
+            [items[index] for index in histories.item_index[rows]],
+            histories.timestamp[rows].tolist(),
+            None if types is None else [types[index] for index in histories.event_type[rows]],
+        )
+        for variant, (now, shown) in times.items():
+            answer = dict(recommender.recommend(state, len(items), int(now[q]) if shown[q] else None, False))
+            expected = torch.tensor([answer[item] for item in items[1:]])
+            torch.testing.assert_close(scores[variant][q, 1:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_user_vectors_equal_the_networks_forward_pass(dataset, recommender, questions, ownership):
+    network = recommender.network
+    scorers = run_scorers("ksa", network, dataset, questions, ownership, VARIANTS)
+    users, question_user = np.unique(questions.user, return_inverse=True)
+    for scorer in scorers:
+        times = None if scorer.request_time == "none" else scorer.now
+        batch = questions_batch(
+            dataset.histories, users, question_user, questions.cut, times, chunk_size=network.config.chunk_size
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(scorer.vectors, network(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch(dataset, recommender, questions, ownership, monkeypatch):
+    whole = scores_by_variant(dataset, recommender, questions, ownership)
+    monkeypatch.setattr("recsys_ksa.evaluate.ksa_scorer.BATCH_EVENTS", 40)
+    small = scores_by_variant(dataset, recommender, questions, ownership)
+    for variant in VARIANTS:
+        torch.testing.assert_close(whole[variant], small[variant], rtol=1e-4, atol=1e-4)
+
+
+def test_truncated_sees_the_window_only_and_equals_the_whole_where_the_window_holds_all(
+    dataset, recommender, questions, ownership
+):
+    config = recommender.network.config
+    whole = scores_by_variant(dataset, recommender, questions, ownership)["none"]
+    cut = scores_by_variant(dataset, recommender, questions, ownership, truncated=True)["none"]
+    start = window_start(recommender.network, questions)
+    assert np.all(start % config.chunk_size == 0)
+    assert np.all(questions.cut - start <= (config.window_chunks + 1) * config.chunk_size)
+    short = torch.from_numpy(start == 0)
+    assert short.any()
+    assert not short.all()
+    torch.testing.assert_close(cut[short], whole[short], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(cut[~short], whole[~short], rtol=1e-2)
