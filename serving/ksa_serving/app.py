@@ -58,8 +58,8 @@ def create_app(service: Service, host: str = "127.0.0.1") -> ASGIApp:
             Exception: on_any_error,
         },
     )
-    header_bytes = service.settings.limits.header_bytes
-    guarded = _guard(_route_as_sent(cast(ASGIApp, app)), (*LOOPBACK, host), header_bytes)
+    bounded = _bound(_route_as_sent(cast(ASGIApp, app)), service.settings.concurrent_requests)
+    guarded = _guard(bounded, (*LOOPBACK, host), service.settings.limits.header_bytes)
     return _count_requests(guarded, requests)
 
 
@@ -166,6 +166,27 @@ def _guard(app: ASGIApp, hosts: tuple[str, ...], header_bytes: int) -> ASGIApp:
     return guarded
 
 
+def _bound(app: ASGIApp, most: int) -> ASGIApp:
+    """Refuse users' requests beyond `most` at once, with a word on when to come back; health is always told."""
+    under_way = 0
+
+    async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal under_way
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await app(scope, receive, send)
+        elif under_way >= most:
+            detail = f"requests: at most {most} are answered at once. Try again in a second."
+            await _send(problem(503, "overloaded", detail, {"retry-after": "1"}), send)
+        else:
+            under_way += 1
+            try:
+                await app(scope, receive, send)
+            finally:
+                under_way -= 1
+
+    return bounded
+
+
 def _host(origin: bytes) -> str | None:
     try:
         return urlsplit(origin.decode("latin-1")).hostname
@@ -175,6 +196,7 @@ def _host(origin: bytes) -> str | None:
 
 async def _send(response: Response[bytes], send: Callable[[Message], Awaitable[None]]) -> None:
     headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(response.content))]
+    headers += [(name.encode(), value.encode()) for name, value in response.headers.items()]
     start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
     await send(cast(Message, start))
     await send(cast(Message, {"type": "http.response.body", "body": response.content, "more_body": False}))

@@ -20,7 +20,8 @@ def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
         access_log=False,
         log_level="warning",
         server_header=False,
-        limit_concurrency=settings.concurrent_requests,
+        limit_concurrency=2
+        * settings.concurrent_requests,  # connections; the app bounds requests, with a better answer
         timeout_keep_alive=int(settings.keep_alive_seconds),
         timeout_graceful_shutdown=settings.graceful_seconds,
         h11_max_incomplete_event_size=2 * settings.limits.header_bytes,  # while reading; the app counts exactly

@@ -142,7 +142,7 @@ class Service:
         check_user_id(user_id, self.settings.limits)
         owner = Owner(user_id)
         head = await self._in_thread(self.log.head, owner)
-        record = self.states.held(owner)
+        record = await self._in_thread(self.states.held, owner)
         return StateAnswer(
             num_events=head.num_events,
             seq=head.last_seq,

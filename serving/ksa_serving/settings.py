@@ -43,7 +43,7 @@ class ServeSettings(Strict):
     waiting_calls: PositiveInt = 4096
     """Calls that may wait for the event log before others are refused."""
     concurrent_requests: PositiveInt = 512
-    """Connections and requests at once; beyond it: 503."""
+    """Users' requests answered at once; beyond it: 503. Twice as many connections are kept."""
     graceful_seconds: PositiveInt = 20
     """How long requests may take to finish after SIGTERM."""
     keep_alive_seconds: PositiveFloat = 15

@@ -1,6 +1,8 @@
 import json
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -261,6 +263,7 @@ def test_health_metrics_and_openapi(client: httpx.Client):
     document = client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.1")
     assert document["components"]["schemas"]["RecommendRequest"]["additionalProperties"] is False
+    assert "list" in document["components"]["schemas"]["RecommendRequest"]["properties"]
     assert set(document["paths"]) >= {"/v1/users/{user_id}/events", "/v1/users/{user_id}/recommend"}
 
 
@@ -299,3 +302,27 @@ def test_limits_follow_the_settings(make_service: Callable[..., Service], serve_
         assert_problem(client.post("/v1/users/ann/events", content=padded(101)), 413, "body-too-large")
         assert client.post("/v1/users/ann/events", content=padded(100)).status_code == 200
         assert_problem(ask(client, "ann", k=3), 400, "invalid-k")
+
+
+def test_requests_beyond_the_bound_are_told_to_come_back(make_service: Callable[..., Service], serve_in_thread: Any):
+    service = make_service(settings=ServeSettings(concurrent_requests=2))
+    started, go_on = threading.Semaphore(0), threading.Event()
+    current = service.states.current
+
+    def slow(*arguments: Any) -> Any:
+        started.release()
+        assert go_on.wait(20)
+        return current(*arguments)
+
+    service.states.current = slow  # type: ignore[method-assign]
+    with serve_in_thread(service) as client, ThreadPoolExecutor() as pool:
+        held = [pool.submit(ask, client, user) for user in ("ann", "bob")]
+        for _ in held:
+            started.acquire()
+        refused = ask(client, "cat")
+        assert_problem(refused, 503, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        assert client.get("/livez").status_code == 200
+        go_on.set()
+        assert [answer.result().status_code for answer in held] == [200, 200]
+        assert ask(client, "cat").status_code == 200
