@@ -105,6 +105,7 @@ class _Basket:
 
     timestamp: int
     items: list[str]
+    event_types: list[str | None]
 
 
 def _one_user(run: Path, data: Path) -> None:
@@ -143,18 +144,21 @@ def _median_user(dataset: "Dataset") -> int:
 def _baskets(dataset: "Dataset", user: int) -> list[_Basket]:
     histories = dataset.histories
     rows = histories.rows(user)
+    kinds = [0] * histories.length(user) if histories.event_type is None else histories.event_type[rows].tolist()
+    names = dataset.vocab.get("event_type", [None])
     baskets: list[_Basket] = []
-    for item, timestamp in zip(histories.item_index[rows].tolist(), histories.timestamp[rows].tolist()):
+    for item, timestamp, kind in zip(histories.item_index[rows].tolist(), histories.timestamp[rows].tolist(), kinds):
         if not baskets or baskets[-1].timestamp != timestamp:
-            baskets.append(_Basket(timestamp, []))
+            baskets.append(_Basket(timestamp, [], []))
         baskets[-1].items.append(str(dataset.items.item_id[item]))
+        baskets[-1].event_types.append(names[kind])
     return baskets
 
 
 def _append_all(rec: "Recommender", state: "UserState", baskets: Sequence[_Basket]) -> "UserState":
     items = [item for basket in baskets for item in basket.items]
     times = [basket.timestamp for basket in baskets for _ in basket.items]
-    return rec.append(state, items, times)
+    return rec.append(state, items, times, [kind for basket in baskets for kind in basket.event_types])
 
 
 def _two_lists(rec: "Recommender", state: "UserState", request_time: int) -> None:
@@ -169,7 +173,7 @@ def _append_time(rec: "Recommender", state: "UserState", basket: _Basket) -> Non
     appends: list[float] = []
     for _ in range(21):
         began = time.perf_counter()
-        rec.append(state, basket.items[:1], [basket.timestamp])
+        rec.append(state, basket.items[:1], [basket.timestamp], basket.event_types[:1])
         appends.append(time.perf_counter() - began)
     print(
         f"  appending one event to {state.num_events} took {1000 * statistics.median(appends):.1f} ms "

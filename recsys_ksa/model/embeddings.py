@@ -4,6 +4,7 @@ The item table serves two features: `item`, the event's own, and `candidate`, th
 table, sharded or not, is looked up both ways.
 """
 
+import logging
 import math
 
 import torch
@@ -17,6 +18,9 @@ from recsys_ksa.features import NUM_GAP_BUCKETS
 from recsys_ksa.model.features import FeatureSchema
 
 CANDIDATE = "candidate"
+
+# TorchRec's jagged tensors ask torch.fx a question that warns each process once; it says nothing to our users.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 class EventEmbedding(nn.Module):
