@@ -231,8 +231,8 @@ class _Session:
     ) -> tuple[Progress, Weights | None]:
         config = self.config.train
         ndcg = validation.ndcg(self.network, self.device, config.attention_impl, config.precision == "bf16")
-        row = {"step": progress.step, "seconds": round(progress.seconds, 3), "valid_ndcg@10": ndcg}
-        self._write(row | ({"closing": True} if closing else {}))
+        row: dict[str, float | bool] = {"step": progress.step, "seconds": round(progress.seconds, 3)}
+        self._write(row | {"valid_ndcg@10": ndcg} | ({"closing": True} if closing else {}))
         if ndcg > progress.best_ndcg:
             return replace(progress, best_ndcg=ndcg, best_step=progress.step, worse=0), copy_weights(self.network)
         return replace(progress, worse=progress.worse + 1), best
@@ -251,7 +251,7 @@ class _Session:
         )
         self.report(Report(progress.step, self.steps, progress.seconds, loss, tokens_per_second, progress.best_ndcg))
 
-    def _write(self, row: dict[str, float]) -> None:
+    def _write(self, row: dict[str, float | bool]) -> None:
         with (self.run / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

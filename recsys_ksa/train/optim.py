@@ -7,7 +7,6 @@ from torch import nn
 
 from recsys_ksa.config import TrainConfig
 
-
 SCALAR_RATE = 10.0
 """Learning rate of scalars (temperature, the own-item bias's level and slope), as a multiple of the others'.
 

@@ -316,3 +316,15 @@ def test_a_batch_moves_whole(rng: np.random.Generator) -> None:
     assert moved.item_index.device.type == "meta"
     assert moved.own is not None
     assert moved.own.count.device.type == "meta"
+
+
+def test_a_limit_never_drops_an_owned_target(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = histories(rng, [60] * 12)
+    owned = {}
+    for limit in (10**6, 2):
+        monkeypatch.setattr("recsys_ksa.data.training_batches.MAX_OWN_ITEMS", limit)
+        batches = TrainingBatches(data, np.full(12, 60), config(questions_per_user=1))
+        drawn = [batches.batch(epoch, position).own for epoch in range(3) for position in range(6)]
+        owned[limit] = [own.target_pair >= 0 for own in drawn if own is not None]
+        assert all(own is not None and own.item_offsets.diff().le(limit).all() for own in drawn)
+    assert all(torch.equal(whole, limited) for whole, limited in zip(owned[10**6], owned[2]))

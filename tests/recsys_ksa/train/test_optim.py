@@ -1,5 +1,6 @@
 """What decays, and how the learning rate runs."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -31,7 +32,7 @@ def test_the_learning_rate_warms_up_then_falls_to_its_end() -> None:
     rates = [learning_rate(config, step, step / 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(max(rates[9:12]))
-    assert all(one >= two for one, two in zip(rates[10:], rates[11:]))
+    assert all(one >= two for one, two in itertools.pairwise(rates))
     assert rates[-1] == pytest.approx(0.1)
     assert learning_rate(config, 500, 7.0) == pytest.approx(0.1)
 
