@@ -287,12 +287,6 @@ class EventLog:
             keys = ((user_key, head.generation, event.identity, up_to_seq) for event in events)
             return [connection.execute(query, key).fetchone() is not None for key in keys]
 
-    def owners(self) -> list[Owner]:
-        """Return everyone the log has events of."""
-        with self._reader() as connection:
-            rows = connection.execute("SELECT user_id, tenant FROM users WHERE num_events > 0 ORDER BY user_key")
-            return [Owner(*row) for row in rows]
-
     def counts(self) -> tuple[int, int]:
         """Return the number of users and of events."""
         with self._reader() as connection:

@@ -1,7 +1,9 @@
 """The service over the real library: what it answers is what the library answers."""
 
 import asyncio
+import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,8 @@ from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.release import Release, load_release
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
+from recsys_ksa.cli import call_verb
+from recsys_ksa.errors import RunError
 from recsys_ksa.order import TieKind
 
 TIES: list[TieKind] = ["arrival", "id", "hash"]
@@ -142,3 +146,26 @@ def test_new_users_and_unknown_items_have_answers(release: Release, make_service
         await service.close()
 
     asyncio.run(story())
+
+
+def test_an_index_folder_changes_the_search_and_not_the_answer(release: Release, tiny_run: Path, tmp_path: Path):
+    indexed = shutil.copytree(tiny_run, tmp_path / "run")
+    call_verb("index", [str(indexed)])
+    other = load_release(indexed)
+    assert "FAISS" in other.index_source
+    assert (other.model_version, other.index_version) == (release.model_version, release.index_version)
+    answers = []
+    for recommender in (release.recommender, other.recommender):
+        state = recommender.append(recommender.new_state(), ["i1", "i2"], [1_600_000_000, 1_600_000_100])
+        answers.append(recommender.recommend(state, k=10, request_time=1_600_000_200))
+    assert [item_id for item_id, _ in answers[0]] == [item_id for item_id, _ in answers[1]]
+
+
+def test_an_index_of_another_run_is_refused(tiny_run: Path, tmp_path: Path):
+    indexed = shutil.copytree(tiny_run, tmp_path / "run")
+    call_verb("index", [str(indexed)])
+    manifest = indexed / "index" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "release_hash": "0" * 64}))
+    with pytest.raises(RunError, match="index"):
+        load_release(indexed)
