@@ -58,7 +58,9 @@ def _not_below(scores: Tensor, question: Tensor, value: Tensor) -> Tensor:
         return torch.zeros_like(question)
     # numpy sorts float32 rows many times faster than torch does on a CPU; both put NaN last.
     ascending = (
-        torch.sort(scores, dim=1).values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy(), axis=1))
+        torch.sort(scores, dim=1).values.contiguous()
+        if scores.is_cuda
+        else torch.from_numpy(np.sort(scores.numpy(), axis=1))
     )
     asked, lengths = _padded(value, question, len(scores), 0.0)
     below = torch.searchsorted(ascending, asked)

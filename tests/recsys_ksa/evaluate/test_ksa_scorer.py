@@ -93,3 +93,18 @@ def test_truncated_sees_the_window_only_and_equals_the_whole_where_the_window_ho
     assert not short.all()
     torch.testing.assert_close(cut[short], whole[short], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(cut[~short], whole[~short], rtol=1e-2)
+
+
+def test_truncated_counts_owned_items_in_its_window_only(dataset, recommender, questions, ownership):
+    network = recommender.network
+    (scorer,) = run_scorers("truncated", network, dataset, questions, ownership, ["none"], truncated=True)
+    scores, plain = scorer.scores(questions), scorer.vectors @ scorer.items.T
+    whole, window = ownership.before(questions), ownership.before(questions, window_start(network, questions))
+    held = torch.zeros(scores.shape, dtype=torch.bool)
+    held[window.question, window.item] = True
+    forgotten = torch.zeros(scores.shape, dtype=torch.bool)
+    forgotten[whole.question, whole.item] = True
+    forgotten &= ~held
+    assert forgotten.any()
+    assert torch.equal(scores[forgotten], plain[forgotten])
+    assert torch.all(scores[held] > plain[held])
