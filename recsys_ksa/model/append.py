@@ -61,8 +61,8 @@ def append_events(
         )
         earlier = [
             Rows(
-                torch.cat([memory.layers[depth].events.whole() for memory in memories]),
-                torch.cat([_visible(config, memory, depth) for memory in memories]),
+                _join([memory.layers[depth].events.whole() for memory in memories]),
+                _join([_visible(config, memory, depth) for memory in memories]),
             )
             for depth in range(len(config.layer_kinds))
         ]
@@ -114,8 +114,8 @@ def ask(
     last = [count - 1 for count in counts]
     layout = chunk_layout(config, kind, offsets, last, [window_start(config, kind, count) for count in counts])
     rows = Rows(
-        torch.cat([memory.layers[-1].events.whole() for memory in asked]),
-        torch.cat([memory.layers[-1].summaries.whole() for memory in asked]),
+        _join([memory.layers[-1].events.whole() for memory in asked]),
+        _join([memory.layers[-1].summaries.whole() for memory in asked]),
     )
     table_dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
     rotary = rotary_table(torch.tensor(last, device=device), config.head_dim, table_dtype)
@@ -196,6 +196,10 @@ def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl:
         for layer, rows in zip(stored.layers, encoded.rows)
     )
     return Memory(total, layers, encoded.last_input[-1].clone())
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _visible(config: ModelConfig, memory: Memory, depth: int) -> Tensor:

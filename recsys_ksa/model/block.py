@@ -27,14 +27,14 @@ class Projection(nn.Module):
         self.query_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
         self.key_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
-    def queries(self, x_TE: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Return queries [T, H, D] and the output's gate [T, H, D] (arXiv 2505.06708)."""
-        query, gate = self.query_gate(self.norm(x_TE)).view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+    def queries(self, normed_TE: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, D] and the output's gate [T, H, D] (arXiv 2505.06708) of `norm`'s output."""
+        query, gate = self.query_gate(normed_TE).view(-1, 2, self.num_heads, self.head_dim).unbind(1)
         return rotate(self.query_norm(query), rotary).to(query.dtype), gate.sigmoid()
 
-    def keys_values(self, x_TE: Tensor, rotary: Rotary) -> Tensor:
+    def keys_values(self, normed_TE: Tensor, rotary: Rotary) -> Tensor:
         """Return keys and values side by side, [T, 2, H_kv, D]: the rows a user state keeps."""
-        key, value = self.key_value(self.norm(x_TE)).view(-1, 2, self.num_kv_heads, self.head_dim).unbind(1)
+        key, value = self.key_value(normed_TE).view(-1, 2, self.num_kv_heads, self.head_dim).unbind(1)
         return torch.stack((rotate(self.key_norm(key), rotary).to(value.dtype), value), dim=1)
 
 
@@ -74,12 +74,13 @@ def attend(
         event_query, summary_query: [Tq, H, D], [Sq, H, D].
         event_rows, summary_rows: [Tk, 2, H_kv, D], [Sk, 2, H_kv, D].
     """
-    # The operator chooses its own precision: softmax in float32 whatever the inputs.
-    with torch.autocast(event_query.device.type, enabled=False):
-        result = summary_attention(
-            QKV(event_query, event_rows[:, 0], event_rows[:, 1]),
-            QKV(summary_query, summary_rows[:, 0], summary_rows[:, 1]),
-            layout,
-            impl=impl,
-        )
+    events = QKV(event_query, event_rows[:, 0], event_rows[:, 1])
+    summaries = QKV(summary_query, summary_rows[:, 0], summary_rows[:, 1])
+    device = event_query.device.type
+    if torch.is_autocast_enabled(device):
+        # The operator chooses its own precision: softmax in float32 whatever the inputs.
+        with torch.autocast(device, enabled=False):
+            result = summary_attention(events, summaries, layout, impl=impl)
+    else:
+        result = summary_attention(events, summaries, layout, impl=impl)
     return result.events, result.summaries

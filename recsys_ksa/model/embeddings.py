@@ -71,7 +71,8 @@ class EventEmbedding(nn.Module):
                 for table, count in rows.items()
             ]
         )
-        self.keys = [name for table in rows for name in names[table]]
+        self.table_of = {name: table for table in rows for name in names[table]}
+        self.keys = list(self.table_of)
 
     def forward(self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor) -> Tensor:
         """Return event inputs of about unit elements, [T, E].
@@ -116,6 +117,10 @@ class EventEmbedding(nn.Module):
 
     def _look_up(self, ids: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
         """Look up the features given; the collection's other features are empty."""
+        if not self.training and isinstance(self.tables, EmbeddingCollection):
+            # Whole tables, nothing to learn: the same rows without a jagged tensor's bookkeeping, which would be a
+            # tenth of appending one event.
+            return {key: self.tables.embeddings[self.table_of[key]](ids[key]) for key in ids}
         nothing = torch.zeros_like(lengths)
         values = torch.cat([ids[key] for key in self.keys if key in ids])
         jagged = KeyedJaggedTensor(
@@ -124,6 +129,5 @@ class EventEmbedding(nn.Module):
             lengths=torch.cat([lengths if key in ids else nothing for key in self.keys]),
             length_per_key=[ids[key].numel() if key in ids else 0 for key in self.keys],
         )
-        dtype = self.tables.embeddings["item"].weight.dtype if hasattr(self.tables, "embeddings") else torch.float32
         found = self.tables(jagged)
-        return {key: found[key].values().to(dtype) for key in ids}
+        return {key: found[key].values() for key in ids}

@@ -121,10 +121,12 @@ class Network(nn.Module):
         for depth, module in enumerate(self.blocks):
             block = self._block(module)
             summary = block.summary if len(summaries) else None  # most arrivals close no chunk
-            event_rows = block.event.keys_values(events, place.event_rotary)
+            normed = block.event.norm(events)
+            summary_normed = summaries if summary is None else summary.norm(summaries)
+            event_rows = block.event.keys_values(normed, place.event_rotary)
             new = Rows(
                 event_rows,
-                event_rows[:0] if summary is None else summary.keys_values(summaries, place.summary_rotary),
+                event_rows[:0] if summary is None else summary.keys_values(summary_normed, place.summary_rotary),
             )
             merged = _merge(new, earlier[depth] if earlier else None, place, block.kind)
             if fixed is not None and (known := fixed[depth]) is not None:
@@ -132,9 +134,9 @@ class Network(nn.Module):
             rows.append(merged)
             if depth == len(self.blocks) - 1:
                 break
-            query, gate = block.event.queries(events, place.event_rotary)
+            query, gate = block.event.queries(normed, place.event_rotary)
             if summary is not None:
-                summary_query, summary_gate = summary.queries(summaries, place.summary_rotary)
+                summary_query, summary_gate = summary.queries(summary_normed, place.summary_rotary)
             else:
                 summary_query, summary_gate = query[:0], gate[:0]
             layout = place.layouts[block.kind]
@@ -165,7 +167,7 @@ class Network(nn.Module):
         """
         block = self._block(self.blocks[-1])
         asked = last_input if self.request is None else last_input + self.request(request_bucket)
-        query, gate = block.event.queries(asked, rotary)
+        query, gate = block.event.queries(block.event.norm(asked), rotary)
         unused = query.new_zeros(layout.num_query_summaries, *query.shape[1:])
         seen, _ = attend(query, rows.events, unused, rows.summaries, layout, attention_impl)
         if select is not None:
@@ -238,7 +240,7 @@ def _merge(new: Rows, earlier: Rows | None, place: Place, kind: LayerKind) -> Ro
     if earlier is None:
         return new
     events = torch.cat((earlier.events, new.events))
-    summaries = torch.cat((earlier.summaries, new.summaries))
+    summaries = torch.cat((earlier.summaries, new.summaries)) if len(new.summaries) else earlier.summaries
     if (order := place.event_merge[kind]) is not None:
         events = events[order]
     if kind == "summary" and place.summary_merge is not None:

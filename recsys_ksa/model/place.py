@@ -130,10 +130,11 @@ def _place(
             counts = summary_layout.summary_query_offsets.diff()
             summary = summary + torch.repeat_interleave(first_position, counts)
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    event_rotary = rotary_table(position, config.head_dim, table_dtype)
     return Place(
         layouts=layouts,
-        event_rotary=rotary_table(position, config.head_dim, table_dtype),
-        summary_rotary=rotary_table(summary, config.head_dim, table_dtype),
+        event_rotary=event_rotary,
+        summary_rotary=rotary_table(summary, config.head_dim, table_dtype) if len(summary) else event_rotary,
         summary_slot=slot,
         event_merge=event_merge,
         summary_merge=summary_merge,

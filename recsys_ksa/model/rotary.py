@@ -3,27 +3,35 @@
 float32 angles are off by 4e-3 rad at position 10^5.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 BASE = 10_000.0
 
 Rotary = tuple[Tensor, Tensor]
-"""(cos, sin), each [T, 1, D / 2]."""
+"""(cos, signed sin), each [T, 1, D]: the halves of a head's dimensions share their angles."""
 
 
 def rotary_table(position: Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
-    """Return cos and sin of each position's angles, int64 [T] -> two [T, 1, head_dim / 2] in `dtype`."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=position.device) / head_dim
-    angle = position.to(torch.float64)[:, None] * BASE**-exponent
-    return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
+    """Return the table of each position's angles, int64 [T] -> two [T, 1, head_dim] in `dtype`."""
+    angle = position.to(torch.float64)[:, None] * _frequency(head_dim, position.device)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+
+
+@cache
+def _frequency(head_dim: int, device: torch.device) -> Tensor:
+    """Return BASE ** (-2 i / head_dim), float64 [head_dim / 2]."""
+    with torch.inference_mode(False):
+        return BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
 
 
 def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
     """Turn each pair (first half, second half) of the head's dimensions by its angle. [T, H, D] -> same."""
     cos, sin = rotary
-    first, second = x_THD.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x_THD * cos, x_THD.roll(x_THD.shape[-1] // 2, -1), sin)
 
 
 def summary_position(chunk: Tensor, slot: Tensor, chunk_size: int, summaries_per_chunk: int) -> Tensor:
