@@ -40,14 +40,19 @@ def begin_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
     """Create the directory with all that is known before training.
 
     Raises:
-        RunError: something is there already.
+        RunError: something is there already, or the place cannot be written.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise RunError(
             f"{run}: expected no such directory, found one. Name another --out, or go on with it by --resume."
         )
     vocabulary = run / VOCAB_FOLDER
-    vocabulary.mkdir(parents=True, exist_ok=True)
+    try:
+        vocabulary.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{run}: expected a directory that can be written, got: {error.strerror}. Name another."
+        ) from error
     shutil.copyfile(dataset.path / ITEMS_FILE, run / ITEMS_FILE)
     for name in dataset.vocab:
         shutil.copyfile(dataset.path / VOCAB_FOLDER / f"{name}.parquet", vocabulary / f"{name}.parquet")

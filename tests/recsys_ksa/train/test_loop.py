@@ -98,6 +98,12 @@ def test_a_taken_directory_is_refused(dataset: Dataset, make_config: MakeConfig,
         go(make_config(), dataset, tmp_path / "run", stop_at=0)
 
 
+def test_a_directory_that_cannot_be_made_is_refused(dataset: Dataset, make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="expected a directory that can be written"):
+        go(make_config(), dataset, tmp_path / "file" / "run", stop_at=0)
+
+
 def test_resuming_needs_a_run_of_the_same_config_and_data(
     dataset: Dataset, make_config: MakeConfig, tmp_path: Path
 ) -> None:
