@@ -31,6 +31,11 @@ LOG_EVERY = 10
 """Steps between rows of metrics.jsonl; reading the loss waits for the device."""
 
 
+ITEM_BIAS_START = 0.25
+"""A learned item bias starts at this power of popularity: the whole of it would drown the own-item bias, which
+starts at the user's own counts; none of it leaves a short run to find popularity by itself (configs/LOG.md)."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What training tells while it runs."""
@@ -96,6 +101,7 @@ def train(
     # gBCE's calibration assumes uniform negatives.
     power = 0.0 if config.loss.kind == "gbce" else config.loss.popularity_power
     sampler = NegativeSampler(counts, power, config.seed)
+    _start_item_bias(network, torch.from_numpy(counts))
     if resume:
         reopen_run(run, config, dataset)
         progress, best = load_checkpoint(run, network, optimizer)
@@ -263,6 +269,13 @@ def _check(config: RunConfig, device: torch.device) -> None:
             f"train.precision: expected float32 on {device.type}, got bf16. Train on CUDA, or --set "
             "train.precision=float32."
         )
+
+
+@torch.no_grad()
+def _start_item_bias(network: Network, counts: torch.Tensor) -> None:
+    if network.item_bias is not None:
+        popularity = counts[1:].clamp(min=1).double().log()
+        network.item_bias[1:] = (ITEM_BIAS_START * (popularity - popularity.mean())).to(network.item_bias)
 
 
 def _cut_metrics(run: Path, step: int) -> None:

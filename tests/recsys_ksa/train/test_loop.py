@@ -10,6 +10,8 @@ import torch
 
 from recsys_ksa.config import RunConfig
 from recsys_ksa.data.dataset import Dataset
+from recsys_ksa.data.negatives import training_counts
+from recsys_ksa.data.spans import training_end
 from recsys_ksa.errors import ConfigError, RunError
 from recsys_ksa.run import load_network, open_run
 from recsys_ksa.testing import lifelong_log, prepared_dataset
@@ -90,6 +92,18 @@ def test_a_run_of_0_steps_is_a_random_model(dataset: Dataset, make_config: MakeC
     assert one == two != three
     load_network(open_run(tmp_path / "one"))
     assert rows(tmp_path / "one") == []
+
+
+def test_an_item_bias_starts_in_the_order_of_popularity(
+    dataset: Dataset, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    go(make_config(model={"item_bias": "learned"}), dataset, tmp_path / "run", stop_at=0)
+    bias = load_network(open_run(tmp_path / "run")).item_bias
+    assert bias is not None
+    counts = training_counts(dataset.histories, training_end(dataset, "any"), dataset.num_items)[1:]
+    order = np.argsort(counts, kind="stable")
+    assert np.all(np.diff(bias.numpy()[1:][order]) >= 0)
+    assert bias[0] == 0
 
 
 def test_a_taken_directory_is_refused(dataset: Dataset, make_config: MakeConfig, tmp_path: Path) -> None:
