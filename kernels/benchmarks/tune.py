@@ -1,0 +1,136 @@
+"""Time tile variants of each kernel alone, compiled in parallel first.
+
+    python kernels/benchmarks/tune.py [--head-dim 64] [--kernels forward,queries,events,summaries]
+
+Prints one row a variant, milliseconds per case; put the best into TUNED in summary_attention/triton_op.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import CASES, Case
+from timing import median_ms
+
+from ksa_kernels.summary_attention import triton_op
+from ksa_kernels.summary_attention.triton_op import Blocks
+from ksa_kernels.summary_attention.triton_tiles import tiles, users_table
+
+VARIANTS: dict[str, list[Blocks]] = {
+    "forward": [
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 3),
+        Blocks(64, 64, 4, 3, 168),
+        Blocks(64, 64, 4, 2, 128),
+        Blocks(64, 32, 4, 3),
+        Blocks(64, 32, 4, 3, 128),
+        Blocks(128, 64, 4, 3),
+        Blocks(128, 64, 8, 2),
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 64, 8, 3, 128),
+        Blocks(128, 32, 8, 3, 128),
+        Blocks(128, 128, 8, 2),
+    ],
+    "queries": [
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 3),
+        Blocks(64, 64, 4, 2, 128),
+        Blocks(64, 32, 4, 3),
+        Blocks(128, 64, 8, 2),
+        Blocks(128, 64, 8, 3, 128),
+        Blocks(128, 32, 8, 3),
+        Blocks(64, 64, 4, 3, 168),
+    ],
+    "events": [
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 3),
+        Blocks(64, 64, 4, 2, 168),
+        Blocks(32, 64, 4, 3),
+        Blocks(32, 128, 8, 2),
+        Blocks(64, 128, 8, 2),
+        Blocks(128, 64, 8, 2),
+        Blocks(64, 64, 8, 2, 128),
+    ],
+}
+VARIANTS["summaries"] = VARIANTS["events"]
+WHERE = {"forward": 0, "queries": 1, "events": 2, "summaries": 3}
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(case: Case) -> Any:
+    """Return the inputs of the case timed last."""
+    return case.inputs()
+
+
+def runner(case: Case, kernel: str, blocks: Blocks) -> Callable[[], Any]:
+    """Return a function that launches one kernel with these tiles."""
+    triton_op.TUNED[case.head_dim] = triton_op.TUNED[case.head_dim]._replace(**{kernel: blocks})
+    events, summaries, layout = inputs(case)
+    kind = {"forward": "queries", "queries": "queries"}.get(kernel, kernel)
+    none = torch.empty(0, 2, dtype=torch.int32, device="cuda")
+    maps = [none] * 4
+    maps[WHERE[kernel]] = tiles(layout, kind, blocks.m if kind == "queries" else blocks.n)
+    rule = (case.chunk_size, case.summaries_per_chunk, case.window_chunks, -1)
+    tensors = (*events, *summaries)
+    users = users_table(layout)
+
+    def launch() -> Any:
+        triton_op.TUNED[case.head_dim] = triton_op.TUNED[case.head_dim]._replace(**{kernel: blocks})
+        if kernel == "forward":
+            return triton_op.summary_attention_op(*tensors, users, maps, *rule)
+        out = [torch.zeros_like(events.query), torch.zeros_like(summaries.query)]
+        lse = [torch.zeros(x.shape[1], x.shape[0], device="cuda") + 6 for x in out]
+        return lambda: triton_op.summary_attention_backward_op(
+            *tensors, *out, *lse, *(torch.randn_like(x) for x in out), None, None, users, maps, *rule
+        )
+
+    return launch if kernel == "forward" else launch()
+
+
+def warm(job: tuple[int, str, Blocks]) -> str:
+    """Compile one variant into the cache on disk."""
+    head_dim, kernel, blocks = job
+    try:
+        runner(Case("tiny", (600,), head_dim), kernel, blocks)()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{kernel} {tuple(blocks)}: {type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def main(head_dims: list[int], kernels: list[str], names: list[str], processes: int) -> None:
+    """Compile, time, print."""
+    jobs = [(d, kernel, blocks) for d in head_dims for kernel in kernels for blocks in VARIANTS[kernel]]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        failed = dict(zip(jobs, pool.map(warm, jobs, chunksize=1), strict=True))
+    for head_dim in head_dims:
+        cases = [case for case in CASES if case.head_dim == head_dim and (not names or case.name in names)]
+        for kernel in kernels:
+            print(f"{kernel} d={head_dim}: " + " | ".join(case.name for case in cases))
+            rows: dict[Blocks, list[str]] = {blocks: [] for blocks in VARIANTS[kernel]}
+            for case in cases:
+                for blocks, row in rows.items():
+                    if not failed[head_dim, kernel, blocks]:
+                        row.append(f"{median_ms(runner(case, kernel, blocks), 7):.3f}")
+            for blocks, row in rows.items():
+                print(" ", tuple(blocks), " ".join(row) or failed[head_dim, kernel, blocks], flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dim", default="64")
+    parser.add_argument("--kernels", default="forward,queries,events,summaries")
+    parser.add_argument("--cases", default="")
+    parser.add_argument("--processes", type=int, default=14)
+    given = parser.parse_args()
+    main(
+        [int(d) for d in given.head_dim.split(",")],
+        given.kernels.split(","),
+        [name for name in given.cases.split(",") if name],
+        given.processes,
+    )
