@@ -36,7 +36,7 @@ HALF_LIVES = (1 * DAY, 7 * DAY, 14 * DAY, 30 * DAY, 60 * DAY, 120 * DAY, 365 * D
 """Half-lives tried on validation; seconds."""
 ORDINAL_HALF_LIVES = (5, 20, 50, 100, 200, 500, 2000)
 """The same on an ordinal clock; positions."""
-VALIDATION_USERS = 2000
+VALIDATION_USERS = 500
 """At most this many users choose the half-life."""
 NEIGHBOURS = 100
 """Items most like each item that item-item keeps."""

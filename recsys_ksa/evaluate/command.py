@@ -49,12 +49,13 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     protocols = _protocols(args, dataset, runs)
     variants = _variants(args, dataset)
     baseline_names = _baseline_names(args)
+    out = args.out or args.run / "evaluation"
+    _check_writable(out / "report.md", args.json, args.rankings)
     store = None if args.tracking == "none" else tracking.open_store(args.tracking)
     exclude_seen = runs[0].info.exclude_seen if args.exclude_seen is None else args.exclude_seen == "true"
     device = _device(args.device)
     named = [NamedRun(name, run, load_network(run, device)) for name, run in zip(_names(runs), runs)]
     ownership = Ownership(dataset.histories)
-    out = args.out or args.run / "evaluation"
 
     rows: list[Row] = []
     for protocol in protocols:
@@ -118,6 +119,25 @@ def _names(runs: Sequence[Run]) -> list[str]:
                 names.append(name)
                 break
     return names
+
+
+def _check_writable(*files: Path | None) -> None:
+    """Refuse a place that cannot be written before the long work rather than after it.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            existed = file.exists()
+            file.open("ab").close()
+            if not existed:
+                file.unlink()
+        except OSError as error:
+            raise UsageError(f"{file}: expected a file that can be written, got: {error.strerror}.") from error
 
 
 def _device(name: str) -> "torch.device":

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_ksa.data.batches import Batch, questions_batch
+from recsys_ksa.data.jagged_arrays import ragged_arange
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime, request_times
 from recsys_ksa.features import NO_GAP, gap_buckets
-from recsys_ksa.model.place import place_histories
+from recsys_ksa.model.place import chunk_layout, place_histories
 from recsys_ksa.progress import progress
 
 if TYPE_CHECKING:
+    from ksa_kernels import ChunkLayout
     from recsys_ksa.data.dataset import Dataset
     from recsys_ksa.model.network import Network
 
@@ -124,24 +126,40 @@ def user_vectors(
     """
     device = network.start.device
     known = batch.question_row >= 0
-    row = batch.question_row.clamp(min=0)
-    if not batch.num_events:
-        start = network.user_vectors(network.start.expand(len(row), -1)).to(torch.float32)
+    if not bool(known.any()):
+        start = network.user_vectors(network.start.expand(batch.num_questions, -1)).to(torch.float32)
         return [start for _ in buckets]
     place = place_histories(network.config, batch.offsets, batch.first_position, device, network.dtype)
     events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, batch.offsets.diff())
     encoded = network.encode(events, place, attention_impl)
-    layout = place.layouts[network.config.layer_kinds[-1]]
+    asking, layout = _asking_events(network, batch, place.layouts[network.last_kind])
+    cos, sin = place.event_rotary
+    rotary = cos[asking], sin[asking]
+    last_input = encoded.last_input[asking]
+    row = torch.searchsorted(asking, batch.question_row.clamp(min=0)).clamp(max=len(asking) - 1)
     vectors = []
     for asked in torch.from_numpy(buckets).to(device):
-        bucket = torch.zeros(batch.num_events, dtype=torch.int64, device=device)
+        bucket = torch.zeros(len(asking), dtype=torch.int64, device=device)
         bucket[row[known]] = asked[known]
-        hidden = network.answer(
-            encoded.last_input, bucket, encoded.rows[-1], layout, place.event_rotary, row, attention_impl
-        )
+        hidden = network.answer(last_input, bucket, encoded.rows[-1], layout, rotary, row, attention_impl)
         hidden = torch.where(known[:, None], hidden, network.start)
         vectors.append(network.user_vectors(hidden).to(torch.float32))
     return vectors
+
+
+def _asking_events(network: "Network", batch: Batch, layout: "ChunkLayout") -> tuple[Tensor, "ChunkLayout"]:
+    """Return the rows of the batch from each user's first question on, and the last layer's layout of them."""
+    config = network.config
+    if network.last_kind == "summary" and config.max_visible_chunks is not None:
+        # A layout that starts late expects only the summaries still visible there; here all of them are given.
+        return torch.arange(batch.num_events, device=batch.offsets.device), layout
+    offsets = batch.offsets.cpu().numpy()
+    first = offsets[1:].copy()
+    row, user = batch.question_row.cpu().numpy(), batch.question_user.cpu().numpy()
+    np.minimum.at(first, user[row >= 0], row[row >= 0])
+    late = chunk_layout(config, network.last_kind, batch.offsets, (first - offsets[:-1]).tolist())
+    asking = torch.from_numpy(ragged_arange(first, offsets[1:] - first))
+    return asking.to(batch.offsets.device), late.to(layout.device)
 
 
 def window_start(network: "Network", questions: Questions) -> NDArray[np.int64]:

@@ -128,10 +128,10 @@ def _state(axes: "Axes", dataset: "Dataset", main: "NamedRun") -> None:
 def _training(axes: "Axes", points: Sequence[dict[str, float]]) -> None:
     names = [name for name in dict.fromkeys(name for point in points for name in point) if _is_curve(name)]
     other = axes.twinx()
-    for name in names:
+    for at, name in enumerate(names):
         line = [(point["step"], point[name]) for point in points if name in point and "step" in point]
         target = other if "ndcg" in name else axes
-        target.plot(*zip(*line), marker="o" if "ndcg" in name else "", lw=1, label=name)
+        target.plot(*zip(*line), marker="o" if "ndcg" in name else "", lw=1, label=name, color=f"C{at}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     other.set_ylabel(METRIC)

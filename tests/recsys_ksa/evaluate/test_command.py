@@ -135,6 +135,8 @@ def test_runs_of_other_data_or_spans_are_refused(tiny_run, tiny_data, tmp_path, 
 def test_mistakes_are_named(tiny_run, tiny_data, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--baselines"):
         evaluate(tiny_run, tiny_data, tmp_path, "--baselines", "popularitea")
+    with pytest.raises(UsageError, match="can be written"):
+        evaluate(tiny_run, tiny_data, tmp_path, "--rankings", "/dev/null/rankings.parquet")
     with pytest.raises(UsageError, match="--device"):
         evaluate(tiny_run, tiny_data, tmp_path, "--device", "abacus")
     for name in ("mlflow", "mlflow.exceptions"):
@@ -160,4 +162,4 @@ def test_one_evaluation_is_one_mlflow_run(tiny_run, tiny_data, tmp_path):
     assert run.data.params["data_hash"] == open_dataset(tiny_data).manifest.content_hash
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"report.md", "rows.json", "models.png", "state.png", "history-length.png", "training.png"} <= files
-    assert client.get_metric_history(run.info.run_id, "training.loss")
+    assert client.get_metric_history(run.info.run_id, "training.valid_ndcg_10")

@@ -4,9 +4,10 @@ import torch
 
 from recsys_ksa.data.batches import questions_batch
 from recsys_ksa.data.dataset import open_dataset
-from recsys_ksa.evaluate.ksa_scorer import run_scorers, window_start
+from recsys_ksa.evaluate.ksa_scorer import run_scorers, user_vectors, window_start
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import ask, request_times
+from recsys_ksa.model.network import Network
 from recsys_ksa.recommender import Recommender
 
 VARIANTS = ("target", "drawn", "none")
@@ -69,6 +70,20 @@ def test_user_vectors_equal_the_networks_forward_pass(dataset, recommender, ques
         )
         with torch.no_grad():
             torch.testing.assert_close(scorer.vectors, network(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"max_visible_chunks": 1}, {"layers": ("full", "full")}, {"attention": "window"}])
+def test_only_the_events_that_ask_are_computed_and_nothing_changes(change, dataset, recommender):
+    """Users with an early question, a late one, none known, and no event: against the plain forward pass."""
+    config = recommender.network.config.model_copy(update={**change, "window_chunks": 1})
+    network = Network(config, recommender.network.features).eval()
+    cuts = np.minimum(np.array([0, 3, 40, 33, 0, 8]), dataset.histories.lengths[[0, 0, 0, 1, 2, 3]])
+    times = np.arange(6) * 10**6 + int(dataset.histories.timestamp.max())
+    question_user = np.array([0, 0, 0, 1, 2, 3])
+    batch = questions_batch(dataset.histories, np.arange(4), question_user, cuts, times, chunk_size=config.chunk_size)
+    (found,) = user_vectors(network, batch, batch.request_bucket[None].numpy())
+    with torch.no_grad():
+        torch.testing.assert_close(found, network(batch), rtol=1e-4, atol=1e-4)
 
 
 def test_scores_do_not_depend_on_the_batch(dataset, recommender, questions, ownership, monkeypatch):
