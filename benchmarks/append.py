@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--chunk-size", type=int, default=16)
     parser.add_argument("--window-chunks", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=9, help="recomputations; each is followed by two chunks of appends")
+    parser.add_argument("--repeats", type=int, default=9, help="recomputations, each before two chunks of appends")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
     args = parser.parse_args()

@@ -58,7 +58,7 @@ class ModelConfig(Strict):
     """How many chunks before the window are seen through their summaries (V); unset: all."""
     attention: Literal["summary", "full", "window"] = "summary"
     """`summary`: as `layers` says. `full`: every layer full. `window`: the window alone, no summaries."""
-    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout on inputs and on each block's two branches, in training."""
     side_features: tuple[str, ...] = ()
     """Categorical columns of items.parquet added to each event's input."""
@@ -111,7 +111,7 @@ class LossConfig(Strict):
     """`full-softmax` never holds a [questions, items] tensor; it needs the item table whole on one device."""
     num_negatives: PositiveInt = 1024
     """Sampled items shared by a batch (sampled-softmax, gbce)."""
-    popularity_power: float = Field(0.5, ge=0.0, le=1.0)
+    popularity_power: float = Field(default=0.5, ge=0.0, le=1.0)
     """Negatives are drawn in proportion to count ** power; corrected by log q."""
     targets: Literal["next-event", "next-set"] = "next-event"
     """`next-event`: each event is asked for from all before it. `next-set`: all events of the next distinct
@@ -120,9 +120,9 @@ class LossConfig(Strict):
     """At most this many questions of a history in one step, drawn anew each epoch."""
     request_time: Literal["target", "drawn"] = "target"
     """Request time shown in training: the target's, or an integer drawn uniformly between last event and target."""
-    request_time_dropout: float = Field(0.1, ge=0.0, le=1.0)
+    request_time_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of questions asked without a request time."""
-    gbce_calibration: float = Field(0.75, ge=0.0, le=1.0)
+    gbce_calibration: float = Field(default=0.75, ge=0.0, le=1.0)
     """gBCE's t (gSASRec, arXiv 2308.07192)."""
 
 
@@ -141,7 +141,7 @@ class TrainConfig(Strict):
     """Steps of the whole schedule; 0 writes a random model."""
     max_seconds: PositiveFloat | None = None
     """Wall-clock budget of training, validation included; the schedule follows whichever ends first."""
-    final_learning_rate: float = Field(0.1, ge=0.0, le=1.0)
+    final_learning_rate: float = Field(default=0.1, ge=0.0, le=1.0)
     """Learning rate at the end, as a share of the peak (cosine decay)."""
     gradient_clip: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
@@ -226,8 +226,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *parents, last = key.split(".")
+    table: Any = values
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, expected a table. Check the key.")
-    values[last] = value
+    table[last] = value

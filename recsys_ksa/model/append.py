@@ -50,7 +50,9 @@ def append_events(
     config = network.config
     had = [memory.num_events for memory in memories]
     kinds: list[LayerKind] = list(dict.fromkeys(config.layer_kinds))
-    key_start = {kind: [window_start(config, kind, count) for count in had] for kind in kinds}
+    key_start: dict[LayerKind, list[int]] = {
+        kind: [window_start(config, kind, count) for count in had] for kind in kinds
+    }
     place = place_arrivals(config, had, arrivals.counts, key_start, network.start.device, network.dtype)
     with network.arithmetic():
         inputs = network.embed(

@@ -43,7 +43,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind: LayerKind = kind
         self.has_summaries = kind == "summary" and config.attention == "summary"
         self.event = Projection(config)
         self.summary = Projection(config) if self.has_summaries else None

@@ -105,12 +105,16 @@ class EventEmbedding(nn.Module):
 
     def all_candidates(self) -> Tensor:
         """Return `candidates` of every item row, [I, E]; needs the tables whole on this device."""
-        tables = self.tables.embeddings
-        rows = tables["candidate_item" if self.untied else "item"].weight
+        rows = self._table("candidate_item" if self.untied else "item").weight
         if self.content:
             for name in self.side:
-                rows = rows + tables[f"side_{name}"].weight[self._category(name)]
+                rows = rows + self._table(f"side_{name}").weight[self._category(name)]
         return rows
+
+    def _table(self, name: str) -> nn.Embedding:
+        table = self.tables.embeddings[name]
+        assert isinstance(table, nn.Embedding)
+        return table
 
     def _category(self, name: str) -> Tensor:
         return self.get_buffer(f"category_{name}")
@@ -120,7 +124,7 @@ class EventEmbedding(nn.Module):
         if not self.training and isinstance(self.tables, EmbeddingCollection):
             # Whole tables, nothing to learn: the same rows without a jagged tensor's bookkeeping, which would be a
             # tenth of appending one event.
-            return {key: self.tables.embeddings[self.table_of[key]](ids[key]) for key in ids}
+            return {key: self._table(self.table_of[key])(ids[key]) for key in ids}
         nothing = torch.zeros_like(lengths)
         values = torch.cat([ids[key] for key in self.keys if key in ids])
         jagged = KeyedJaggedTensor(

@@ -67,7 +67,9 @@ def place_histories(
         offsets: int64 [U + 1].
         first_position: int64 [U], true index of the first event given of each; a multiple of chunk_size.
     """
-    layouts = {kind: chunk_layout(config, kind, offsets).to(device) for kind in dict.fromkeys(config.layer_kinds)}
+    layouts: dict[LayerKind, ChunkLayout] = {
+        kind: chunk_layout(config, kind, offsets).to(device) for kind in dict.fromkeys(config.layer_kinds)
+    }
     return _place(config, layouts, first_position.to(device), {}, None, dtype)
 
 
@@ -89,11 +91,11 @@ def place_arrivals(
     offsets = [0]
     for had, new in zip(num_events, num_new):
         offsets.append(offsets[-1] + had + new)
-    layouts = {
+    layouts: dict[LayerKind, ChunkLayout] = {
         kind: chunk_layout(config, kind, offsets, num_events, key_start[kind]).to(device)
         for kind in dict.fromkeys(config.layer_kinds)
     }
-    event_merge = {
+    event_merge: dict[LayerKind, Tensor | None] = {
         kind: _merge([had - start for had, start in zip(num_events, key_start[kind])], num_new, device)
         for kind in layouts
     }

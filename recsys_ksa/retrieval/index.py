@@ -83,7 +83,7 @@ class FaissIndex:
         faiss = self._faiss
         hidden = np.append(np.asarray([] if exclude is None else exclude, dtype=np.int64), UNKNOWN_ITEM)
         batch = faiss.IDSelectorBatch(hidden)
-        chosen = faiss.SearchParameters(sel=faiss.IDSelectorNot(batch))
+        chosen = faiss.SearchParameters(sel=faiss.IDSelectorNot(batch))  # pyright: ignore[reportCallIssue]
         scores, rows = self._index.search(  # pyright: ignore[reportCallIssue]
             np.ascontiguousarray(vector, dtype=np.float32)[None], min(k, self._index.ntotal), params=chosen
         )

@@ -39,8 +39,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_demo_shows_what_it_promises(demo: Path) -> None:
     shown = (demo / "stdout").read_text(encoding="utf-8")
-    for promise in ("ndcg@10", "popularity-7d", "again", "new for you", "appending one event", "mlflow ui", "ksa serve"):
-        assert promise in shown.lower() or promise in shown
+    for promise in ("ndcg@10", "popularity-7d", "again", "new for you", "one event", "mlflow ui", "ksa serve"):
+        assert promise in shown.lower()
     rows = json.loads((demo / "out" / "rows.json").read_text(encoding="utf-8"))
     models = {row["model"] for row in rows}
     assert {"ksa", "full", "window", "truncated", "popularity", "personal-frequency", "item-item"} <= models
