@@ -11,6 +11,8 @@ SCALAR_RATE = 10.0
 """Learning rate of scalars (temperature, the own-item bias's level and slope), as a multiple of the others'.
 
 Adam moves a value by about the learning rate a step: in a short run a log temperature would not get far otherwise."""
+OWN_ITEMS_RATE = 5.0
+"""The same for the small network of the own-item bias, which starts at 0 and sees every pair of every batch."""
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -20,10 +22,12 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     touch it, and scales have no reason to be 0. Each group's `scale` multiplies the learning rate.
     """
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
-    decayed, kept, scalars = [], [], []
+    decayed, kept, scalars, own = [], [], [], []
     for name, parameter in network.named_parameters():
         if parameter.dim() == 0:
             scalars.append(parameter)
+        elif name.startswith("own_items."):
+            own.append(parameter)
         elif parameter.dim() >= 2 and id(parameter) not in tables and not _is_table(name):
             decayed.append(parameter)
         else:
@@ -32,6 +36,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": config.weight_decay, "scale": 1.0},
         {"params": kept, "weight_decay": 0.0, "scale": 1.0},
         {"params": scalars, "weight_decay": 0.0, "scale": SCALAR_RATE},
+        {"params": own, "weight_decay": 0.0, "scale": OWN_ITEMS_RATE},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
