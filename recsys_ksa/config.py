@@ -6,7 +6,7 @@ Unknown keys are refused by their path. Code receives these objects and never re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
 import tomli_w
 from pydantic import (
@@ -226,9 +226,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *parents, last = key.split(".")
-    table: Any = values
+    table = values
     for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
+        inner: Any = table.setdefault(parent, {})
+        if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, expected a table. Check the key.")
+        table = cast("dict[str, Any]", inner)
     table[last] = value

@@ -51,13 +51,16 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.up = nn.Linear(config.dim, 2 * config.feed_forward_dim, bias=False)
         self.down = nn.Linear(config.feed_forward_dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def finish(self, x_TE: Tensor, attended_THD: Tensor, gate_THD: Tensor) -> Tensor:
         """Add the gated attention output and the feed-forward to the residual stream. [T, E] -> [T, E]."""
-        x_TE = x_TE + self.dropout(self.output((attended_THD * gate_THD).flatten(1)))
+        x_TE = x_TE + self._drop(self.output((attended_THD * gate_THD).flatten(1)))
         gate, up = self.up(self.norm(x_TE)).chunk(2, dim=-1)
-        return x_TE + self.dropout(self.down(F.silu(gate) * up))
+        return x_TE + self._drop(self.down(F.silu(gate) * up))
+
+    def _drop(self, x_TE: Tensor) -> Tensor:
+        return F.dropout(x_TE, self.dropout) if self.training and self.dropout else x_TE
 
 
 def attend(

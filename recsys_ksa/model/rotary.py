@@ -16,16 +16,18 @@ Rotary = tuple[Tensor, Tensor]
 
 def rotary_table(position: Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
     """Return the table of each position's angles, int64 [T] -> two [T, 1, head_dim] in `dtype`."""
-    angle = position.to(torch.float64)[:, None] * _frequency(head_dim, position.device)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+    frequency, sign = _frequency(head_dim, position.device)
+    angle = position[:, None, None] * frequency
+    return angle.cos().to(dtype), (angle.sin() * sign).to(dtype)
 
 
 @cache
-def _frequency(head_dim: int, device: torch.device) -> Tensor:
-    """Return BASE ** (-2 i / head_dim), float64 [head_dim / 2]."""
+def _frequency(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return BASE ** (-2 i / head_dim) twice over, and the sign of each half's sine; float64 [head_dim] each."""
     with torch.inference_mode(False):
-        return BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+        half = BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+        one = torch.ones_like(half)
+        return torch.cat((half, half)), torch.cat((-one, one))
 
 
 def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
