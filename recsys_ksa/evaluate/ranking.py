@@ -5,7 +5,9 @@ I items.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +22,8 @@ from recsys_ksa.progress import progress
 
 MAX_SCORES = 1 << 24
 """Most scores held at once (64 MiB)."""
+MAX_WORKERS = 4
+"""Most scorers that rank at once, each with scores of its own."""
 MAX_EVENTS = 1 << 22
 """Most known events looked through at once."""
 
@@ -119,11 +123,18 @@ def rank_targets(
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in scorers]
     repeat = [torch.zeros(0, dtype=torch.bool)]
     parts = list(chunks(questions, num_items))
-    for part in progress(parts, f"ranking all items: {questions.protocol} {questions.part}", unit="chunk"):
-        chunk = Chunk.of(part, ownership, num_items, torch.device(device))
-        repeat.append(chunk.is_owned.cpu())
-        for ranks, scorer in zip(found, scorers):
-            scores = chunk.scores(scorer, exclude_seen=exclude_seen)
-            among_all, among_list = target_ranks(scores, chunk.targets, chunk.owned, chunk.is_owned)
-            ranks.append((among_all.cpu(), among_list.cpu()))
+
+    def rank(chunk: Chunk, scorer: Scorer) -> tuple[Tensor, Tensor]:
+        scores = chunk.scores(scorer, exclude_seen=exclude_seen)
+        among_all, among_list = target_ranks(scores, chunk.targets, chunk.owned, chunk.is_owned)
+        return among_all.cpu(), among_list.cpu()
+
+    # Sorting and gathering run outside Python's lock: scorers share the cores of a CPU.
+    workers = 1 if torch.device(device).type != "cpu" else min(MAX_WORKERS, torch.get_num_threads())
+    with ThreadPoolExecutor(workers) as pool:
+        for part in progress(parts, f"ranking all items: {questions.protocol} {questions.part}", unit="chunk"):
+            chunk = Chunk.of(part, ownership, num_items, torch.device(device))
+            repeat.append(chunk.is_owned.cpu())
+            for ranks, pair in zip(found, pool.map(partial(rank, chunk), scorers)):
+                ranks.append(pair)
     return [Ranks(*(torch.cat(part).numpy() for part in zip(*ranks))) for ranks in found], torch.cat(repeat).numpy()
