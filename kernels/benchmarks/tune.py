@@ -21,43 +21,51 @@ from ksa_kernels.summary_attention import triton_op
 from ksa_kernels.summary_attention.triton_op import Blocks
 from ksa_kernels.summary_attention.triton_tiles import tiles, users_table
 
-VARIANTS: dict[str, list[Blocks]] = {
-    "forward": [
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 64, 4, 3),
-        Blocks(64, 64, 4, 3, 168),
-        Blocks(64, 64, 4, 2, 128),
-        Blocks(64, 32, 4, 3),
-        Blocks(64, 32, 4, 3, 128),
-        Blocks(128, 64, 4, 3),
-        Blocks(128, 64, 8, 2),
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 64, 8, 3, 128),
-        Blocks(128, 32, 8, 3, 128),
-        Blocks(128, 128, 8, 2),
-    ],
-    "queries": [
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 64, 4, 3),
-        Blocks(64, 64, 4, 2, 128),
-        Blocks(64, 32, 4, 3),
-        Blocks(128, 64, 8, 2),
-        Blocks(128, 64, 8, 3, 128),
-        Blocks(128, 32, 8, 3),
-        Blocks(64, 64, 4, 3, 168),
-    ],
-    "events": [
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 64, 4, 3),
-        Blocks(64, 64, 4, 2, 168),
-        Blocks(32, 64, 4, 3),
-        Blocks(32, 128, 8, 2),
-        Blocks(64, 128, 8, 2),
-        Blocks(128, 64, 8, 2),
-        Blocks(64, 64, 8, 2, 128),
-    ],
+B = Blocks
+VARIANTS: dict[int, dict[str, list[Blocks]]] = {
+    64: {
+        "forward": [
+            *(
+                B(64, 64, 4, stages, registers, fuse)
+                for fuse in (True, False)
+                for registers in (128, 168)
+                for stages in (2, 3)
+            ),
+            B(64, 32, 4, 3, 128),
+            B(128, 64, 8, 3, 128),
+            B(64, 128, 4, 2, 168),
+            B(128, 128, 8, 2, 168),
+        ],
+        "queries": [
+            *(
+                B(64, 64, 4, stages, registers, fuse)
+                for fuse in (True, False)
+                for registers in (128, 168)
+                for stages in (2, 3)
+            ),
+            B(128, 64, 8, 3, 128),
+        ],
+        "events": [
+            B(64, 64, 4, 2, 168),
+            B(64, 64, 4, 2, 168, False),
+            B(64, 64, 4, 2, 128),
+            B(64, 64, 4, 3, 168),
+            B(32, 64, 4, 3, 168),
+        ],
+        "summaries": [
+            B(64, 64, 4, 3),
+            B(64, 64, 4, 3, None, False),
+            B(64, 64, 4, 4),
+            B(64, 64, 4, 3, 168),
+        ],
+    },
+    128: {
+        "forward": [B(64, 64, 4, 2), B(64, 64, 4, 2, None, False), B(64, 64, 4, 3), B(128, 64, 8, 2), B(128, 64, 8, 3)],
+        "queries": [B(64, 64, 4, 2), B(64, 64, 8, 2), B(128, 64, 8, 2)],
+        "events": [B(64, 64, 4, 2), B(64, 64, 8, 2), B(32, 64, 4, 2)],
+        "summaries": [B(64, 64, 4, 2), B(64, 64, 8, 2), B(64, 128, 8, 2)],
+    },
 }
-VARIANTS["summaries"] = VARIANTS["events"]
 WHERE = {"forward": 0, "queries": 1, "events": 2, "summaries": 3}
 
 
@@ -105,14 +113,14 @@ def warm(job: tuple[int, str, Blocks]) -> str:
 
 def main(head_dims: list[int], kernels: list[str], names: list[str], processes: int) -> None:
     """Compile, time, print."""
-    jobs = [(d, kernel, blocks) for d in head_dims for kernel in kernels for blocks in VARIANTS[kernel]]
+    jobs = [(d, kernel, blocks) for d in head_dims for kernel in kernels for blocks in VARIANTS[d][kernel]]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         failed = dict(zip(jobs, pool.map(warm, jobs, chunksize=1), strict=True))
     for head_dim in head_dims:
         cases = [case for case in CASES if case.head_dim == head_dim and (not names or case.name in names)]
         for kernel in kernels:
             print(f"{kernel} d={head_dim}: " + " | ".join(case.name for case in cases))
-            rows: dict[Blocks, list[str]] = {blocks: [] for blocks in VARIANTS[kernel]}
+            rows: dict[Blocks, list[str]] = {blocks: [] for blocks in VARIANTS[head_dim][kernel]}
             for case in cases:
                 for blocks, row in rows.items():
                     if not failed[head_dim, kernel, blocks]:

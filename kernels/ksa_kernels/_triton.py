@@ -1,7 +1,7 @@
 """Helpers that several Triton kernels share. Scores are in base 2 (scaled by log2(e) D**-0.5), row by row.
 
-A *range* is cut in three: tiles at its lower edge and at its upper edge, where some rows see less than others and a mask
-is needed, and whole tiles between, where none is. No tile is visited that no row sees.
+A *range* is cut in three: tiles at its lower and its upper edge, where some rows see less than others and a mask is
+needed, and whole tiles between, where none is. No tile is visited that no row sees.
 """
 
 import triton
@@ -59,11 +59,11 @@ def load_rows(pointer, stride, count, ROWS: tl.constexpr, D: tl.constexpr, MASKE
 
 
 @triton.jit
-def softmax_step(scores, value, acc, top, total, PRECISION: tl.constexpr):
-    """Add one tile of keys to a running softmax."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+def softmax_step(scores, scale, value, acc, top, total, PRECISION: tl.constexpr):
+    """Add one tile of keys, with scores before scaling, to a running softmax."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     shrink = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
+    weights = tl.exp2(scores * scale - new_top[:, None])
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_top, total

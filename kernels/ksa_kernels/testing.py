@@ -54,8 +54,8 @@ def error_budget(dtype: torch.dtype) -> float:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return |actual - expected| / |expected| in float64; NaN anywhere gives NaN, two empty tensors give 0."""
-    difference = (actual.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp_min(1e-30)) if expected.numel() else 0.0
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30)) if expected.numel() else 0.0
 
 
 @contextlib.contextmanager

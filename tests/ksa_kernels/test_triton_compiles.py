@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from ksa_kernels.summary_attention.triton_backward import columns_kernel, queries_kernel
 from ksa_kernels.summary_attention.triton_forward import forward_kernel
 
-RULE = dict(H=8, G=2, D=64, K=8, M=1, CAPPED=True, BLOCK_M=64, BLOCK_N=64, BLOCK_S=16, PRECISION="tf32")
+RULE = dict(H=8, G=2, D=32, K=8, M=1, CAPPED=True, BLOCK_M=BLOCK, BLOCK_N=BLOCK, BLOCK_S=16, PRECISION="tf32")
 
 def pointer(name):
     if name == "users_ptr":
@@ -39,16 +39,18 @@ def compile(kernel, **constants):
     target = GPUTarget("cuda", ARCH, 32)
     return triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 2}).asm
 
-for kernel, more in ((forward_kernel, {}), (queries_kernel, {}), (columns_kernel, {"SUMMARIES": True}), (columns_kernel, {"SUMMARIES": False})):
-    asm = compile(kernel, **RULE, **more)
+keys_of_summaries, keys_of_events = {"SUMMARIES": True}, {"SUMMARIES": False}
+on_keys = [(columns_kernel, keys_of_summaries), (columns_kernel, keys_of_events)]
+for kernel, more in [(forward_kernel, {}), (queries_kernel, {}), *on_keys]:
+    asm = compile(kernel, FUSED=FUSED, **RULE, **more)
     assert len(asm["cubin"]) > 1000
     assert ARCH != 90 or "wgmma" in asm["ptx"]
 """
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_compile_ahead_of_time(arch):
+@pytest.mark.parametrize(("arch", "block", "fused"), [(80, 32, False), (90, 64, True), (100, 32, True)])
+def test_kernels_compile_ahead_of_time(arch, block, fused):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", f"ARCH = {arch}\n{SCRIPT}"]
+    command = [sys.executable, "-c", f"ARCH, BLOCK, FUSED = {arch}, {block}, {fused}\n{SCRIPT}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -45,17 +45,17 @@ def run_interpreted(body: str) -> None:
 
 @pytest.mark.parametrize("seed", [5, 11])
 def test_triton_equals_reference_forward_and_backward(seed):
-    run_interpreted(f"rng = random.Random({seed})\nfor _ in range(6):\n    check(random_case(rng, 70, 3))")
+    run_interpreted(f"rng = random.Random({seed})\nfor _ in range(4):\n    check(random_case(rng, 45, 2))")
 
 
 def test_triton_takes_every_edge_length_in_one_batch():
     rule = {"chunk_size": 8, "summaries_per_chunk": 2, "window_chunks": 1, "max_visible_chunks": 4}
-    run_interpreted(f"check(Case([0, 1, 7, 8, 9, 100], {rule}, 2, 1))")
+    run_interpreted(f"check(Case([0, 1, 7, 8, 9, 60], {rule}, 2, 1))")
 
 
 def test_triton_chunks_longer_than_a_tile():
     rule = {"chunk_size": 70, "summaries_per_chunk": 3, "window_chunks": 0, "query_start": [65], "key_start": [0]}
-    run_interpreted(f"check(Case([150], {rule}, 1, 1))")
+    run_interpreted(f"check(Case([145], {rule}, 1, 1))")
 
 
 def test_the_operator_passes_torchs_own_checks():
@@ -65,9 +65,9 @@ from ksa_kernels.summary_attention import triton_op as op
 from ksa_kernels.summary_attention.triton_tiles import tiles, users_table
 layout = Case([5, 21], {"chunk_size": 4, "summaries_per_chunk": 1, "window_chunks": 1}, 2, 1).layout
 events, summaries = make_qkv(layout, num_heads=2, num_kv_heads=1, dtype=torch.float32, requires_grad=True)
-blocks = op.tuning(16, torch.float32)
-maps = [tiles(layout, "queries", 32), tiles(layout, "queries", 32), tiles(layout, "events", 32), tiles(layout, "summaries", 32)]
+maps = [tiles(layout, kind, 32) for kind in ("queries", "queries", "events", "summaries")]
 arguments = (*events, *summaries, users_table(layout), maps, 4, 1, 1, -1)
-torch.library.opcheck(op.summary_attention_op, arguments, test_utils=["test_schema", "test_faketensor", "test_autograd_registration"])
+checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
+torch.library.opcheck(op.summary_attention_op, arguments, test_utils=checks)
 """
     )

@@ -48,7 +48,7 @@ def queries_kernel(
     eq_row, eq_head, ek_row, ek_head, ev_row, ev_head,
     sq_row, sq_head, sk_row, sk_head, sv_row, sv_head,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % H
     tile = tl.program_id(0) // H
@@ -75,7 +75,7 @@ def queries_kernel(
     high_old = old_stop(chunk, window, M)
     event_first = first_seen(chunk_first, window, key_start, K)
     event_low, event_whole, event_high_start, event_high = cut_range(
-        event_first, first_seen(chunk_last, window, key_start, K), start, last + 1, BLOCK_N
+        event_first, first_seen(chunk_last, window, key_start, K), start, start, BLOCK_N
     )
     old_first = old_start(chunk_first, window, visible, M, CAPPED)
     old_end = old_stop(chunk_last, window, M)
@@ -98,6 +98,47 @@ def queries_kernel(
     lse2 = tl.load(else_ptr + lse_at, mask=exists, other=0.0) * LOG2E
     acc = tl.zeros([BLOCK_M, D], tl.float32)
 
+    if FUSED:
+        slot_first = chunk_first * M
+        slot_stop = tl.minimum((start + BLOCK_M) // K, n // K) * M
+        slots = slot_first + tl.arange(0, BLOCK_S)
+        here = slots < slot_stop
+        slot_count = slot_stop - slot_first
+        sq_rows = sq_ptr + (sq_shift + slot_first) * sq_row + head * sq_head
+        slot_q = load_rows(sq_rows, sq_row, slot_count, BLOCK_S, D, True)
+        slot_k = load_rows(sk_base + tl.cast(slot_first, tl.int64) * sk_row, sk_row, slot_count, BLOCK_S, D, True)
+        slot_v = load_rows(sv_base + tl.cast(slot_first, tl.int64) * sv_row, sv_row, slot_count, BLOCK_S, D, True)
+        slot_rows = sq_shift + slots
+        slot_place = (slot_rows[:, None] * H + head) * D + offsets_d[None, :]
+        slot_d_out = tl.load(sdo_ptr + slot_place, mask=here[:, None], other=0.0)
+        slot_out = tl.load(so_ptr + slot_place, mask=here[:, None], other=0.0)
+        slot_lse_at = head.to(tl.int64) * num_summary_rows + slot_rows
+        slot_delta = tl.load(sdelta_ptr + slot_lse_at, mask=here, other=0.0)
+        slot_delta += tl.sum(slot_out.to(tl.float32) * slot_d_out.to(tl.float32), 1)
+        tl.store(sdelta_ptr + slot_lse_at, slot_delta, mask=here)
+        slot_lse2 = tl.load(slse_ptr + slot_lse_at, mask=here, other=0.0) * LOG2E
+
+    for d in tl.static_range(0, BLOCK_M // BLOCK_N):
+        diagonal = start + d * BLOCK_N
+        count = last + 1 - diagonal
+        k = load_rows(ek_base + tl.cast(diagonal, tl.int64) * ek_row, ek_row, count, BLOCK_N, D, True)
+        v = load_rows(ev_base + tl.cast(diagonal, tl.int64) * ev_row, ev_row, count, BLOCK_N, D, True)
+        columns = (diagonal + tl.arange(0, BLOCK_N))[None, :]
+        seen = (columns >= low_event[:, None]) & (columns <= rows[:, None])
+        acc = _dq_step(q, d_out, k, v, seen, lse2, delta, acc, scale, PRECISION, True)
+        if FUSED:
+            slot_acc = tl.zeros([BLOCK_S, D], tl.float32)
+            slot_seen = (columns // K) == (slots // M)[:, None]
+            slot_acc = _dq_step(
+                slot_q, slot_d_out, k, v, slot_seen, slot_lse2, slot_delta, slot_acc, scale, PRECISION, True
+            )
+            slot_seen = ((slots // M)[None, :] == (slots // M)[:, None]) & (slots[None, :] <= slots[:, None])
+            slot_acc = _dq_step(
+                slot_q, slot_d_out, slot_k, slot_v, slot_seen, slot_lse2, slot_delta, slot_acc, scale, PRECISION, True
+            )
+            slot_acc *= scale / LOG2E
+            tl.store(sdq_ptr + slot_place, slot_acc.to(sdq_ptr.dtype.element_ty), mask=here[:, None])
+
     num_event_edges = event_high + event_low
     for t in range(num_event_edges + old_low + old_high):
         is_old = t >= num_event_edges
@@ -105,13 +146,13 @@ def queries_kernel(
         u = t - num_event_edges
         at_old = tl.where(u < old_low, old_first + u * BLOCK_N, old_high_start + (u - old_low) * BLOCK_N)
         at = tl.where(is_old, at_old, at_event)
-        count = tl.where(is_old, old_end, last + 1) - at
+        count = tl.where(is_old, old_end, start) - at
         k_row, v_row = tl.where(is_old, sk_row, ek_row), tl.where(is_old, sv_row, ev_row)
         k = load_rows(tl.where(is_old, sk_base, ek_base) + at.to(tl.int64) * k_row, k_row, count, BLOCK_N, D, True)
         v = load_rows(tl.where(is_old, sv_base, ev_base) + at.to(tl.int64) * v_row, v_row, count, BLOCK_N, D, True)
         columns = (at + tl.arange(0, BLOCK_N))[None, :]
         low = tl.where(is_old, low_old, low_event)[:, None]
-        high = tl.where(is_old, high_old, rows + 1)[:, None]
+        high = tl.where(is_old, high_old, start)[:, None]
         seen = (columns >= low) & (columns < high)
         acc = _dq_step(q, d_out, k, v, seen, lse2, delta, acc, scale, PRECISION, True)
 
@@ -129,7 +170,7 @@ def queries_kernel(
     tl.store(edq_ptr + out_at, acc.to(edq_ptr.dtype.element_ty), mask=exists[:, None])
 
     # --- summary queries of the chunks whose last event lies in this tile
-    if M > 0:
+    if M > 0 and not FUSED:
         slot_stop = tl.minimum((start + BLOCK_M) // K, n // K) * M
         for slot_first in range(chunk_first * M, slot_stop, BLOCK_S):
             slots = slot_first + tl.arange(0, BLOCK_S)
@@ -207,6 +248,29 @@ def _dkv_step(
 
 
 @triton.jit
+def _own_summaries_step(
+    k, v, dk, dv, sq_ptr, sdo_ptr, slse_ptr, sdelta_ptr, at, slot_stop, sq_shift, head, chunk, columns,
+    sq_row, sq_head, num_summary_rows, scale,
+    H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, SUMMARIES: tl.constexpr,
+    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a block of summary queries to the gradients of keys of their own chunks."""
+    slots = at + tl.arange(0, BLOCK_S)
+    here = slots < slot_stop
+    rows = sq_shift + slots
+    offsets_d = tl.arange(0, D)[None, :]
+    q = tl.load(sq_ptr + rows[:, None] * sq_row + head * sq_head + offsets_d, mask=here[:, None], other=0.0)
+    d_out = tl.load(sdo_ptr + (rows[:, None] * H + head) * D + offsets_d, mask=here[:, None], other=0.0)
+    lse_at = head.to(tl.int64) * num_summary_rows + rows
+    lse2 = tl.load(slse_ptr + lse_at, mask=here, other=0.0) * LOG2E
+    delta = tl.load(sdelta_ptr + lse_at, mask=here, other=0.0)
+    seen = ((slots // M)[None, :] == chunk[:, None]) & here[None, :]
+    if SUMMARIES:
+        seen = seen & (slots[None, :] >= columns[:, None])
+    return _dkv_step(k, v, q, d_out, lse2, delta, seen, dk, dv, scale, PRECISION, True)
+
+
+@triton.jit
 def columns_kernel(
     k_ptr, v_ptr, dk_ptr, dv_ptr,
     eq_ptr, edo_ptr, else_ptr, edelta_ptr,
@@ -216,7 +280,7 @@ def columns_kernel(
     k_row, k_head, v_row, v_head, eq_row, eq_head, sq_row, sq_head,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
     SUMMARIES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_kv_heads: tl.constexpr = H // G
     kv_head = tl.program_id(0) % num_kv_heads
@@ -265,6 +329,8 @@ def columns_kernel(
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     offsets_m = tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, D)
+    slot_start = tl.maximum(chunk_first, chunk_asking) * M
+    slot_stop = tl.minimum(chunk_last + 1, n // K) * M
 
     for g in range(G):
         head = kv_head * G + g
@@ -272,6 +338,13 @@ def columns_kernel(
         do_base = edo_ptr + (eq_shift * H + head) * D
         lse_base = else_ptr + head.to(tl.int64) * num_event_rows + eq_shift
         delta_base = edelta_ptr + head.to(tl.int64) * num_event_rows + eq_shift
+
+        # the chunks' own summary queries, of those that ask, where they are one block
+        if FUSED:
+            dk, dv = _own_summaries_step(
+                k, v, dk, dv, sq_ptr, sdo_ptr, slse_ptr, sdelta_ptr, slot_start, slot_stop, sq_shift, head, chunk,
+                columns, sq_row, sq_head, num_summary_rows, scale, H, D, M, SUMMARIES, BLOCK_S, PRECISION,
+            )  # fmt: skip
 
         # tiles of rows at edges
         for t in range(num_low + num_high):
@@ -294,25 +367,13 @@ def columns_kernel(
             delta = tl.load(delta_base + at + offsets_m)
             dk, dv = _dkv_step(k, v, q, d_out, lse2, delta, columns, dk, dv, scale, PRECISION, False)
 
-        # summary queries of the same chunks, of those that ask
-        if M > 0:
-            slot_start = tl.maximum(chunk_first, chunk_asking) * M
-            slot_stop = tl.minimum(chunk_last + 1, n // K) * M
-            sq_base = sq_ptr + sq_shift * sq_row + head * sq_head
-            sdo_base = sdo_ptr + (sq_shift * H + head) * D
-            slse_base = slse_ptr + head.to(tl.int64) * num_summary_rows + sq_shift
-            sdelta_base = sdelta_ptr + head.to(tl.int64) * num_summary_rows + sq_shift
+        # the chunks' own summary queries, where more than one block
+        if M > 0 and not FUSED:
             for at in range(slot_start, slot_stop, BLOCK_S):
-                slots = at + tl.arange(0, BLOCK_S)
-                here = slots < slot_stop
-                q = load_rows(sq_base + tl.cast(at, tl.int64) * sq_row, sq_row, slot_stop - at, BLOCK_S, D, True)
-                d_out = load_rows(sdo_base + tl.cast(at, tl.int64) * (H * D), H * D, slot_stop - at, BLOCK_S, D, True)
-                lse2 = tl.load(slse_base + slots, mask=here, other=0.0) * LOG2E
-                delta = tl.load(sdelta_base + slots, mask=here, other=0.0)
-                seen = ((slots // M)[None, :] == chunk[:, None]) & here[None, :]
-                if SUMMARIES:
-                    seen = seen & (slots[None, :] >= columns[:, None])
-                dk, dv = _dkv_step(k, v, q, d_out, lse2, delta, seen, dk, dv, scale, PRECISION, True)
+                dk, dv = _own_summaries_step(
+                    k, v, dk, dv, sq_ptr, sdo_ptr, slse_ptr, sdelta_ptr, at, slot_stop, sq_shift, head, chunk, columns,
+                    sq_row, sq_head, num_summary_rows, scale, H, D, M, SUMMARIES, BLOCK_S, PRECISION,
+                )  # fmt: skip
 
     dk *= scale / LOG2E
     stored = (columns < num_columns)[:, None]

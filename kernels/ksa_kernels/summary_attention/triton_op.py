@@ -1,4 +1,4 @@
-"""The Triton kernels as one operator of torch, `ksa::summary_attention`, that torch.compile and torch.export take whole.
+"""The Triton kernels as one operator, `ksa::summary_attention`, that torch.compile and torch.export take whole.
 
 The operator's arguments are tensors and the rule's integers: the table of users and the tile maps carry all that
 depends on the lengths, so new lengths compile nothing and nothing waits for the device.
@@ -21,7 +21,6 @@ from ksa_kernels.summary_attention.triton_tiles import FOREVER, tiles, users_tab
 if TYPE_CHECKING:
     from ksa_kernels.summary_attention.api import QKV
 
-HEAD_DIMS = (16, 32, 64, 128)
 LOG2E = 1.4426950408889634
 
 
@@ -34,6 +33,8 @@ class Blocks(NamedTuple):
     stages: int
     registers: int | None = None
     """Registers a thread may use: fewer let more programs share a multiprocessor."""
+    fuse: bool = True
+    """Take a tile's own summary queries along with its events, where they fit."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -51,13 +52,20 @@ class Tuning(NamedTuple):
     summaries: Blocks
 
 
-# Tuned on an NVIDIA H100 80 GB; see kernels/README.md for what else was tried.
-TUNED: dict[int, Tuning] = {
-    16: Tuning(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    32: Tuning(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    64: Tuning(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    128: Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-}
+# Tuned on an NVIDIA H100 80 GB (d = 64 and 128; 16 and 32 follow 64); kernels/README.md says what else was tried.
+NARROW = Tuning(
+    forward=Blocks(64, 64, 4, 2, 128),
+    queries=Blocks(64, 64, 4, 3, 168, fuse=False),
+    events=Blocks(32, 64, 4, 3, 168),
+    summaries=Blocks(64, 64, 4, 3),
+)
+WIDE = Tuning(
+    forward=Blocks(128, 64, 8, 3),
+    queries=Blocks(64, 64, 4, 2),
+    events=Blocks(64, 64, 4, 2),
+    summaries=Blocks(64, 128, 8, 2),
+)
+TUNED = {16: NARROW, 32: NARROW, 64: NARROW, 128: WIDE}
 # float32 keeps twice the bytes in shared memory and runs on no tensor core: small tiles, one stage
 EXACT = Tuning(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
 
@@ -70,9 +78,9 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
 def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
     head_dim = events.query.shape[2]
-    if head_dim not in HEAD_DIMS:
+    if head_dim not in TUNED:
         raise ImplUnavailableError(
-            f'impl="triton" takes head dims {HEAD_DIMS}: got {head_dim}. Use impl="torch" for others.'
+            f'impl="triton" takes head dims {tuple(TUNED)}: got {head_dim}. Use impl="torch" for others.'
         )
     blocks = tuning(head_dim, events.query.dtype)
     maps = [
@@ -111,9 +119,7 @@ def summary_attention_op(
                 *_strides(eq, ek, ev, sq, sk, sv),
                 H=eq.shape[1], G=eq.shape[1] // ek.shape[1], D=eq.shape[2],
                 K=chunk_size, M=summaries_per_chunk, CAPPED=visible >= 0,
-                BLOCK_M=blocks.m, BLOCK_N=blocks.n,
-                BLOCK_S=_slots_block(blocks.m, chunk_size, summaries_per_chunk), PRECISION=_precision(eq),
-                **blocks.options,
+                PRECISION=_precision(eq), **_tile(blocks, chunk_size, summaries_per_chunk),
             )  # fmt: skip
     return eo, so, elsep, slsep
 
@@ -151,10 +157,6 @@ def summary_attention_backward_op(
         "PRECISION": _precision(eq),
     }
 
-    def tile(blocks: Blocks, span: int) -> dict[str, Any]:
-        block_s = _slots_block(span, chunk_size, summaries_per_chunk)
-        return dict(BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_S=block_s, **blocks.options)
-
     def columns(
         k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, where: Tensor, blocks: Blocks, is_summaries: bool
     ) -> None:
@@ -163,14 +165,15 @@ def summary_attention_backward_op(
                 k, v, dk, dv, eq, edo, elsep, edelta, sq, sdo, slsep, sdelta, users, where,
                 *numbers, *_strides(k, v, eq, sq),
                 SUMMARIES=is_summaries, **constants,
-                **tile(blocks, blocks.n * chunk_size if is_summaries else blocks.n),
+                **_tile_of_keys(blocks, chunk_size, summaries_per_chunk, is_summaries),
             )  # fmt: skip
 
     with _on(eq):
         if len(maps[1]):
             queries_kernel[(len(maps[1]) * num_heads,)](
                 eq, ek, ev, sq, sk, sv, eo, so, elsep, slsep, edo, sdo, edelta, sdelta, edq, sdq, users, maps[1],
-                *numbers, *_strides(eq, ek, ev, sq, sk, sv), **constants, **tile(blocks.queries, blocks.queries.m),
+                *numbers, *_strides(eq, ek, ev, sq, sk, sv), **constants,
+                **_tile(blocks.queries, chunk_size, summaries_per_chunk),
             )  # fmt: skip
         columns(sk, sv, sdk, sdv, maps[3], blocks.summaries, True)
         columns(ek, ev, edk, edv, maps[2], blocks.events, False)
@@ -217,9 +220,26 @@ def _precision(query: Tensor) -> str:
     return "ieee" if query.dtype is torch.float32 else "tf32"
 
 
-def _slots_block(span: int, chunk_size: int, summaries_per_chunk: int) -> int:
-    """Return rows for the summaries of `span` events: a power of two that tl.dot takes."""
-    return min(64, max(16, triton.next_power_of_2(span // chunk_size * summaries_per_chunk)))
+def _tile(blocks: Blocks, chunk_size: int, summaries_per_chunk: int) -> dict[str, Any]:
+    """Return the constants of a kernel whose programs take queries."""
+    slots, block_s = _slots(blocks.m, chunk_size, summaries_per_chunk)
+    fused = blocks.fuse and 0 < slots <= block_s and blocks.m % chunk_size == 0 and blocks.m == blocks.n
+    return dict(BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_S=block_s, FUSED=fused, **blocks.options)
+
+
+def _tile_of_keys(blocks: Blocks, chunk_size: int, summaries_per_chunk: int, is_summaries: bool) -> dict[str, Any]:
+    """Return the constants of a kernel whose programs take keys."""
+    span = blocks.n * chunk_size // max(summaries_per_chunk, 1) if is_summaries else blocks.n
+    slots, block_s = _slots(span, chunk_size, summaries_per_chunk)
+    whole_chunks = blocks.n % (summaries_per_chunk if is_summaries else chunk_size) == 0
+    fused = blocks.fuse and 0 < slots <= block_s and whole_chunks
+    return dict(BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_S=block_s, FUSED=fused, **blocks.options)
+
+
+def _slots(num_events: int, chunk_size: int, summaries_per_chunk: int) -> tuple[int, int]:
+    """Return how many summaries `num_events` close, and rows for a block of them: a power of two that tl.dot takes."""
+    slots = num_events // chunk_size * summaries_per_chunk
+    return slots, min(64, max(16, triton.next_power_of_2(slots)))
 
 
 def _on(tensor: Tensor) -> torch.cuda.device:
