@@ -207,9 +207,10 @@ class Recommender:
         last = state.last_timestamp or 0
         now = last if request_time is None else max(last, request_time)
         device = self.network.start.device
-        count, first, latest = (torch.from_numpy(a).to(device) for a in (seen.count, seen.first, seen.last))
+        columns = (seen.item_index, seen.count, seen.first, seen.last)
         with torch.no_grad():
-            bias = self.network.own_items(count, first, latest, torch.tensor(now, device=device))
+            pairs = (torch.from_numpy(column).to(device) for column in columns)
+            bias = self.network.own_bias(*pairs, torch.tensor(now, device=device))
         return scores + bias.to("cpu", torch.float32).numpy()
 
     def _arrivals(

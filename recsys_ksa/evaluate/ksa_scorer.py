@@ -59,7 +59,7 @@ class RunScorer:
         parts = (owned.question, owned.item, owned.count, owned.first, owned.last, now)
         question, item, *rest = (torch.from_numpy(part).to(device) for part in parts)
         with torch.no_grad():
-            scores[question, item] += self.network.own_items(*rest).to(torch.float32)
+            scores[question, item] += self.network.own_bias(item, *rest).to(torch.float32)
         return scores
 
 

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 TITLES = {
     "all": "All targets",
-    "repeat": "Repeat targets: the user had the item before (ranked among all items)",
-    "new": "New targets: first time for the user (ranked among all items)",
-    "list-again": 'The list "again": repeat targets ranked among the items the user had',
-    "list-new": 'The list "new for you": new targets ranked among the items the user never had',
+    "repeat": 'The list "again": repeat targets, ranked among the items the user had',
+    "new": 'The list "new for you": first purchases, ranked among the items the user never had',
     "gap-0": "Gap 0: the target shares its time with the event before it",
     "gap-positive": "Gap above 0",
 }

@@ -42,10 +42,11 @@ class Column:
 def slices(questions: Questions, repeat: NDArray[np.bool_], *, exclude_seen: bool) -> list[Slice]:
     """Return the slices that hold a target.
 
-    - `all`; `new` and `repeat`: targets that the user did not have, or had, in the same ranking. A question's set
-      splits into the two.
-    - `list-new` and `list-again`: the same targets in the two lists that are served: new ones ranked among the items
-      the user never had, repeated ones among those the user had. Left out where a seen filter makes one list.
+    - `all`: every target, all items in one ranking.
+    - `new` and `repeat`: a question's set splits into targets that the user never had and targets that the user had,
+      each ranked in the list that is served for it: new ones ("new for you") among the items the user never had,
+      repeated ones ("again") among those the user had. In the one ranking of `all`, whatever puts owned items first
+      would score 0 on every first purchase. Under a seen filter there is one list, and both are ranked in it.
     - `gap-0` and `gap-positive` (tie-ordered `loo-classic` only): seconds from the last known event to the target.
     - `length-LO-HI`: events known to the question, both ends included.
 
@@ -55,9 +56,8 @@ def slices(questions: Questions, repeat: NDArray[np.bool_], *, exclude_seen: boo
         exclude_seen: whether the ranking leaves out what the user had.
     """
     every = np.ones(len(repeat), dtype=bool)
-    found = [Slice("all", every), Slice("new", ~repeat), Slice("repeat", repeat)]
-    if repeat.any() and not exclude_seen:
-        found += [Slice("list-new", ~repeat, in_list=True), Slice("list-again", repeat, in_list=True)]
+    two_lists = not exclude_seen
+    found = [Slice("all", every), Slice("new", ~repeat, two_lists), Slice("repeat", repeat, two_lists)]
     question = questions.target_question
     if questions.protocol == "loo-classic":
         tied = (questions.gap == 0)[question]

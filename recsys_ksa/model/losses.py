@@ -42,9 +42,8 @@ class ItemScorer(Protocol):
         """Return item vectors [C, E]; None: of every item."""
         ...
 
-    @property
-    def own_items(self) -> Any:
-        """The own-item bias, or None."""
+    def own_bias(self, item_index: Tensor, count: Tensor, first: Tensor, last: Tensor, now: Tensor) -> Tensor:
+        """Return what the scores of owned items gain, one each pair."""
         ...
 
 
@@ -175,7 +174,8 @@ def full_log_z(users: Tensor, items: Tensor) -> Tensor:
 
 def own_bias(network: ItemScorer, batch: Batch, own: OwnItems) -> Tensor:
     """Return the own-item bias of each pair, [P]; of no meaning where the pair's count is 0."""
-    return network.own_items(own.count, own.first, own.last, batch.request_time[pair_questions(batch, own)])
+    now = batch.request_time[pair_questions(batch, own)]
+    return network.own_bias(pair_items(batch, own), own.count, own.first, own.last, now)
 
 
 def pair_questions(batch: Batch, own: OwnItems) -> Tensor:

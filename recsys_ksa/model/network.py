@@ -193,6 +193,17 @@ class Network(nn.Module):
         bias = self.item_bias if item_index is None else self.item_bias[item_index]
         return torch.cat((vectors, bias[:, None]), dim=-1)
 
+    def own_bias(self, item_index: Tensor, count: Tensor, first: Tensor, last: Tensor, now: Tensor) -> Tensor:
+        """Return what an owned item's score gains, one each (user, item) pair; all tensors of one shape.
+
+        A user's own count says more of an item than its popularity does, so the own-item bias takes the place of the
+        item bias. See `OwnItemBias.forward`; 0 without an own-item bias.
+        """
+        if self.own_items is None:
+            return torch.zeros(item_index.shape, dtype=self.dtype, device=item_index.device)
+        bias = self.own_items(count, first, last, now)
+        return bias if self.item_bias is None else bias - self.item_bias[item_index]
+
     @property
     def temperature(self) -> Tensor:
         """The learned temperature, clamped."""

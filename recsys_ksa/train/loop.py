@@ -31,9 +31,10 @@ LOG_EVERY = 10
 """Steps between rows of metrics.jsonl; reading the loss waits for the device."""
 
 
-ITEM_BIAS_START = 0.25
-"""A learned item bias starts at this power of popularity: the whole of it would drown the own-item bias, which
-starts at the user's own counts; none of it leaves a short run to find popularity by itself (configs/LOG.md)."""
+ITEM_BIAS_LEVEL = 8.0
+"""A learned item bias starts at the log of the item's share of events plus this level, where an item with 1% of all
+events stands about level with the user's own item of count 4 (`OwnItemBias` starts at 2 + log count, and takes the
+item bias' place): popularity for what is new, counts for what is owned."""
 
 
 @dataclass(frozen=True)
@@ -274,8 +275,8 @@ def _check(config: RunConfig, device: torch.device) -> None:
 @torch.no_grad()
 def _start_item_bias(network: Network, counts: torch.Tensor) -> None:
     if network.item_bias is not None:
-        popularity = counts[1:].clamp(min=1).double().log()
-        network.item_bias[1:] = (ITEM_BIAS_START * (popularity - popularity.mean())).to(network.item_bias)
+        share = counts[1:].clamp(min=1).double() / counts.sum().clamp(min=1)
+        network.item_bias[1:] = (share.log() + ITEM_BIAS_LEVEL).to(network.item_bias)
 
 
 def _cut_metrics(run: Path, step: int) -> None:

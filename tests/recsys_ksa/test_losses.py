@@ -27,13 +27,15 @@ class Scorer(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.randn(NUM_ITEMS, WIDTH, dtype=torch.float64))
         self.slope = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
-        self.own_items = self.bias if own else None
+        self.own = own
 
     def item_vectors(self, item_index: Tensor | None = None) -> Tensor:
         return self.table if item_index is None else self.table[item_index]
 
-    def bias(self, count: Tensor, first: Tensor, last: Tensor, now: Tensor) -> Tensor:
-        return self.slope * count.double().log1p() - 0.01 * (now - last).double() + 0.02 * (last - first).double()
+    def own_bias(self, item_index: Tensor, count: Tensor, first: Tensor, last: Tensor, now: Tensor) -> Tensor:
+        assert self.own
+        rhythm = 0.02 * (last - first).double() - 0.01 * (now - last).double()
+        return 0.1 * self.table[item_index, 0] + self.slope * count.double().log1p() + rhythm
 
 
 def make_batch(rng: np.random.Generator, own: bool, targets: str = "next-set") -> Batch:

@@ -74,8 +74,8 @@ def test_recommend_equals_scoring_every_item(rec: Recommender, rng: np.random.Ge
     now = times[-1] + 86_400
     scores = (rec.network.item_vectors() @ rec.user_vector(state, now)).detach().numpy().copy()
     for item, count, first, last in zip(state.seen.item_index, state.seen.count, state.seen.first, state.seen.last):
-        arguments = [torch.tensor(int(value)) for value in (count, first, last, now)]
-        scores[item] += float(rec.network.own_items(*arguments))  # pyright: ignore[reportOptionalCall]
+        arguments = [torch.tensor(int(value)) for value in (item, count, first, last, now)]
+        scores[item] += float(rec.network.own_bias(*arguments))
     scores[0] = -np.inf
     expected = np.argsort(-scores, kind="stable")[:20]
     got = rec.recommend(state, 20, now)

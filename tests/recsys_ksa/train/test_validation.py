@@ -80,7 +80,7 @@ def test_validation_ranks_as_a_plain_loop_does(
             if network.own_items is not None:
                 now = max(int(times[cut]), int(times[cut - 1]))
                 values = (torch.tensor([value]) for value in (float(len(met)), int(met[0]), int(met[-1]), now))
-                scores[item] += float(network.own_items(*values))
+                scores[item] += float(network.own_bias(torch.tensor([item]), *values))
             if exclude_seen and item not in targets:
                 scores[item] = -math.inf
         figures.append(plain_ndcg(scores, targets, 10))
