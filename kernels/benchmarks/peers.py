@@ -56,31 +56,41 @@ def varlen(case: Case, requires_grad: bool) -> tuple[Run, list[Tensor]] | None:
 
 
 def flex(case: Case, requires_grad: bool) -> tuple[Run, list[Tensor]]:
-    """Return FlexAttention with our rule, all users in one sequence: summaries first, then events."""
+    """Return FlexAttention with our rule, all users in one sequence, events behind summaries (not interleaved).
+
+    What a row sees is two ranges of columns, worked out beforehand, so that the mask looks up rows only.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    layout = case.layout.to("cuda")
-    events, sums = layout.num_query_events, layout.num_query_summaries
-    user = torch.arange(layout.num_users, device="cuda")
-    is_summary = torch.arange(events + sums, device="cuda") < sums
-    owner = torch.cat(
-        [user.repeat_interleave(x.diff()) for x in (layout.summary_query_offsets, layout.event_query_offsets)]
-    )
-    chunk = torch.cat([layout.summary_query_chunk, layout.event_query_index // case.chunk_size])
-    place = torch.cat([layout.summary_query_slot, layout.event_query_index])
-    window = case.window_chunks
+    first, second = (each.to("cuda", torch.int32) for each in _ranges_seen(case))
 
     def seen(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        event = torch.where(
-            is_summary[j], chunk[j] < chunk[i] - window, (chunk[j] >= chunk[i] - window) & (place[j] <= place[i])
-        )
-        summary = (chunk[i] == chunk[j]) & (~is_summary[j] | (place[j] <= place[i]))
-        return (owner[i] == owner[j]) & torch.where(is_summary[i], summary, event)
+        return ((j >= first[i, 0]) & (j < first[i, 1])) | ((j >= second[i, 0]) & (j < second[i, 1]))
 
-    mask = create_block_mask(seen, None, None, events + sums, events + sums, device="cuda", _compile=True)
-    q, k, v = (_draw((1, NUM_HEADS, events + sums, case.head_dim), requires_grad) for _ in range(3))
+    rows = len(first)
+    mask = create_block_mask(seen, None, None, rows, rows, device="cuda", _compile=True)
+    q, k, v = (_draw((1, NUM_HEADS, rows, case.head_dim), requires_grad) for _ in range(3))
     compiled = torch.compile(flex_attention, dynamic=False)
-    return (lambda: compiled(q, k, v, block_mask=mask)), [q, k, v]  # type: ignore[return-value]
+    return (lambda: compiled(q, k, v, block_mask=mask)), [q, k, v]
+
+
+def _ranges_seen(case: Case) -> tuple[Tensor, Tensor]:
+    """Return the summaries and the events each row sees, [rows, 2] first and stop; rows are summaries, then events."""
+    layout, k, m = case.layout, case.chunk_size, case.summaries_per_chunk
+    user = torch.arange(layout.num_users)
+    num_sums = layout.num_query_summaries
+    slot_user, event_user = (
+        user.repeat_interleave(offsets.diff()) for offsets in (layout.summary_query_offsets, layout.event_query_offsets)
+    )
+    slot_base, event_base = layout.summary_query_offsets[slot_user], num_sums + layout.event_query_offsets[slot_user]
+    chunk = layout.summary_query_chunk
+    own_slots = torch.stack([slot_base + chunk * m, torch.arange(num_sums) + 1], 1)
+    own_events = torch.stack([event_base + chunk * k, event_base + (chunk + 1) * k], 1)
+    before = (layout.event_query_index // k - case.window_chunks).clamp_min(0)
+    slot_base, event_base = layout.summary_query_offsets[event_user], num_sums + layout.event_query_offsets[event_user]
+    old = torch.stack([slot_base, slot_base + before * m], 1)
+    window = torch.stack([event_base + before * k, event_base + layout.event_query_index + 1], 1)
+    return torch.cat([own_slots, old]), torch.cat([own_events, window])
 
 
 def _draw(shape: tuple[int, ...], requires_grad: bool) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import append
 import torch
 import verify
 from cases import CASES, Case
@@ -69,9 +70,10 @@ def main(out: Path | None, flex: Sequence[str], num_cases: int, processes: int) 
                 f"({timed['both_ms'] / floors[1]:.1f}x) | peak {timed['peak_bytes'] / 2**20:.0f} MiB",
                 flush=True,
             )
+    appended = append.rows(copied)
     if out:
         limits = {"device": device, "torch": torch.__version__, "matrix_flops": flops, "copy_bytes": copied}
-        out.write_text(json.dumps({**limits, "rows": rows}, indent=1))
+        out.write_text(json.dumps({**limits, "rows": rows, "append": appended}, indent=1))
     return 0
 
 

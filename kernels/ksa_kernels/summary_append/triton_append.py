@@ -1,0 +1,202 @@
+"""Append in Triton: one launch for all users' new events and the summaries they close, keys read from pages in place.
+
+A program takes a few queries of one user, all query heads of one key head (rows = queries x G), and every
+`SPLITS`-th tile of the keys they see; a second, small kernel joins the splits:
+
+    lse = log2 sum_s 2**lse_s,   out = sum_s 2**(lse_s - lse) out_s
+
+Shapes depend on the tile map only, so a captured CUDA graph serves new lengths by copying a new map and table.
+
+Letters: H heads, G query heads a key head, D head dim, K chunk_size, M summaries_per_chunk, P page size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ksa_kernels._triton import USER_FIELDS, first_seen, old_start, old_stop
+from ksa_kernels.errors import ImplUnavailableError
+from ksa_kernels.layout import ChunkLayout
+from ksa_kernels.summary_append.cache import PagedCache, Pages
+from ksa_kernels.summary_attention.triton_tiles import FOREVER, users_table
+
+FIELDS = tl.constexpr(USER_FIELDS)
+LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN = tl.constexpr(-1.0e30)
+LOG2E = 1.4426950408889634
+BLOCK_N = 64
+PROGRAMS = 264
+"""Programs that fill an H100: two a multiprocessor."""
+
+
+@triton.jit
+def append_kernel(
+    eq_ptr, sq_ptr, ek_ptr, ev_ptr, sk_ptr, sv_ptr, event_table_ptr, summary_table_ptr,
+    out_ptr, lse_ptr, users_ptr, tiles_ptr,
+    scale, window, visible, num_event_rows, num_rows, event_ring, summary_ring,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
+    EVENT_PAGE: tl.constexpr, SUMMARY_PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    J: tl.constexpr = H // G
+    kv_head = tl.program_id(0) % J
+    tile = tl.program_id(0) // J
+    split = tl.program_id(1)
+    user = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    start = tl.load(tiles_ptr + 3 * tile + 1)
+    is_summary = tl.load(tiles_ptr + 3 * tile + 2) == 1
+    fields = users_ptr + user * FIELDS
+    n = tl.load(fields).to(tl.int32)
+    key_start = tl.load(fields + 2).to(tl.int32)
+    eq_shift = tl.load(fields + 4)
+    sq_shift = tl.load(fields + 6)
+
+    # rows: query (start + row // G) of head kv_head * G + row % G; a query is an event or a summary slot
+    offsets = tl.arange(0, ROWS)
+    query = start + offsets // G
+    head = kv_head * G + offsets % G
+    chunk = tl.where(is_summary, query // tl.maximum(M, 1), query // K)
+    slot_stop = n // K * M
+    stop = tl.where(is_summary, tl.minimum(start + QUERIES, slot_stop), tl.minimum(start + QUERIES, n))
+    exists = (query < stop) & (offsets < QUERIES * G)
+    chunk_first = tl.where(is_summary, start // tl.maximum(M, 1), start // K)
+    chunk_last = tl.where(is_summary, (stop - 1) // tl.maximum(M, 1), (stop - 1) // K)
+
+    # what each row sees, [low, high) of events and of summaries, and what any row sees
+    low_event = tl.where(is_summary, chunk * K, first_seen(chunk, window, key_start, K))
+    high_event = tl.where(is_summary, (chunk + 1) * K, query + 1)
+    low_slot = tl.where(is_summary, chunk * M, old_start(chunk, window, visible, M, CAPPED))
+    high_slot = tl.where(is_summary, query + 1, old_stop(chunk, window, M))
+    event_first = tl.where(is_summary, chunk_first * K, first_seen(chunk_first, window, key_start, K))
+    event_stop = tl.where(is_summary, (chunk_last + 1) * K, stop)
+    slot_first = tl.where(is_summary, chunk_first * M, old_start(chunk_first, window, visible, M, CAPPED))
+    slot_end = tl.where(is_summary, stop, old_stop(chunk_last, window, M))
+    event_tiles = tl.cdiv(event_stop - event_first, BLOCK_N)
+    slot_tiles = tl.cdiv(tl.maximum(slot_end - slot_first, 0), BLOCK_N)
+
+    offsets_d = tl.arange(0, D)
+    rows = tl.where(is_summary, sq_shift, eq_shift) + query
+    q_ptr = tl.where(is_summary, sq_ptr, eq_ptr)
+    q = tl.load(q_ptr + (rows * H + head)[:, None] * D + offsets_d[None, :], mask=exists[:, None], other=0.0)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    top = tl.full([ROWS], HIDDEN, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for t in range(split, event_tiles + slot_tiles, SPLITS):
+        old = t >= event_tiles
+        tokens = tl.where(old, slot_first + (t - event_tiles) * BLOCK_N, event_first + t * BLOCK_N)
+        tokens = tokens + tl.arange(0, BLOCK_N)
+        given = tokens < tl.where(old, slot_end, event_stop)
+        ring = tl.where(old, summary_ring, event_ring)
+        page_size = tl.where(old, SUMMARY_PAGE, EVENT_PAGE)
+        table = tl.where(old, summary_table_ptr, event_table_ptr) + user * ring
+        page = tl.load(table + (tokens // page_size) % ring, mask=given, other=0).to(tl.int64)
+        at = ((page * page_size + tokens % page_size) * J + kv_head) * D
+        pointers = at[:, None] + offsets_d[None, :]
+        k = tl.load(tl.where(old, sk_ptr, ek_ptr) + pointers, mask=given[:, None], other=0.0)
+        v = tl.load(tl.where(old, sv_ptr, ev_ptr) + pointers, mask=given[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        low = tl.where(old, low_slot, low_event)[:, None]
+        high = tl.where(old, high_slot, high_event)[:, None]
+        seen = (tokens[None, :] >= low) & (tokens[None, :] < high)
+        scores = tl.where(seen, scores, HIDDEN)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp2(top - new_top)
+        # a split may hold no key of a row: then nothing may be added, whatever the maximum is
+        weights = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0.0)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    saw = total > 0
+    out = acc / tl.where(saw, total, 1.0)[:, None]
+    lse2 = tl.where(saw, top + tl.log2(tl.where(saw, total, 1.0)), HIDDEN)
+    out_rows = (split * num_rows + tl.where(is_summary, num_event_rows, 0) + rows) * H + head
+    tl.store(out_ptr + out_rows[:, None] * D + offsets_d[None, :], out, mask=exists[:, None])
+    tl.store(lse_ptr + out_rows, lse2, mask=exists)
+
+
+@triton.jit
+def join_kernel(
+    part_ptr, part_lse_ptr, eo_ptr, so_ptr, elsep_ptr, slsep_ptr, num_event_rows, num_rows,
+    H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64)
+    offsets_d = tl.arange(0, D)
+    top = HIDDEN
+    for split in range(SPLITS):
+        top = tl.maximum(top, tl.load(part_lse_ptr + split * num_rows * H + at))
+    total = 0.0
+    acc = tl.zeros([D], tl.float32)
+    for split in range(SPLITS):
+        weight = tl.exp2(tl.load(part_lse_ptr + split * num_rows * H + at) - top)
+        acc += weight * tl.load(part_ptr + (split * num_rows * H + at) * D + offsets_d)
+        total += weight
+    num_events = tl.cast(num_event_rows, tl.int64) * H
+    is_event = at < num_events
+    out_at = tl.where(is_event, at, at - num_events)
+    out_ptr = tl.where(is_event, eo_ptr, so_ptr)
+    lse_ptr = tl.where(is_event, elsep_ptr, slsep_ptr)
+    tl.store(out_ptr + out_at * D + offsets_d, (acc / total).to(eo_ptr.dtype.element_ty))
+    tl.store(lse_ptr + out_at, (top + tl.log2(total)) * LN2)
+
+
+def attend(
+    event_query: Tensor, summary_query: Tensor, cache: PagedCache, layout: ChunkLayout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
+    num_heads, head_dim = event_query.shape[1:]
+    group = num_heads // cache.events.key.shape[2]
+    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
+        raise ImplUnavailableError(f'impl="triton" takes head dims that are powers of two, 16..256: got {head_dim}.')
+    queries = max(1, 16 // group)
+    where = _tiles(layout, queries)
+    num_kv_heads = num_heads // group
+    splits = max(1, min(16, PROGRAMS // max(1, len(where) * num_kv_heads)))
+    num_rows = len(event_query) + len(summary_query)
+    part = event_query.new_empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32)
+    part_lse = event_query.new_empty(splits, num_rows, num_heads, dtype=torch.float32)
+    eo, so = event_query.new_empty(event_query.shape), summary_query.new_empty(summary_query.shape)
+    elsep, slsep = (each.new_empty(each.shape[:2], dtype=torch.float32) for each in (eo, so))
+    if not num_rows:
+        return eo, so, elsep, slsep
+    window, visible = layout.window_chunks, layout.max_visible_chunks
+    with torch.cuda.device(event_query.device if event_query.is_cuda else -1):
+        append_kernel[(len(where) * num_kv_heads, splits)](
+            event_query.contiguous(), summary_query.contiguous(), *_pools(cache.events), *_pools(cache.summaries),
+            cache.events.table, cache.summaries.table, part, part_lse, users_table(layout), where,
+            head_dim**-0.5 * LOG2E, FOREVER if window is None else window, visible or 0,
+            len(event_query), num_rows, cache.events.table.shape[1], max(1, cache.summaries.table.shape[1]),
+            H=num_heads, G=group, D=head_dim, K=layout.chunk_size, M=layout.summaries_per_chunk,
+            CAPPED=visible is not None and window is not None, EVENT_PAGE=cache.events.page_size,
+            SUMMARY_PAGE=cache.summaries.page_size, SPLITS=splits, QUERIES=queries,
+            ROWS=max(16, triton.next_power_of_2(queries * group)), BLOCK_N=BLOCK_N,
+            PRECISION="ieee" if event_query.dtype is torch.float32 else "tf32", num_warps=4, num_stages=3,
+        )  # fmt: skip
+        join_kernel[(num_rows * num_heads,)](
+            part, part_lse, eo, so, elsep, slsep, len(event_query), num_rows,
+            H=num_heads, D=head_dim, SPLITS=splits, num_warps=1,
+        )  # fmt: skip
+    return eo, so, elsep, slsep
+
+
+def _pools(pages: Pages) -> tuple[Any, Any]:
+    return pages.key, pages.value
+
+
+def _tiles(layout: ChunkLayout, queries: int) -> Tensor:
+    """Return int32 [tiles, 3]: user, first event or slot, and whether its queries are summaries."""
+    name = f"append tiles {queries}"
+    if name not in layout.plans:
+        m = layout.summaries_per_chunk
+        found: list[tuple[int, int, int]] = []
+        for user, span in enumerate(layout.spans):
+            found += [(user, first, 0) for first in range(span.query_start, span.num_events, queries)]
+            slots = range(span.first_query_chunk * m, span.num_closed * m, queries)
+            found += [(user, first, 1) for first in slots]
+        tiles = torch.tensor(found, dtype=torch.int32).reshape(-1, 3)
+        layout.plans[name] = tiles.to(layout.device, non_blocking=True)
+    return layout.plans[name]
