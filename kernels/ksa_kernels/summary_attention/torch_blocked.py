@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import log
+from math import log, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -219,6 +219,33 @@ def _tokens(event: Tensor, chunk: Tensor, k: int, m: int) -> Tokens:
     return Tokens(is_summary, torch.cat([event // k, chunk.repeat_interleave(m)]), torch.cat([event, slot]))
 
 
+class _Workspace:
+    """Buffers used again from piece to piece: they stay in cache, and the allocator is left alone."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Return an uninitialised tensor; the last one of this name is overwritten."""
+        size = prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name] = self.like.new_empty(size)
+        return buffer[:size].view(shape)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """Return a @ b for batches of matrices."""
+        return torch.bmm(a, b, out=self(name, len(a), a.shape[1], b.shape[2]))
+
+    def take(self, name: str, joined: Tensor, rows: Tensor) -> Tensor:
+        """Gather rows [n, R] of joined [J, rows, G, D] as [J * n, R * G, D]."""
+        num_heads, _, group, width = joined.shape
+        taken = self(name, num_heads, rows.numel(), group, width)
+        torch.index_select(joined, 1, rows.flatten(), out=taken)
+        return taken.view(num_heads * len(rows), -1, width)
+
+
 class _Blocked(torch.autograd.Function):
     """out, lse of events and of summaries from (plan, event q, k, v, summary q, k, v)."""
 
@@ -228,60 +255,60 @@ class _Blocked(torch.autograd.Function):
         num_kv_heads, num_heads = ek.shape[1], eq.shape[1]
         q, k, v = (_head_major(*pair, num_kv_heads) for pair in ((eq, sq), (ek, sk), (ev, sv)))
         q *= _scale(eq)
-        out, lse = torch.zeros_like(q), q.new_zeros(*q.shape[:2], num_heads // num_kv_heads, 1)
+        out, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], 1)
+        work = _Workspace(q)
         for query_rows, key_rows, bias in plan.pieces(num_heads):
-            scores = _grouped(_take(q, query_rows) @ _take(k, key_rows).mT, query_rows)
-            scores += bias[:, :, None, :]
+            scores = work.product("scores", work.take("q", q, query_rows), work.take("k", k, key_rows).mT)
+            _by_block(scores, bias, num_kv_heads).add_(bias[:, :, None, :])
             top = scores.amax(-1, keepdim=True)
             weights = scores.sub_(top).exp2_()
             total = weights.sum(-1, keepdim=True)
-            gathered = weights.flatten(2, 3) @ _take(v, key_rows)
-            gathered /= total.flatten(2, 3)
+            gathered = work.product("out", weights, work.take("k", v, key_rows))
+            gathered /= total
             _put(out, query_rows, gathered)
             _put(lse, query_rows, top.add_(total.log2_()))
         lse[:, -1] = 0.0
+        events_out, summaries_out = _split(out, len(eq), len(sq), eq.dtype)
+        events_lse, summaries_lse = _split(lse * log(2), len(eq), len(sq), lse.dtype)
         ctx.plan = plan
-        events_out, summaries_out = _row_major(out, eq, sq)
-        events_lse, summaries_lse = _row_major_lse(lse * log(2), eq, sq)
-        ctx.save_for_backward(eq, ek, ev, sq, sk, sv, events_out, summaries_out, lse)
-        return events_out, summaries_out, events_lse, summaries_lse
+        ctx.save_for_backward(eq[:0], q, k, v, events_out, summaries_out, lse)
+        return events_out, summaries_out, events_lse[..., 0], summaries_lse[..., 0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        eq, ek, ev, sq, sk, sv, events_out, summaries_out, lse = ctx.saved_tensors
-        num_kv_heads, num_heads = ek.shape[1], eq.shape[1]
-        q, k, v = (_head_major(*pair, num_kv_heads) for pair in ((eq, sq), (ek, sk), (ev, sv)))
-        q *= _scale(eq)
-        d_events, d_summaries, d_events_lse, d_summaries_lse = grads
-        d_events = torch.zeros_like(eq) if d_events is None else d_events
-        d_summaries = torch.zeros_like(sq) if d_summaries is None else d_summaries
+        eq, q, k, v, events_out, summaries_out, lse = ctx.saved_tensors
+        num_kv_heads, num_heads, dtype = len(k), eq.shape[1], q.dtype
+        d_events, d_summaries = (
+            torch.zeros_like(out) if grad is None else grad
+            for out, grad in zip((events_out, summaries_out), grads[:2], strict=True)
+        )
         d_out = _head_major(d_events, d_summaries, num_kv_heads)
         # softmax's backward subtracts sum(d_out * out) from each row; a gradient of the log-sum-exp adds to it
-        shift = (d_out * _head_major(events_out, summaries_out, num_kv_heads)).sum(-1, keepdim=True)
-        if d_events_lse is not None or d_summaries_lse is not None:
-            d_events_lse = torch.zeros_like(eq[..., 0]) if d_events_lse is None else d_events_lse
-            d_summaries_lse = torch.zeros_like(sq[..., 0]) if d_summaries_lse is None else d_summaries_lse
-            shift -= _head_major(d_events_lse[..., None], d_summaries_lse[..., None], num_kv_heads)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        shifts = [
+            (grad.to(dtype) * out.to(dtype)).sum(-1, keepdim=True) - (0.0 if d_lse is None else d_lse[..., None])
+            for grad, out, d_lse in zip((d_events, d_summaries), (events_out, summaries_out), grads[2:], strict=True)
+        ]
+        shift = _head_major(shifts[0], shifts[1], num_kv_heads)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        work = _Workspace(q)
         for query_rows, key_rows, bias in ctx.plan.pieces(num_heads):
-            q_, k_, d_out_ = _take(q, query_rows), _take(k, key_rows), _take(d_out, query_rows)
-            scores = _grouped(q_ @ k_.mT, query_rows)
-            scores += bias[:, :, None, :]
-            scores -= _take(lse, query_rows).view(*scores.shape[:-1], 1)
-            weights = scores.exp2_().flatten(2, 3)
-            _add(dv, key_rows, weights.mT @ d_out_)
-            d_scores = d_out_ @ _take(v, key_rows).mT
-            d_scores -= _take(shift, query_rows)
-            d_scores *= weights
-            _put(dq, query_rows, d_scores @ k_)
-            _add(dk, key_rows, d_scores.mT @ q_)
+            q_, k_ = work.take("q", q, query_rows), work.take("k", k, key_rows)
+            v_, d_out_ = work.take("v", v, key_rows), work.take("d_out", d_out, query_rows)
+            scores = work.product("scores", q_, k_.mT)
+            _by_block(scores, bias, num_kv_heads).add_(bias[:, :, None, :])
+            weights = scores.sub_(work.take("lse", lse, query_rows)).exp2_()
+            _add(dv, key_rows, work.product("key rows", weights.mT, d_out_))
+            d_scores = work.product("d_scores", d_out_, v_.mT)
+            d_scores.sub_(work.take("shift", shift, query_rows)).mul_(weights)
+            _put(dq, query_rows, work.product("query rows", d_scores, k_))
+            _add(dk, key_rows, work.product("key rows", d_scores.mT, q_))
         dq *= eq.shape[-1] ** -0.5
         dk *= log(2)  # q carries log2(e) and the scale
-        return None, *(
-            grad
-            for pair in zip(_row_major(dq, eq, sq), _row_major(dk, ek, sk), _row_major(dv, ev, sv))
-            for grad in pair
-        )
+        layout = ctx.plan.layout
+        queries = (layout.num_query_events, layout.num_query_summaries)
+        keys = (layout.num_key_events, layout.num_key_summaries)
+        parts = [_split(dq, *queries, eq.dtype), _split(dk, *keys, eq.dtype), _split(dv, *keys, eq.dtype)]
+        return None, *(events for events, _ in parts), *(summaries for _, summaries in parts)
 
 
 def _scale(query: Tensor) -> float:
@@ -292,36 +319,20 @@ def _head_major(events: Tensor, summaries: Tensor, num_kv_heads: int) -> Tensor:
     """Join event and summary rows [rows, H, D] into [J, rows + 1, G, D], the last row zeros, in float32 or float64."""
     dtype = torch.float64 if events.dtype is torch.float64 else torch.float32
     count = len(events) + len(summaries)
-    joined = events.new_zeros(num_kv_heads, count + 1, events.shape[1] // num_kv_heads, events.shape[2], dtype=dtype)
+    joined = events.new_empty(num_kv_heads, count + 1, events.shape[1] // num_kv_heads, events.shape[2], dtype=dtype)
     by_row = joined.transpose(0, 1)
     by_row[: len(events)] = events.unflatten(1, (num_kv_heads, -1))
     by_row[len(events) : count] = summaries.unflatten(1, (num_kv_heads, -1))
+    by_row[count] = 0.0
     return joined
 
 
-def _row_major(joined: Tensor, events: Tensor, summaries: Tensor) -> tuple[Tensor, Tensor]:
-    """Split [J, rows + 1, G, D] into [rows, H, D] for events and summaries, in their dtype."""
-    by_row = joined.transpose(0, 1)
-    num_events = len(events)
-    return (
-        by_row[:num_events].reshape(events.shape).to(events.dtype),
-        by_row[num_events : num_events + len(summaries)].reshape(summaries.shape).to(summaries.dtype),
+def _split(joined: Tensor, num_events: int, num_summaries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Split [J, rows + 1, G, D] into [rows, H, D] for events and for summaries."""
+    by_row = joined.transpose(0, 1)[: num_events + num_summaries].reshape(
+        num_events + num_summaries, -1, joined.shape[3]
     )
-
-
-def _row_major_lse(lse: Tensor, events: Tensor, summaries: Tensor) -> tuple[Tensor, Tensor]:
-    by_row = lse.transpose(0, 1)
-    num_events = len(events)
-    return (
-        by_row[:num_events].reshape(events.shape[:2]),
-        by_row[num_events : num_events + len(summaries)].reshape(summaries.shape[:2]),
-    )
-
-
-def _take(joined: Tensor, rows: Tensor) -> Tensor:
-    """Gather [J, n, rows * G, D]."""
-    taken = joined.index_select(1, rows.flatten())
-    return taken.view(joined.shape[0], len(rows), -1, joined.shape[-1])
+    return by_row[:num_events].to(dtype), by_row[num_events:].to(dtype)
 
 
 def _put(joined: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -336,6 +347,6 @@ def _add(joined: Tensor, rows: Tensor, values: Tensor) -> None:
         head.flatten(1).index_add_(0, flat, part.flatten(1))
 
 
-def _grouped(scores: Tensor, query_rows: Tensor) -> Tensor:
-    """View [J, n, Q * G, L] as [J, n, Q, G, L]."""
-    return scores.unflatten(2, (query_rows.shape[1], -1))
+def _by_block(scores: Tensor, bias: Tensor, num_kv_heads: int) -> Tensor:
+    """View [J * n, Q * G, L] as [J, n, Q, G, L]."""
+    return scores.view(num_kv_heads, len(bias), bias.shape[1], -1, bias.shape[2])
