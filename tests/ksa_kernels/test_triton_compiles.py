@@ -12,27 +12,31 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from ksa_kernels.catalogue_softmax import triton_log_z
+from ksa_kernels.summary_append import triton_append
 from ksa_kernels.summary_attention.triton_backward import columns_kernel, queries_kernel
 from ksa_kernels.summary_attention.triton_forward import forward_kernel
 
 RULE = dict(H=8, G=2, D=32, K=8, M=1, CAPPED=True, BLOCK_M=BLOCK, BLOCK_N=BLOCK, BLOCK_S=16, PRECISION="tf32")
 
-def pointer(name):
-    if name == "users_ptr":
-        return "*i64"
-    if name == "tiles_ptr":
-        return "*i32"
-    return "*fp32" if "lse" in name or "delta" in name else "*bf16"
+TYPES = {"users_ptr": "*i64", "tiles_ptr": "*i32", "event_table_ptr": "*i32", "summary_table_ptr": "*i32"}
+TYPES["scale"] = "fp32"
+FLOATS = ("lse", "delta", "part", "log_z", "grad_ptr")
 
-def compile(kernel, **constants):
+def type_of(name, more):
+    if name in more or name in TYPES:
+        return more.get(name) or TYPES[name]
+    if name.endswith("_ptr"):
+        return "*fp32" if any(word in name for word in FLOATS) else "*bf16"
+    return "i32"
+
+def compile(kernel, types={}, **constants):
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = pointer(name)
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = type_of(name, types)
         if name.endswith(("_ptr", "_row", "_head")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
@@ -45,6 +49,14 @@ for kernel, more in [(forward_kernel, {}), (queries_kernel, {}), *on_keys]:
     asm = compile(kernel, FUSED=FUSED, **RULE, **more)
     assert len(asm["cubin"]) > 1000
     assert ARCH != 90 or "wgmma" in asm["ptx"]
+
+tile = dict(D=32, PRECISION="tf32", BLOCK_N=BLOCK)
+rule = dict(H=8, G=2, K=8, M=1, CAPPED=True, EVENT_PAGE=16, SUMMARY_PAGE=16, SPLITS=2, QUERIES=8, ROWS=16)
+compile(triton_append.append_kernel, {"out_ptr": "*fp32"}, **tile, **rule)
+compile(triton_append.join_kernel, {"part_lse_ptr": "*fp32"}, H=8, D=32, SPLITS=2)
+items = {"users_ptr": "*bf16"}
+compile(triton_log_z.forward_kernel, items, BIASED=True, BLOCK_M=BLOCK, **tile)
+compile(triton_log_z.gradient_kernel, items, BIASED=True, ROWS_ARE_USERS=FUSED, BLOCK_M=BLOCK, **tile)
 """
 
 
