@@ -75,7 +75,9 @@ class ModelConfig(Strict):
     own_item_bias: bool = False
     """Add a learned function of count, recency and rhythm to the scores of items the user already had."""
     temperature: PositiveFloat = 0.05
-    """Initial temperature of the cosine head; learned, clamped to [0.01, 1]."""
+    """Initial temperature of the cosine head; learned, clamped to [min_temperature, 1]."""
+    min_temperature: PositiveFloat = 0.01
+    """Lowest temperature: how sharp a softmax over cosines may become; a regulariser on small data."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -83,6 +85,8 @@ class ModelConfig(Strict):
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if not self.min_temperature <= self.temperature <= 1:
+            raise ValueError(f"temperature {self.temperature} must lie in [min_temperature {self.min_temperature}, 1]")
         if self.chunk_size < 2:
             raise ValueError(f"chunk_size must be at least 2, got {self.chunk_size}")
         if not self.layers:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Shapes: U users, T events, S summaries, Q questions, I items, E model dim, D head dim.
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0
+MAX_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Network(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """The learned temperature, clamped."""
-        return self.log_temperature.exp().clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        return self.log_temperature.exp().clamp(self.config.min_temperature, MAX_TEMPERATURE)
 
     @property
     def dtype(self) -> torch.dtype:
