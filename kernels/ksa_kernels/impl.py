@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
 from enum import StrEnum
 
 import torch
@@ -26,26 +25,27 @@ class Impl(StrEnum):
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype, available: Sequence[Impl] = tuple(Impl)) -> Impl:
+def resolve(impl: str, device: torch.device, dtype: torch.dtype, unfit: str = "") -> Impl:
     """Return the implementation that `impl` means on this device.
 
     Args:
         impl: `"auto"` or the name of an implementation.
         device: where the tensors live.
         dtype: of the tensors.
-        available: implementations the operator has.
+        unfit: why the operator's Triton kernels do not take these tensors (of this shape); empty if they do.
 
     Raises:
         ImplUnavailableError: the name is unknown, or the implementation named cannot run here.
     """
     if impl == "auto":
-        chosen = Impl.TRITON if Impl.TRITON in available and not _why_no_triton(device, dtype) else Impl.TORCH
-        logger.debug("implementation chosen", extra={"impl": chosen.value, "device": str(device)})
+        reason = "no CUDA device" if device.type != "cuda" else unfit or _why_no_triton(device, dtype)
+        chosen = Impl.TORCH if reason else Impl.TRITON
+        logger.debug("implementation chosen", extra={"impl": chosen.value, "why_not_triton": reason})
         return chosen
-    if impl not in [each.value for each in available]:
-        names = ", ".join(["auto", *(each.value for each in available)])
+    if impl not in [each.value for each in Impl]:
+        names = ", ".join(["auto", *(each.value for each in Impl)])
         raise ImplUnavailableError(f"impl must be one of {names}: got {impl!r}.")
-    if impl == Impl.TRITON and (reason := _why_no_triton(device, dtype)):
+    if impl == Impl.TRITON and (reason := unfit or _why_no_triton(device, dtype)):
         raise ImplUnavailableError(f'impl="triton" cannot run: {reason}. Use impl="torch", or "auto" to choose.')
     return Impl(impl)
 

@@ -39,7 +39,10 @@ def summary_append(
             raise ShapeError(f"{name} must be [{rows}, H, D] by the layout: got shape {list(query.shape)}.")
         if query.dtype != cache.events.key.dtype:
             raise ShapeError(f"{name} must have the cache's dtype {cache.events.key.dtype}: got {query.dtype}.")
-    chosen = resolve(impl, event_query.device, event_query.dtype)
+    head_dim = event_query.shape[2]
+    fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+    unfit = "" if fits else f"its kernel takes head dims that are powers of two from 16 to 256, got {head_dim}"
+    chosen = resolve(impl, event_query.device, event_query.dtype, unfit)
     if chosen is Impl.TRITON:
         from ksa_kernels.summary_append.triton_append import attend
 

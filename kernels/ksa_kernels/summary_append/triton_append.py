@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ksa_kernels._triton import USER_FIELDS, first_seen, old_start, old_stop
-from ksa_kernels.errors import ImplUnavailableError
 from ksa_kernels.layout import ChunkLayout
 from ksa_kernels.summary_append.cache import PagedCache, Pages
 from ksa_kernels.summary_attention.triton_tiles import FOREVER, users_table
@@ -150,8 +149,6 @@ def attend(
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
     num_heads, head_dim = event_query.shape[1:]
     group = num_heads // cache.events.key.shape[2]
-    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
-        raise ImplUnavailableError(f'impl="triton" takes head dims that are powers of two, 16..256: got {head_dim}.')
     queries = max(1, 16 // group)
     where = _tiles(layout, queries)
     num_kv_heads = num_heads // group

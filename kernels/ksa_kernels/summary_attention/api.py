@@ -12,6 +12,7 @@ from ksa_kernels.impl import Impl, resolve
 from ksa_kernels.layout import ChunkLayout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
 
 
 class QKV(NamedTuple):
@@ -60,7 +61,9 @@ def summary_attention(
     if summaries is None:
         summaries = _no_summaries(events)
     _check(events, summaries, layout)
-    chosen = resolve(impl, events.query.device, events.query.dtype)
+    head_dim = events.query.shape[2]
+    unfit = "" if head_dim in TRITON_HEAD_DIMS else f"its kernels take head dims {TRITON_HEAD_DIMS}, got {head_dim}"
+    chosen = resolve(impl, events.query.device, events.query.dtype, unfit)
     if chosen is Impl.REFERENCE:
         from ksa_kernels.summary_attention.reference import attend
     elif chosen is Impl.TRITON:

@@ -12,7 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ksa_kernels.errors import ImplUnavailableError
 from ksa_kernels.layout import ChunkLayout
 from ksa_kernels.summary_attention.triton_backward import columns_kernel, queries_kernel
 from ksa_kernels.summary_attention.triton_forward import forward_kernel
@@ -78,10 +77,6 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
 def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
     head_dim = events.query.shape[2]
-    if head_dim not in TUNED:
-        raise ImplUnavailableError(
-            f'impl="triton" takes head dims {tuple(TUNED)}: got {head_dim}. Use impl="torch" for others.'
-        )
     blocks = tuning(head_dim, events.query.dtype)
     maps = [
         tiles(layout, "queries", blocks.forward.m),
