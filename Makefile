@@ -1,3 +1,4 @@
+# make gpu runs where PyTorch with CUDA, Triton, pytest and a GPU are; the other targets make their own .venv.
 # Everything starts from a machine with python3 (3.11 or newer) and make.
 #   make demo   the main job on real household histories: prepare, train, evaluate, index, recommend (10 min, 2 cores)
 #   make test   every test that needs no GPU
@@ -38,14 +39,15 @@ imports: setup
 	$(BIN)/lint-imports
 
 gpu:
-	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider
-	$(PYTHON) -m kernels.benchmarks
+	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/ksa_kernels
+	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/run.py --out results.json
 
 bench: setup
 	$(BIN)/python -m benchmarks.append
 
+# FULL=1: more examples, more kills.
 nightly: setup
-	$(BIN)/python -m pytest -q -m "not gpu"
+	HYPOTHESIS_PROFILE=nightly KSA_KILLS=$(if $(FULL),1000,100) $(BIN)/python -m pytest -q -m "not gpu"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

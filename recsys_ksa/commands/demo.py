@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from recsys_ksa.recommender import Recommender
 
 RUNS = ("ksa", "full", "window")
-TRAIN_SECONDS = {"ksa": 300.0, "full": 90.0, "window": 60.0}
-"""Wall-clock budgets at `--minutes 7.5` of training; scaled with it."""
+TRAIN_SECONDS = {"ksa": 180.0, "full": 100.0, "window": 80.0}
+"""Wall-clock budgets at `--minutes 6` of training; scaled with it."""
 SHOWN = 6
 """Items shown a list."""
 
@@ -30,7 +30,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="PREPARE.toml", type=Path, help="column mapping for --data")
     parser.add_argument("--items", metavar="FILE", type=Path, help="items file for --data")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="default runs/demo")
-    parser.add_argument("--minutes", type=float, default=7.5, help="training budget of all three runs (default 7.5)")
+    parser.add_argument("--minutes", type=float, default=6.0, help="training budget of all three runs (default 6)")
 
 
 def _run(args: argparse.Namespace) -> None:
