@@ -7,6 +7,7 @@ unreachable extra index costs pip seconds a package. Without it pip still finds 
 else the install stops before anything large is downloaded, and says why.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -49,10 +50,13 @@ def refuse_cuda(pip: list[str], environment: dict[str, str]) -> None:
     )
     dry_run = [*pip, "--dry-run", "--ignore-installed", "--report", "-", torch]
     report = subprocess.run(dry_run, capture_output=True, text=True, env=environment)
-    if "nvidia" in report.stdout:
+    if report.returncode:
+        sys.exit(f"install: pip cannot find {torch}: {report.stderr.strip().splitlines()[-1]}")
+    names = [package["metadata"]["name"] for package in json.loads(report.stdout)["install"]]
+    if cuda := [name for name in names if name.startswith(("nvidia", "cuda"))]:
         sys.exit(
-            f"install: expected a CPU build of {torch}, but pip finds one with CUDA packages (gigabytes) only. Make "
-            f"{TORCH_INDEX} reachable, or set TORCH_INDEX to a mirror of it."
+            f"install: expected a CPU build of {torch}, but pip would install {len(cuda)} CUDA packages (gigabytes) "
+            f"with it. Make {TORCH_INDEX} reachable, or set TORCH_INDEX to a mirror of it."
         )
 
 

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 64
 """Event queries of a full block (one chunk, where chunks are longer)."""
 SCORES_AT_ONCE = 1 << 18
-"""Scores worked on together: few enough for a core's cache, enough to hide Python."""
+"""Scores worked on together on a CPU: few enough for a core's cache, enough to hide Python."""
+SCORES_ON_DEVICE = 1 << 25
+"""The same elsewhere (128 MB of float32): pieces sized for a cache left a GPU waiting for Python, 4 times slower."""
 MOST_KEPT = 1 << 22
 """Entries of bias up to which a plan keeps them (16 MB)."""
 HIDDEN = -1e30
@@ -132,7 +134,8 @@ class Plan:
         no_query = layout.num_query_events + layout.num_query_summaries
         no_key = layout.num_key_events + layout.num_key_summaries
         for group in self.groups:
-            size, step = group.size, max(1, SCORES_AT_ONCE // (num_heads * group.bias.numel()))
+            most = SCORES_AT_ONCE if layout.device.type == "cpu" else SCORES_ON_DEVICE
+            size, step = group.size, max(1, most // (num_heads * group.bias.numel()))
             before = size.edge if layout.window_chunks is None else layout.window_chunks
             for start in range(0, len(group.user), step):
                 user, chunk = group.user[start : start + step], group.first_chunk[start : start + step]
