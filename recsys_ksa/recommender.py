@@ -208,9 +208,9 @@ class Recommender:
         now = last if request_time is None else max(last, request_time)
         device = self.network.start.device
         columns = (seen.item_index, seen.count, seen.first, seen.last)
+        item, count, first, latest = (torch.from_numpy(column).to(device) for column in columns)
         with torch.no_grad():
-            pairs = (torch.from_numpy(column).to(device) for column in columns)
-            bias = self.network.own_bias(*pairs, torch.tensor(now, device=device))
+            bias = self.network.own_bias(item, count, first, latest, torch.tensor(now, device=device))
         return scores + bias.to("cpu", torch.float32).numpy()
 
     def _arrivals(
