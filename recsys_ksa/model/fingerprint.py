@@ -2,7 +2,8 @@
 
 A state's keys and values depend on the weights they are computed with, the config, the feature schema, the dtype and
 the layout; not on the head, the own-item bias, the request time or the last block's output. Names and paths never
-enter: retrained weights under an old name must not find old states.
+enter: retrained weights under an old name must not find old states. Keys at their defaults are left out, so that a new
+key, whose default is what was done before, leaves older runs and their states as they are.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ def state_fingerprint(network: Network) -> str:
     weights = {name: value for name, value in network.state_dict().items() if not name.startswith(skipped)}
     about = {
         "layout": STATE_LAYOUT,
-        "config": network.config.model_dump(mode="json"),
+        "config": network.config.model_dump(mode="json", exclude_defaults=True),
         "features": network.features.as_dict(),
         "dtype": str(network.state_dtype),
         "side": {name: _array_hash(side.category.tobytes()) for name, side in network.features.side.items()},
@@ -35,7 +36,7 @@ def state_fingerprint(network: Network) -> str:
 
 def release_hash(network: Network) -> str:
     """Return the SHA-256, as 64 hex digits, of everything answers depend on."""
-    about = {"config": network.config.model_dump(mode="json"), "features": network.features.as_dict()}
+    about = {"config": network.config.model_dump(mode="json", exclude_defaults=True), "features": network.features.as_dict()}
     return _hash(about, network.state_dict())
 
 
