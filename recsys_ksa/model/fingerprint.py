@@ -36,7 +36,10 @@ def state_fingerprint(network: Network) -> str:
 
 def release_hash(network: Network) -> str:
     """Return the SHA-256, as 64 hex digits, of everything answers depend on."""
-    about = {"config": network.config.model_dump(mode="json", exclude_defaults=True), "features": network.features.as_dict()}
+    about = {
+        "config": network.config.model_dump(mode="json", exclude_defaults=True),
+        "features": network.features.as_dict(),
+    }
     return _hash(about, network.state_dict())
 
 
