@@ -147,7 +147,7 @@ class Recommender:
             last_key=keyed[-1][0],
             seen=state.seen.add(items, times),
             num_unknown=state.num_unknown + int((items == UNKNOWN_ITEM).sum()),
-            history_hash=_roll(state.history_hash, [event for _, event in keyed]),
+            history_hash=roll_history(state.history_hash, [event for _, event in keyed]),
             fingerprint=self.fingerprint,
         )
 
@@ -186,8 +186,20 @@ class Recommender:
             raise DataError(f"recommend: k must be at least 1, got {k}.")
         if only_seen and exclude_seen:
             raise DataError("recommend: expected one of only_seen and exclude_seen, got both. Ask twice.")
+        return self.rank(state, self.user_vector(state, request_time), k, request_time, exclude_seen, only_seen)
+
+    def rank(
+        self,
+        state: UserState,
+        user_vector: Tensor,
+        k: int = 10,
+        request_time: int | None = None,
+        exclude_seen: bool | None = None,
+        only_seen: bool = False,
+    ) -> Answer:
+        """Return `recommend`'s answer where the user's vector is known already, as from a batch of `ask`."""
         exclude = self.run.info.exclude_seen and not only_seen if exclude_seen is None else exclude_seen
-        vector = self.user_vector(state, request_time).to("cpu", torch.float32).numpy()
+        vector = user_vector.to("cpu", torch.float32).numpy()
         owned = state.seen.item_index.astype(np.int64)
         rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
         if not only_seen:
@@ -198,6 +210,19 @@ class Recommender:
             scores = np.concatenate((scores, self._owned_scores(state, vector, request_time)))
         best = np.lexsort((rows, -scores))[:k]
         return [(str(self.run.items.item_id[rows[at]]), float(scores[at])) for at in best]
+
+    def score(
+        self, state: UserState, item_ids: Sequence[ItemId], request_time: int | None = None
+    ) -> list[float | None]:
+        """Return the score `recommend` gives each item, owned or not; None for items the run does not know."""
+        vector = self.user_vector(state, request_time).to("cpu", torch.float32).numpy()
+        rows = np.array([self.run.items.index_of.get(str(item), UNKNOWN_ITEM) for item in item_ids], dtype=np.int64)
+        scores = self._vectors[rows] @ vector
+        owned = state.seen.item_index.astype(np.int64)
+        if len(owned):
+            at = np.minimum(np.searchsorted(owned, rows), len(owned) - 1)
+            scores = np.where(owned[at] == rows, self._owned_scores(state, vector, request_time)[at], scores)
+        return [None if row == UNKNOWN_ITEM else float(score) for row, score in zip(rows, scores)]
 
     def _owned_scores(self, state: UserState, vector: NDArray[np.float32], request_time: int | None) -> NDArray:
         seen = state.seen
@@ -262,8 +287,11 @@ def _checked_events(
     return events
 
 
-def _roll(previous: bytes, events: Sequence[tuple[str, int, str | None, str | None]]) -> bytes:
-    """Return the rolling hash after `events`: each step hashes the last hash, then the event's length-marked parts."""
+def roll_history(previous: bytes, events: Sequence[tuple[str, int, str | None, str | None]]) -> bytes:
+    """Return the rolling hash after `events`, (item, time, type, id) in order.
+
+    Each step hashes the last hash, then the event's length-marked parts.
+    """
     for item, time, kind, event_id in events:
         digest = hashlib.sha256(previous)
         for part in (str(time), item, kind or "", event_id or ""):
