@@ -60,6 +60,8 @@ class ModelConfig(Strict):
     """`summary`: as `layers` says. `full`: every layer full. `window`: the window alone, no summaries."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout on inputs and on each block's two branches, in training."""
+    item_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of events whose item is hidden from the input in training, as an unknown item would be."""
     side_features: tuple[str, ...] = ()
     """Categorical columns of items.parquet added to each event's input."""
     use_event_type: bool = True

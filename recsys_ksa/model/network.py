@@ -23,6 +23,7 @@ from recsys_ksa.model.features import FeatureSchema
 from recsys_ksa.model.own_items import DAY, OwnItemBias
 from recsys_ksa.model.place import Place, place_histories
 from recsys_ksa.model.rotary import Rotary
+from recsys_ksa.schema import UNKNOWN_ITEM
 
 if TYPE_CHECKING:
     from ksa_kernels import ChunkLayout
@@ -96,7 +97,10 @@ class Network(nn.Module):
     # --- events -> tokens -> blocks ---
 
     def embed(self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor) -> Tensor:
-        """Return event inputs [T, E]; see `EventEmbedding.forward`."""
+        """Return event inputs [T, E]; see `EventEmbedding.forward`. In training some items are hidden."""
+        if self.training and self.config.item_dropout:
+            hidden = torch.rand(item_index.shape, device=item_index.device) < self.config.item_dropout
+            item_index = item_index.masked_fill(hidden, UNKNOWN_ITEM)
         return self.dropout(self.embedding(item_index, event_type, gap_bucket, lengths).to(self.dtype))
 
     def encode(

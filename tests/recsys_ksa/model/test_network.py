@@ -131,6 +131,17 @@ def test_an_ordinal_clock_has_no_gaps_and_no_request_time() -> None:
         Network(ModelConfig(), FeatureSchema(5, clock="ordinal"))
 
 
+def test_item_dropout_hides_items_in_training_only(rng: np.random.Generator) -> None:
+    net = network(item_dropout=0.5, use_gap=False)
+    items = torch.from_numpy(rng.integers(1, 30, 400))
+    gaps, lengths = torch.zeros_like(items), torch.tensor([400])
+    shown, unknown = (net.embed(each, None, gaps, lengths) for each in (items, torch.zeros_like(items)))
+    trained = net.train().embed(items, None, gaps, lengths)
+    hidden = (trained == unknown).all(-1)
+    assert torch.equal(trained[~hidden], shown[~hidden])
+    assert 100 < int(hidden.sum()) < 300
+
+
 def test_side_features_must_be_in_the_data() -> None:
     with pytest.raises(ConfigError, match="brand"):
         Network(ModelConfig(side_features=("brand",)), FeatureSchema(5))
