@@ -30,6 +30,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=["target", "drawn", "none", "all"],
         help="what the model is told of the time of asking; default: all that the clock allows",
     )
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=int,
+        help="let runs read the newest N events of a history only, cut at a chunk boundary, true positions kept "
+        "(figures in the literature often read 200); default: whole histories",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows as a JSON list")
     parser.add_argument(
         "--rankings",

@@ -12,6 +12,7 @@ from recsys_ksa.evaluate.baselines import NAMES
 from recsys_ksa.evaluate.evaluation import (
     Evaluation,
     NamedRun,
+    check_max_length,
     check_run,
     evaluate_protocol,
     main_scorer,
@@ -46,6 +47,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     runs = [open_run(args.run), *(open_run(path) for path in args.compare)]
     for run in runs:
         check_run(run, dataset)
+        check_max_length(args.max_length, run)
     protocols = _protocols(args, dataset, runs)
     variants = _variants(args, dataset)
     baseline_names = _baseline_names(args)
@@ -60,7 +62,14 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for protocol in protocols:
         evaluation = evaluate_protocol(
-            dataset, protocol, named, variants, ownership, exclude_seen=exclude_seen, baseline_names=baseline_names
+            dataset,
+            protocol,
+            named,
+            variants,
+            ownership,
+            exclude_seen=exclude_seen,
+            baseline_names=baseline_names,
+            max_length=args.max_length,
         )
         rows += evaluation.rows
         _publish(evaluation, dataset, named, out / protocol, store)
@@ -197,7 +206,7 @@ def _export_rankings(
     if variant in (None, "all"):
         variant = honest_request_times(dataset.manifest)[0]
     questions = ask(dataset.histories, protocol)
-    scorer = main_scorer(dataset, main, questions, ownership, variant)
+    scorer = main_scorer(dataset, main, questions, ownership, variant, args.max_length)
     metadata = {
         "model": MAIN,
         "run": main.run.info.name,
@@ -205,6 +214,7 @@ def _export_rankings(
         "protocol": protocol,
         "request_time": variant,
         "exclude_seen": str(exclude_seen).lower(),
+        "max_length": "all" if args.max_length is None else str(args.max_length),
         "data_hash": dataset.manifest.content_hash,
         "split_hash": dataset.manifest.split_hash,
     }

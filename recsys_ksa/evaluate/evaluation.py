@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recsys_ksa.errors import RunError
+from recsys_ksa.errors import RunError, UsageError
 from recsys_ksa.evaluate.baselines import baselines
-from recsys_ksa.evaluate.ksa_scorer import AttentionImpl, RunScorer, run_scorers
+from recsys_ksa.evaluate.ksa_scorer import AttentionImpl, RunScorer, run_scorers, window_events
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import ProtocolName, Questions, RequestTime, ask, check_honest, check_request_time
 from recsys_ksa.evaluate.ranking import Ranks, Scorer, rank_targets
@@ -39,6 +39,8 @@ class Evaluation:
     protocol: ProtocolName
     variants: tuple[RequestTime, ...]
     exclude_seen: bool
+    max_length: int | None
+    """Newest events of a history that runs read; None: all."""
     rows: list[Row]
     notes: dict[str, str]
     """What was chosen or left out, by baseline."""
@@ -71,6 +73,20 @@ def check_run(run: "Run", dataset: "Dataset") -> None:
         )
 
 
+def check_max_length(max_length: int | None, run: "Run") -> None:
+    """Refuse to read less of a history than a chunk.
+
+    Raises:
+        UsageError: with the chunk size.
+    """
+    chunk_size = run.config.model.chunk_size
+    if max_length is not None and max_length < chunk_size:
+        raise UsageError(
+            f"--max-length: expected at least {run.path}'s chunk_size {chunk_size}, got {max_length}: "
+            "histories are cut at chunk boundaries."
+        )
+
+
 def evaluate_protocol(
     dataset: "Dataset",
     protocol: ProtocolName,
@@ -80,33 +96,43 @@ def evaluate_protocol(
     *,
     exclude_seen: bool,
     baseline_names: Sequence[str],
+    max_length: int | None = None,
     attention_impl: AttentionImpl = "auto",
 ) -> Evaluation:
     """Evaluate the runs (the first is `ksa`), its truncated form, and the baselines under one protocol.
 
+    `max_length` shows runs the newest events of a history only, at most so many (see `run_scorers`). Baselines, slices
+    and the seen filter know whole histories.
+
     Raises:
+        UsageError: `max_length` is shorter than a chunk.
         ProtocolError: the data or a run's training span does not allow the protocol or a request time.
         RunError: a run is of other data.
     """
     for named in runs:
         check_run(named.run, dataset)
         check_honest(dataset, protocol, named.run.info.training_span)
+        check_max_length(max_length, named.run)
     for variant in variants:
         check_request_time(variant, dataset.manifest)
     questions = ask(dataset.histories, protocol)
     num_items = dataset.num_items - 1
     scorers: list[Scorer] = []
-    for named in runs:
-        scorers.extend(
-            run_scorers(
-                named.name, named.network, dataset, questions, ownership, variants, attention_impl=attention_impl
-            )
-        )
     main = runs[0].network
-    cut = run_scorers(
-        TRUNCATED, main, dataset, questions, ownership, variants, truncated=True, attention_impl=attention_impl
-    )
-    scorers.extend(cut)
+    window = window_events(main.config)
+    shown = [(named.name, named.network, max_length) for named in runs]
+    shown.append((TRUNCATED, main, window if max_length is None else min(window, max_length)))
+    for name, network, length in shown:
+        scorers += run_scorers(
+            name,
+            network,
+            dataset,
+            questions,
+            ownership,
+            variants,
+            max_length=length,
+            attention_impl=attention_impl,
+        )
     simple, notes = baselines(dataset, protocol, ownership, exclude_seen=exclude_seen, names=baseline_names)
     scorers.extend(simple)
     ranks, repeat = rank_targets(
@@ -121,6 +147,7 @@ def evaluate_protocol(
         protocol=protocol,
         variants=tuple(variants),
         exclude_seen=exclude_seen,
+        max_length=max_length,
         rows=make_rows(protocol, names, values),
         notes=notes,
         num_users=len(values),
@@ -136,7 +163,7 @@ def main_scorer(
     questions: Questions,
     ownership: Ownership,
     variant: RequestTime,
-    attention_impl: AttentionImpl = "auto",
+    max_length: int | None = None,
 ) -> RunScorer:
     """Return the scorer whose rankings are exported."""
-    return run_scorers(MAIN, run.network, dataset, questions, ownership, [variant], attention_impl=attention_impl)[0]
+    return run_scorers(MAIN, run.network, dataset, questions, ownership, [variant], max_length=max_length)[0]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys_ksa.data.batches import Batch, questions_batch
+from recsys_ksa.data.batches import Batch, questions_batch, span_start
 from recsys_ksa.data.jagged_arrays import ragged_arange
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime, request_times
@@ -23,6 +23,7 @@ from recsys_ksa.progress import progress
 
 if TYPE_CHECKING:
     from ksa_kernels import ChunkLayout
+    from recsys_ksa.config import ModelConfig
     from recsys_ksa.data.dataset import Dataset
     from recsys_ksa.model.network import Network
 
@@ -45,7 +46,8 @@ class RunScorer:
     now: NDArray[np.int64]
     """[Q] of the whole table: the time of asking, or where none is shown, of the last event."""
     ownership: Ownership
-    truncated: bool
+    max_length: int | None
+    """Events read of each question; None: all."""
 
     def scores(self, questions: Questions) -> Tensor:
         """Return float32 [Q, I + 1] on the network's device."""
@@ -53,7 +55,8 @@ class RunScorer:
         scores = self.vectors[torch.from_numpy(questions.number).to(device)] @ self.items.T
         if self.network.own_items is None:
             return scores
-        start = window_start(self.network, questions) if self.truncated else None
+        length, chunk_size = self.max_length, self.network.config.chunk_size
+        start = None if length is None else span_start(questions.cut, length, chunk_size)
         owned = self.ownership.before(questions, start)
         now = self.now[questions.number][owned.question]
         parts = (owned.question, owned.item, owned.count, owned.first, owned.last, now)
@@ -71,7 +74,7 @@ def run_scorers(
     ownership: Ownership,
     variants: Sequence[RequestTime],
     *,
-    truncated: bool = False,
+    max_length: int | None = None,
     attention_impl: AttentionImpl = "auto",
 ) -> list[RunScorer]:
     """Return one scorer for each kind of request time.
@@ -83,8 +86,8 @@ def run_scorers(
         questions: all that will be asked.
         ownership: of the data set's histories.
         variants: kinds of request time.
-        truncated: show the network the last (W + 1) * k events of each question only, cut at a chunk boundary with
-            true positions; owned items are counted in those events too. It is what is left without a long memory.
+        max_length: show the network the newest events of each question only, at most so many, cut at a chunk boundary
+            with true positions; owned items are counted in those events too. At least the chunk size. None: all.
         attention_impl: implementation of summary attention.
     """
     user_ids = dataset.histories.user_ids()
@@ -95,17 +98,16 @@ def run_scorers(
             for now, shown in (times[variant] for variant in variants)
         ]
     )
-    reach = (network.config.window_chunks + 1) * network.config.chunk_size if truncated else None
     vectors: list[list[Tensor]] = [[] for _ in variants]
-    batches = list(_batches(questions, reach))
+    batches = list(_batches(questions, max_length))
     for rows in progress(batches, f"reading histories: {name}", unit="batch"):
-        batch = _batch(dataset, questions, rows, network.config.chunk_size, reach)
+        batch = _batch(dataset, questions, rows, network.config.chunk_size, max_length)
         batch = batch.to(network.start.device)
         for kept, answer in zip(vectors, user_vectors(network, batch, buckets[:, rows], attention_impl)):
             kept.append(answer)
     items = network.item_vectors().detach().to(torch.float32)
     return [
-        RunScorer(name, variant, network, torch.cat(answers), items, times[variant][0], ownership, truncated)
+        RunScorer(name, variant, network, torch.cat(answers), items, times[variant][0], ownership, max_length)
         for variant, answers in zip(variants, vectors)
     ]
 
@@ -162,32 +164,30 @@ def _asking_events(network: "Network", batch: Batch, layout: "ChunkLayout") -> t
     return asking.to(batch.offsets.device), late.to(layout.device)
 
 
-def window_start(network: "Network", questions: Questions) -> NDArray[np.int64]:
-    """Return the first event that each question still sees as an event, int64 [Q]."""
-    config = network.config
-    chunk = np.maximum(questions.cut - 1, 0) // config.chunk_size
-    return np.maximum(chunk - config.window_chunks, 0) * config.chunk_size
+def window_events(config: "ModelConfig") -> int:
+    """Return how many events a question still sees as events at most, (W + 1) * k: all that short memory holds."""
+    return (config.window_chunks + 1) * config.chunk_size
 
 
-def _batch(dataset: "Dataset", questions: Questions, rows: slice, chunk_size: int, reach: int | None) -> Batch:
+def _batch(dataset: "Dataset", questions: Questions, rows: slice, chunk_size: int, max_length: int | None) -> Batch:
     user = questions.user[rows]
-    if reach is None:
+    if max_length is None:
         users, question_user = np.unique(user, return_inverse=True)
     else:
         # Each question is cut elsewhere, so each is a history of its own.
         users, question_user = user, np.arange(len(user))
     cuts = questions.cut[rows]
-    return questions_batch(dataset.histories, users, question_user, cuts, chunk_size=chunk_size, max_length=reach)
+    return questions_batch(dataset.histories, users, question_user, cuts, chunk_size=chunk_size, max_length=max_length)
 
 
-def _batches(questions: Questions, reach: int | None) -> Iterator[slice]:
-    """Cut the questions into runs of whole users (of whole questions if only `reach` events are read)."""
-    if reach is None:
+def _batches(questions: Questions, max_length: int | None) -> Iterator[slice]:
+    """Cut the questions into runs of whole users (of whole questions if only `max_length` events are read)."""
+    if max_length is None:
         ends = np.append(np.flatnonzero(np.diff(questions.user)) + 1, len(questions))
         cost = questions.cut[ends - 1]
     else:
         ends = np.arange(1, len(questions) + 1)
-        cost = np.minimum(questions.cut, reach)
+        cost = np.minimum(questions.cut, max_length)
     start, spent = 0, 0
     for at in range(len(ends)):
         if spent and spent + cost[at] > BATCH_EVENTS:

@@ -10,6 +10,7 @@ import numpy as np
 
 from recsys_ksa.evaluate.evaluation import Evaluation, NamedRun
 from recsys_ksa.evaluate.intervals import RESAMPLES
+from recsys_ksa.evaluate.ksa_scorer import window_events
 from recsys_ksa.evaluate.metrics import METRICS
 from recsys_ksa.evaluate.protocol import RequestTime
 from recsys_ksa.evaluate.rows import MAIN, Row
@@ -77,6 +78,10 @@ def facts(evaluation: Evaluation, dataset: "Dataset", runs: Sequence[NamedRun]) 
         f"{' (sorted by the source)' if audit.is_artefact else ''}; order inside ties: {manifest.tie}",
         f"data {manifest.content_hash}, split {manifest.split_hash}, clock {manifest.clock}",
     ]
+    if evaluation.max_length is not None:
+        lines.append(
+            f"runs read the newest {evaluation.max_length:,} events of each history at most, cut at a chunk boundary"
+        )
     for named in runs:
         model = named.run.config.model
         lines.append(
@@ -84,10 +89,8 @@ def facts(evaluation: Evaluation, dataset: "Dataset", runs: Sequence[NamedRun]) 
             f"m={model.summaries_per_chunk}, W={model.window_chunks}, trained on span {named.run.info.training_span}, "
             f"release {named.run.info.release_hash[:12]}"
         )
-    first = runs[0].run.config.model
-    lines.append(
-        f"truncated: {MAIN}'s weights on the last {(first.window_chunks + 1) * first.chunk_size} events of each history"
-    )
+    window = window_events(runs[0].run.config.model)
+    lines.append(f"truncated: {MAIN}'s weights on the last {window} events of each history")
     return lines + [f"{name}: {note}" for name, note in evaluation.notes.items()]
 
 

@@ -104,6 +104,7 @@ def _params(evaluation: "Evaluation", dataset: "Dataset", runs: Sequence["NamedR
         "protocol": evaluation.protocol,
         "request_times": ", ".join(evaluation.variants),
         "exclude_seen": str(evaluation.exclude_seen).lower(),
+        "max_length": "all" if evaluation.max_length is None else str(evaluation.max_length),
         "num_users": str(evaluation.num_users),
         "num_questions": str(evaluation.num_questions),
         "data_hash": dataset.manifest.content_hash,

@@ -132,9 +132,25 @@ def test_runs_of_other_data_or_spans_are_refused(tiny_run, tiny_data, tmp_path, 
     assert error.count("\n") == 1
 
 
+def test_runs_may_read_the_newest_events_only(tiny_run, tiny_data, tmp_path, capsys):
+    """At the window's length the run is its own truncated form; the rankings file says what was read."""
+    file = tmp_path / "rankings.parquet"
+    rows = evaluate(
+        tiny_run, tiny_data, tmp_path, "--protocol", "loo", "--baselines", "popularity", "--request-time", "none",
+        "--max-length", "24", "--rankings", str(file),
+    )  # fmt: skip
+    value = {(row["model"], row["slice"], row["metric"]): row["value"] for row in rows}
+    assert all(value[row["model"].replace("ksa", "truncated", 1), row["slice"], row["metric"]] == row["value"]
+               for row in rows if row["model"] == "ksa")  # fmt: skip
+    assert pq.read_schema(file).metadata[b"max_length"] == b"24"
+    assert "runs read the newest 24 events" in capsys.readouterr().out
+
+
 def test_mistakes_are_named(tiny_run, tiny_data, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--baselines"):
         evaluate(tiny_run, tiny_data, tmp_path, "--baselines", "popularitea")
+    with pytest.raises(UsageError, match="chunk_size 8, got 7"):
+        evaluate(tiny_run, tiny_data, tmp_path, "--max-length", "7")
     with pytest.raises(UsageError, match="can be written"):
         evaluate(tiny_run, tiny_data, tmp_path, "--rankings", "/dev/null/rankings.parquet")
     with pytest.raises(UsageError, match="--device"):

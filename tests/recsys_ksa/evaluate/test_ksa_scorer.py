@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from recsys_ksa.data.batches import questions_batch
+from recsys_ksa.data.batches import questions_batch, span_start
 from recsys_ksa.data.dataset import open_dataset
-from recsys_ksa.evaluate.ksa_scorer import run_scorers, user_vectors, window_start
+from recsys_ksa.evaluate.ksa_scorer import run_scorers, user_vectors, window_events
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import ask, request_times
 from recsys_ksa.model.network import Network
@@ -98,11 +98,13 @@ def test_truncated_sees_the_window_only_and_equals_the_whole_where_the_window_ho
     dataset, recommender, questions, ownership
 ):
     config = recommender.network.config
+    window = window_events(config)
     whole = scores_by_variant(dataset, recommender, questions, ownership)["none"]
-    cut = scores_by_variant(dataset, recommender, questions, ownership, truncated=True)["none"]
-    start = window_start(recommender.network, questions)
-    assert np.all(start % config.chunk_size == 0)
-    assert np.all(questions.cut - start <= (config.window_chunks + 1) * config.chunk_size)
+    cut = scores_by_variant(dataset, recommender, questions, ownership, max_length=window)["none"]
+    start = span_start(questions.cut, window, config.chunk_size)
+    # Exactly the chunks that a question still sees as events.
+    chunk = np.maximum(questions.cut - 1, 0) // config.chunk_size
+    assert np.array_equal(start, np.maximum(chunk - config.window_chunks, 0) * config.chunk_size)
     short = torch.from_numpy(start == 0)
     assert short.any()
     assert not short.all()
@@ -112,9 +114,11 @@ def test_truncated_sees_the_window_only_and_equals_the_whole_where_the_window_ho
 
 def test_truncated_counts_owned_items_in_its_window_only(dataset, recommender, questions, ownership):
     network = recommender.network
-    (scorer,) = run_scorers("truncated", network, dataset, questions, ownership, ["none"], truncated=True)
+    length = window_events(network.config)
+    (scorer,) = run_scorers("truncated", network, dataset, questions, ownership, ["none"], max_length=length)
     scores, plain = scorer.scores(questions), scorer.vectors @ scorer.items.T
-    whole, window = ownership.before(questions), ownership.before(questions, window_start(network, questions))
+    start = span_start(questions.cut, length, network.config.chunk_size)
+    whole, window = ownership.before(questions), ownership.before(questions, start)
     held = torch.zeros(scores.shape, dtype=torch.bool)
     held[window.question, window.item] = True
     forgotten = torch.zeros(scores.shape, dtype=torch.bool)
@@ -123,3 +127,22 @@ def test_truncated_counts_owned_items_in_its_window_only(dataset, recommender, q
     assert forgotten.any()
     assert torch.equal(scores[forgotten], plain[forgotten])
     assert torch.all(scores[held] > plain[held])
+
+
+def test_the_newest_events_alone_give_what_they_give_at_their_true_positions(dataset, recommender, ownership, rng):
+    """Any reach: against the plain forward pass over the same span; a reach beyond every history changes nothing."""
+    network = recommender.network
+    questions = ask(dataset.histories, "loo")
+    k = network.config.chunk_size
+    length = int(rng.integers(k, 60))
+    (scorer,) = run_scorers("ksa", network, dataset, questions, ownership, ["none"], max_length=length)
+    batch = questions_batch(
+        dataset.histories, questions.user, np.arange(len(questions)), questions.cut, chunk_size=k, max_length=length
+    )
+    assert int(batch.offsets.diff().max()) <= length
+    assert torch.all(batch.first_position % k == 0)
+    with torch.no_grad():
+        torch.testing.assert_close(scorer.vectors, network(batch), rtol=1e-4, atol=1e-4)
+    (whole,) = run_scorers("ksa", network, dataset, questions, ownership, ["none"])
+    (beyond,) = run_scorers("ksa", network, dataset, questions, ownership, ["none"], max_length=10**6)
+    torch.testing.assert_close(whole.scores(questions), beyond.scores(questions), rtol=1e-4, atol=1e-4)
