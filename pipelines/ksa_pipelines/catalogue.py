@@ -1,94 +1,154 @@
 """The tables of what events speak of: items.parquet and the categorical vocabularies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 
+from ksa_pipelines.arrow import to_arrow
 from ksa_pipelines.config import PrepareConfig
-from ksa_pipelines.read import source_files
 from ksa_pipelines.report import Report
-from ksa_pipelines.sources import find_files, reading, scan
-from ksa_pipelines.vocab import check_event_types, map_item_columns, number_categories
-from recsys_ksa.data.manifest import SourceFile
+from ksa_pipelines.sources import find_files, reading, scan_all, source_files
+from ksa_pipelines.vocab import (
+    check_event_types,
+    count_categories,
+    item_hashes,
+    map_item_columns,
+    number_categories,
+    number_items,
+)
+from ksa_pipelines.write import write_table
+from recsys_ksa.data.manifest import Manifest, SourceFile, check_file, versioned
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.schema import ITEMS, UNKNOWN_CATEGORY, UNKNOWN_ITEM, VOCABULARY
-
-
-@dataclass(frozen=True)
-class ItemsFile:
-    """The items file, as far as the log's items are in it."""
-
-    described: pl.DataFrame
-    """item_id, the side features and, where there, title; strings."""
-    files: tuple[SourceFile, ...]
 
 
 @dataclass(frozen=True)
 class Catalogue:
     """What a data set knows of items and categories."""
 
-    items: pa.Table
-    """items.parquet."""
-    vocab: dict[str, pa.Table]
+    items: pl.DataFrame
+    """items.parquet by item_index, row 0 (the unknown item) included."""
+    vocab: dict[str, pl.DataFrame]
     """vocab/<name>.parquet by name."""
-    items_files: tuple[SourceFile, ...]
-    items_described: int
+    items_files: tuple[SourceFile, ...] = ()
+    items_described: int = 0
     """Items of the log that the items file describes."""
 
+    @property
+    def num_items(self) -> int:
+        """Items without row 0."""
+        return self.items.height - 1
 
-def build_catalogue(
-    numbered: pl.DataFrame, events: pl.DataFrame, items: str | None, config: PrepareConfig, report: Report
+    def event_types(self) -> tuple[str | None, ...] | None:
+        """Return the event types by index, or None where the log has none."""
+        return tuple(self.vocab["event_type"]["value"]) if "event_type" in self.vocab else None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a log's events count."""
+
+    items: pl.DataFrame
+    """item_id, count, first_seen."""
+    event_types: dict[str | None, int] | None = field(default=None)
+    """Events by type; None where the log has no types."""
+
+
+def read_catalogue(dataset: Path, manifest: Manifest) -> Catalogue:
+    """Return the catalogue of a data set.
+
+    Raises:
+        DataError: a table is missing or altered.
+    """
+
+    def table(name: str) -> pl.DataFrame:
+        return pl.read_parquet(check_file(dataset, manifest, manifest.table_file(name)))
+
+    names = [*(("event_type",) if manifest.has_event_type else ()), *manifest.side_features]
+    vocab = {name: table(f"vocab/{name}.parquet").sort("index") for name in names}
+    return Catalogue(table("items.parquet").sort("item_index"), vocab, manifest.items_files, manifest.items_described)
+
+
+def extend_catalogue(
+    known: Catalogue | None, counted: Counted, items: str | None, config: PrepareConfig, report: Report
 ) -> Catalogue:
-    """Return the catalogue of a log.
+    """Return the catalogue with a log's items and event types: known ones keep their numbers, new ones come after.
 
     Args:
-        numbered: the log's items as `vocab.number_items` gives them.
-        events: the log's events; gives the event types.
-        items: the items file, or None.
+        known: of the data set the log is appended to; None for a first log.
+        counted: the log's items and event types.
+        items: the items file, or None; describes the new items.
+        config: names of its columns.
+        report: is told how many items it describes.
 
     Raises:
         SchemaError: the items file lacks a column, side features are asked for without one, or there are more event
             types than an int8 holds.
         DataError: the items file is missing or broken.
     """
+    described, files = read_items_file(items, config, needed=known is None)
+    before = known or Catalogue(_unknown_item(config.items.side_features, described), {})
+    new = number_items(counted.items.join(before.items, on="item_id", how="anti"), before.num_items)
+    num_described = new.join(described, on="item_id", how="semi").height
+    table = new.join(described, on="item_id", how="left", maintain_order="left")
     vocab: dict[str, pl.DataFrame] = {}
-    if "event_type" in events.columns:
-        vocab["event_type"] = events.lazy().pipe(number_categories, "event_type").collect()
+    if counted.event_types is not None:
+        types = pl.DataFrame(
+            {"value": list(counted.event_types), "count": list(counted.event_types.values())},
+            schema={"value": pl.String, "count": pl.Int64},
+        )
+        vocab["event_type"] = number_categories(types, before.vocab.get("event_type"))
         check_event_types(vocab["event_type"])
-    read = read_items_file(items, config)
-    table = numbered.join(read.described, on="item_id", how="left", maintain_order="left")
     for name in config.items.side_features:
-        vocab[name] = table.lazy().pipe(number_categories, name).collect()
-        table = table.lazy().pipe(with_category_index, name, vocab[name].lazy()).collect()
-    described = numbered.join(read.described, on="item_id", how="semi").height
+        values = table[name] if name in table.columns else pl.Series(name, [None] * table.height, dtype=pl.String)
+        vocab[name] = number_categories(count_categories(values), before.vocab.get(name))
+        table = table.with_columns(values).pipe(with_category_index, name, vocab[name])
     if items is not None:
-        report(f"the items file describes {described:,} of {numbered.height:,} items")
-    tables = {name: frame.to_arrow().cast(VOCABULARY) for name, frame in vocab.items()}
-    return Catalogue(_items_table(table, config.items.side_features), tables, read.files, described)
+        report(f"the items file describes {num_described:,} of {new.height:,} new items")
+    rows = pl.concat([_counted_again(before.items, counted.items), table], how="diagonal_relaxed")
+    return Catalogue(
+        rows.select(before.items.columns), vocab, before.items_files + files, before.items_described + num_described
+    )
 
 
-def read_items_file(items: str | None, config: PrepareConfig) -> ItemsFile:
-    """Return the items file as strings; without one, an empty one.
+def log_items(catalogue: Catalogue, counted: Counted, *, hashed: bool) -> pl.DataFrame:
+    """Return item_id, item_index and, if `hashed`, item_hash of the items of a log."""
+    known = catalogue.items.select("item_id", "item_index").join(counted.items, on="item_id", how="semi")
+    return known.with_columns(item_hashes(known)) if hashed else known
+
+
+def write_catalogue(catalogue: Catalogue, dataset: Path, version: int) -> None:
+    """Write items.parquet and vocab/*.parquet of a version."""
+    write_table(_items_table(catalogue.items), dataset / versioned("items.parquet", version))
+    for name, frame in catalogue.vocab.items():
+        write_table(to_arrow(frame).cast(VOCABULARY), dataset / versioned(f"vocab/{name}.parquet", version))
+
+
+def read_items_file(
+    items: str | None, config: PrepareConfig, *, needed: bool
+) -> tuple[pl.DataFrame, tuple[SourceFile, ...]]:
+    """Return item_id, side features and title as strings; without a file, an empty frame.
 
     Raises:
-        SchemaError, DataError: as `build_catalogue` says.
+        SchemaError, DataError: as `extend_catalogue` says.
     """
     if items is None:
-        if config.items.side_features:
+        if config.items.side_features and needed:
             raise SchemaError(
                 f"items.side_features {list(config.items.side_features)}: expected an items file that has them, got "
                 "none. Give --items FILE."
             )
-        return ItemsFile(pl.DataFrame(schema={"item_id": pl.String}), ())
+        return pl.DataFrame(schema={"item_id": pl.String}), ()
     files_format, files = find_files(items)
     with reading(items):
-        raw = scan(files_format, files)
+        raw = scan_all(files_format, files)
         described = raw.pipe(map_item_columns, config.items, dict(raw.collect_schema()), items).collect()
-    return ItemsFile(described, source_files(files))
+    return described, source_files(files)
 
 
-def with_category_index(items: pl.LazyFrame, name: str, vocabulary: pl.LazyFrame) -> pl.LazyFrame:
+def with_category_index(items: pl.DataFrame, name: str, vocabulary: pl.DataFrame) -> pl.DataFrame:
     """Add the column `<name>_index`: the category's index in the vocabulary, 0 where unknown."""
     codes = vocabulary.drop_nulls("value").select(
         pl.col("value").alias(name), pl.col("index").cast(pl.Int32).alias(f"{name}_index")
@@ -97,13 +157,27 @@ def with_category_index(items: pl.LazyFrame, name: str, vocabulary: pl.LazyFrame
     return joined.with_columns(pl.col(f"{name}_index").fill_null(UNKNOWN_CATEGORY))
 
 
-def _items_table(items: pl.DataFrame, side_features: tuple[str, ...]) -> pa.Table:
-    """Put row 0, the unknown item, before the items; columns as `schema.ITEMS` says."""
-    indices = [f"{name}_index" for name in side_features]
-    unknown: dict[str, list[int]] = {"item_index": [UNKNOWN_ITEM], "count": [0]}
-    unknown |= {name: [UNKNOWN_CATEGORY] for name in indices}
-    titles = ["title"] if "title" in items.columns else []
-    rows = pl.concat([pl.DataFrame(unknown), items], how="diagonal_relaxed").select(*ITEMS.names, *indices, *titles)
-    fields = [*ITEMS, *(pa.field(name, pa.int32(), nullable=False) for name in indices)]
-    fields += [pa.field(name, pa.string()) for name in titles]
-    return rows.to_arrow().cast(pa.schema(fields))
+def _unknown_item(side_features: tuple[str, ...], described: pl.DataFrame) -> pl.DataFrame:
+    """Return row 0, the unknown item; columns as `schema.ITEMS` says."""
+    row = {"item_index": UNKNOWN_ITEM, "item_id": None, "count": 0, "first_seen": None}
+    kinds: dict[str, type[pl.DataType]] = dict(zip(row, (pl.Int32, pl.String, pl.Int64, pl.Int64)))
+    row |= {f"{name}_index": UNKNOWN_CATEGORY for name in side_features}
+    kinds |= {f"{name}_index": pl.Int32 for name in side_features}
+    if "title" in described.columns:
+        row, kinds = row | {"title": None}, kinds | {"title": pl.String}
+    return pl.DataFrame([row], schema=kinds)
+
+
+def _counted_again(items: pl.DataFrame, counts: pl.DataFrame) -> pl.DataFrame:
+    """Return known items with a later log's events counted and their first time moved back where it is late."""
+    more = counts.rename({"count": "more", "first_seen": "seen"})
+    joined = items.join(more, on="item_id", how="left", maintain_order="left")
+    count = pl.col("count") + pl.col("more").fill_null(0)
+    return joined.with_columns(count, pl.min_horizontal("first_seen", "seen").alias("first_seen")).drop("more", "seen")
+
+
+def _items_table(items: pl.DataFrame) -> pa.Table:
+    fields = [*ITEMS]
+    for name in items.columns[len(ITEMS) :]:
+        fields.append(pa.field(name, pa.string()) if name == "title" else pa.field(name, pa.int32(), nullable=False))
+    return to_arrow(items).cast(pa.schema(fields))

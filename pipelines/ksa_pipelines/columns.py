@@ -28,6 +28,23 @@ def map_columns(frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, sour
     return frame.select(columns)
 
 
+def column_kinds(config: ColumnsConfig, schema: Schema) -> dict[str, str]:
+    """Return the mapped columns that a file has, each as `integer`, `text`, `time` or `null`."""
+    kinds = {}
+    for target in ("user_id", "item_id", "timestamp", "event_type", "event_id"):
+        name = getattr(config, target)
+        name = target if name is None else name
+        if name in schema:
+            kinds[target] = _kind(schema[name])
+    return kinds
+
+
+def _kind(kind: pl.DataType) -> str:
+    if kind.is_integer():
+        return "integer"
+    return "time" if kind.is_temporal() else "null" if kind == pl.Null else "text"
+
+
 def id_column(schema: Schema, name: str, source: str) -> pl.Expr:
     """Return the column `name` as strings.
 

@@ -18,10 +18,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clock", choices=["unix", "relative", "ordinal"], help="what a timestamp is (default: unix)")
     parser.add_argument("--num-buckets", type=int, metavar="N", help="buckets of users, one part each (default: 64)")
+    parser.add_argument("--memory", default="4GiB", help="memory that all processes together may take (default: 4GiB)")
 
 
 def _run(args: argparse.Namespace) -> None:
     from ksa_pipelines.config import PrepareConfig
+    from ksa_pipelines.engine import LocalEngine
+    from ksa_pipelines.ingest import Resources
+    from ksa_pipelines.memory import Memory
     from ksa_pipelines.prepare import prepare
     from recsys_ksa.config import load_config, parse_config
 
@@ -33,7 +37,8 @@ def _run(args: argparse.Namespace) -> None:
     def report(line: str) -> None:
         print(f"[{time.monotonic() - began:5.1f} s] {line}", file=sys.stderr)
 
-    counts = prepare(args.log, args.out, config, args.items, report).counts
+    resources = Resources(LocalEngine(), Memory.parse(args.memory))
+    counts = prepare(args.log, args.out, config, args.items, report, resources).counts
     print(
         f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events; histories of "
         f"{counts.shortest_history:,} to {counts.longest_history:,} events, median {counts.median_history:,.0f}"

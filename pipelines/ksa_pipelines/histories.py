@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from ksa_pipelines.arrow import to_arrow
 from ksa_pipelines.split import Positions
 from recsys_ksa.schema import histories_schema
 
@@ -28,12 +29,18 @@ def group_by_user(events: pl.DataFrame, users: pl.DataFrame, split: Positions, o
     schema = histories_schema(has_event_type="event_type" in events.columns, has_event_id="event_id" in events.columns)
     bounds = pa.array(offsets, type=pa.int64())
     columns: dict[str, pa.Array] = {
-        "user_id": users["user_id"].to_arrow().cast(pa.string()),
-        "user_index": users["user_index"].to_arrow(),
+        "user_id": to_arrow(users["user_id"]).cast(pa.string()),
+        "user_index": to_arrow(users["user_index"]),
     }
     for name in _LISTS:
         if name in events.columns:
-            values = events[name].to_arrow().cast(schema.field(name).type.value_type)
+            values = to_arrow(events[name]).cast(schema.field(name).type.value_type)
             columns[name] = pa.LargeListArray.from_arrays(bounds, values)
     columns |= {name: pa.array(positions, type=pa.int32()) for name, positions in split.items()}
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def as_events(histories: pa.Table) -> pl.DataFrame:
+    """Return a histories table as one row an event: user_index and the lists, in order."""
+    lists = [name for name in _LISTS if name in histories.column_names]
+    return pl.DataFrame(histories.select(["user_index", *lists])).explode(lists)

@@ -1,18 +1,22 @@
 """Reading logs: a Parquet or CSV file, a folder of them, or a pattern, as one lazy frame with a row number."""
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 
+from recsys_ksa.data.hashes import file_hash
+from recsys_ksa.data.manifest import SourceFile
 from recsys_ksa.errors import DataError, SchemaError
 
 Format = Literal["parquet", "csv"]
+File = Path | str
+"""A file, or the address of one that Polars reads by itself."""
 ROW = "__row"
-"""Column of the row number: files in order of name, then rows as they lie in the file."""
+"""Column of the row number in its file, from 0."""
 _SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet", ".pq"), "csv": (".csv", ".csv.gz")}
 
 
@@ -46,11 +50,22 @@ def find_files(log: str) -> tuple[Format, list[Path]]:
     return found, files
 
 
-def scan(files_format: Format, files: list[Path]) -> pl.LazyFrame:
-    """Return the files as one lazy frame, with `ROW`. CSV columns are all strings: ids keep their leading zeros."""
+def scan(files_format: Format, file: File) -> pl.LazyFrame:
+    """Return a file as a lazy frame, with `ROW`. CSV columns are all strings: ids keep their leading zeros."""
     if files_format == "parquet":
-        return pl.scan_parquet(files, row_index_name=ROW, hive_partitioning=False)
-    return pl.scan_csv(files, row_index_name=ROW, infer_schema=False)
+        return pl.scan_parquet(file, row_index_name=ROW, hive_partitioning=False)
+    return pl.scan_csv(file, row_index_name=ROW, infer_schema=False)
+
+
+def scan_all(files_format: Format, files: Sequence[File]) -> pl.LazyFrame:
+    """Return all files as one lazy frame; they must have the same columns."""
+    return pl.concat([scan(files_format, file) for file in files])
+
+
+def source_files(files: Sequence[File]) -> tuple[SourceFile, ...]:
+    """Return the files as the manifest names them."""
+    paths = [Path(file) for file in files]
+    return tuple(SourceFile(name=p.name, sha256=file_hash(p), num_bytes=p.stat().st_size) for p in paths)
 
 
 @contextmanager

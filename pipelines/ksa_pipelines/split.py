@@ -5,12 +5,14 @@ from numpy.typing import NDArray
 
 from ksa_pipelines.config import SplitConfig
 from recsys_ksa.data.manifest import Clock
+from recsys_ksa.data.parts import count_before
 
 DAY = 86_400
 Positions = dict[str, NDArray[np.int32]]
+Split = dict[str, dict[str, int]]
 
 
-def global_cuts(config: SplitConfig, clock: Clock, log_end: int) -> dict[str, dict[str, int]]:
+def global_cuts(config: SplitConfig, clock: Clock, log_end: int) -> Split:
     """Return the manifest's `split`: the cut times of protocol `global`; nothing with an ordinal clock."""
     if clock == "ordinal":
         return {}
@@ -19,9 +21,7 @@ def global_cuts(config: SplitConfig, clock: Clock, log_end: int) -> dict[str, di
     return {"global": {"valid_start": valid_start, "test_start": test_start, "log_end": log_end}}
 
 
-def split_positions(
-    timestamp: NDArray[np.int64], offsets: NDArray[np.int64], split: dict[str, dict[str, int]]
-) -> Positions:
+def split_positions(timestamp: NDArray[np.int64], offsets: NDArray[np.int64], split: Split) -> Positions:
     """Return each column of `schema.SPLIT_COLUMNS`.
 
     `loo`: test is all events at the last timestamp, validation all at the distinct timestamp before it; with fewer
@@ -37,7 +37,7 @@ def split_positions(
     positions = {"loo_valid": loo_valid, "loo_test": loo_test}
     cuts = split.get("global")
     for name, cut in (("global_valid", "valid_start"), ("global_test", "test_start")):
-        positions[name] = lengths if cuts is None else _count_before(timestamp, offsets, cuts[cut])
+        positions[name] = lengths if cuts is None else count_before(timestamp, offsets, cuts[cut])
     return {name: column.astype(np.int32) for name, column in positions.items()}
 
 
@@ -55,8 +55,3 @@ def _last_timestamps(timestamp: NDArray[np.int64], offsets: NDArray[np.int64]) -
     valid = np.where(trains_only, lengths, rows[np.maximum(ends - 2, 0)] - offsets[:-1])
     test = np.where(trains_only, lengths, rows[ends - 1] - offsets[:-1])
     return valid, test
-
-
-def _count_before(timestamp: NDArray[np.int64], offsets: NDArray[np.int64], cut: int) -> NDArray[np.int64]:
-    before = np.concatenate([[0], np.cumsum(timestamp < cut)])
-    return before[offsets[1:]] - before[offsets[:-1]]

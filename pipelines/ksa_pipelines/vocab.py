@@ -15,38 +15,37 @@ from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import item_hash
 
 MAX_EVENT_TYPES = 127
+_VOCABULARY = pl.Schema({"index": pl.Int32, "value": pl.String, "count": pl.Int64})
 
 
-def number_items(events: pl.LazyFrame) -> pl.LazyFrame:
-    """Events with item_id and timestamp -> item_id, count, first_seen, item_index (int32 from 1), in its order."""
-    return (
-        events.group_by("item_id")
-        .agg(pl.len().cast(pl.Int64).alias("count"), pl.col("timestamp").min().alias("first_seen"))
-        .sort("first_seen", pl.col("item_id").cast(pl.Binary))
-        .with_row_index("item_index", offset=1)
-        .with_columns(pl.col("item_index").cast(pl.Int32))
-    )
+class ItemCounts:
+    """item_id, count and first_seen of all items, added up a bucket at a time."""
+
+    def __init__(self) -> None:
+        self._sum = pl.DataFrame(schema={"item_id": pl.String, "count": pl.Int64, "first_seen": pl.Int64})
+        self._pending = [self._sum]
+
+    def add(self, counts: pl.DataFrame) -> None:
+        """Add a bucket's item_id, count, first_seen."""
+        self._pending.append(counts)
+        if sum(frame.height for frame in self._pending) > max(4 * self._sum.height, 1 << 20):
+            self._fold()
+
+    def total(self) -> pl.DataFrame:
+        """Return the sums, one row an item, in no order."""
+        self._fold()
+        return self._sum
+
+    def _fold(self) -> None:
+        rows = pl.concat([self._sum, *self._pending]) if self._sum.height else pl.concat(self._pending)
+        self._sum = rows.group_by("item_id").agg(pl.col("count").sum(), pl.col("first_seen").min())
+        self._pending = [self._sum.clear()]
 
 
-def number_users(events: pl.LazyFrame, num_buckets: int) -> pl.LazyFrame:
-    """Events with user_id and timestamp -> user_id, bucket, user_index (int64)."""
-    n = pl.int_range(pl.len(), dtype=pl.Int64).over("bucket")
-    return (
-        events.group_by("user_id")
-        .agg(pl.col("timestamp").min().alias("first_seen"))
-        .with_columns(bucket_column(num_buckets))
-        .sort("first_seen", pl.col("user_id").cast(pl.Binary))
-        .select("user_id", "bucket", (pl.col("bucket") + num_buckets * n).alias("user_index"))
-    )
-
-
-def bucket_column(num_buckets: int) -> pl.Expr:
-    """Return the bucket of each user_id as an expression, int64."""
-
-    def buckets(user_id: pl.Series) -> pl.Series:
-        return pl.Series([user_bucket(user, num_buckets) for user in user_id], dtype=pl.Int64)
-
-    return pl.col("user_id").map_batches(buckets, return_dtype=pl.Int64, is_elementwise=True).alias("bucket")
+def number_items(counts: pl.DataFrame, num_known: int = 0) -> pl.DataFrame:
+    """item_id, count, first_seen -> the same with item_index (int32, from `num_known` + 1), in its order."""
+    ordered = counts.sort("first_seen", pl.col("item_id").cast(pl.Binary))
+    return ordered.with_row_index("item_index", offset=num_known + 1).with_columns(pl.col("item_index").cast(pl.Int32))
 
 
 def user_bucket(user_id: str, num_buckets: int) -> int:
@@ -54,19 +53,27 @@ def user_bucket(user_id: str, num_buckets: int) -> int:
     return int.from_bytes(hashlib.sha256(user_id.encode()).digest()[:8], "big") % num_buckets
 
 
-def number_categories(values: pl.LazyFrame, column: str) -> pl.LazyFrame:
-    """A column of category values -> index (int32), value, count; row 0 counts the nulls."""
-    known = (
-        values.select(pl.col(column).alias("value"))
-        .drop_nulls()
-        .group_by("value")
-        .agg(pl.len().cast(pl.Int64).alias("count"))
-        .sort(pl.col("value").cast(pl.Binary))
-    )
-    unknown = values.select(
-        pl.lit(None, dtype=pl.String).alias("value"), pl.col(column).null_count().cast(pl.Int64).alias("count")
-    )
-    return pl.concat([unknown, known]).with_row_index("index").select(pl.col("index").cast(pl.Int32), "value", "count")
+def count_categories(values: pl.Series) -> pl.DataFrame:
+    """Categories, nulls too -> value, count."""
+    counts = values.alias("value").cast(pl.String).value_counts(name="count")
+    return counts.with_columns(pl.col("count").cast(pl.Int64))
+
+
+def number_categories(counts: pl.DataFrame, known: pl.DataFrame | None = None) -> pl.DataFrame:
+    """value, count (a null value: unknown) -> the vocabulary index (int32), value, count; row 0 is the unknown.
+
+    Args:
+        counts: as `count_categories` returns it.
+        known: the vocabulary so far; its categories keep their numbers, new ones come after, by bytes.
+    """
+    if known is None:
+        known = pl.DataFrame({"index": [0], "value": [None], "count": [0]}, schema=_VOCABULARY)
+    added = counts.rename({"count": "added"})
+    known = known.join(added, on="value", how="left", nulls_equal=True, maintain_order="left")
+    known = known.select("index", "value", pl.col("count") + pl.col("added").fill_null(0))
+    new = counts.drop_nulls("value").join(known, on="value", how="anti").sort(pl.col("value").cast(pl.Binary))
+    new = new.with_row_index("index", offset=known.height).select(_VOCABULARY.names())
+    return pl.concat([known, new.cast(_VOCABULARY)])
 
 
 def check_event_types(vocabulary: pl.DataFrame) -> None:
@@ -99,12 +106,3 @@ def map_item_columns(frame: pl.LazyFrame, config: ItemsConfig, schema: Schema, s
 def item_hashes(items: pl.DataFrame) -> pl.Series:
     """Return `recsys_ksa.order.item_hash` of each row's item_id, uint64."""
     return pl.Series("item_hash", [item_hash(item) for item in items["item_id"]], dtype=pl.UInt64)
-
-
-def comparison_ranks(item_ids: pl.LazyFrame) -> pl.LazyFrame:
-    """item_id -> item_id, rank: integers where all ids are integers, else the order of their bytes."""
-    number = pl.col("item_id").cast(pl.Int64, strict=False)
-    by_bytes = pl.col("item_id").cast(pl.Binary).rank("dense").cast(pl.Int64)
-    return item_ids.select(
-        "item_id", pl.when(number.is_not_null().all()).then(number).otherwise(by_bytes).alias("rank")
-    )

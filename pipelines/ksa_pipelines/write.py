@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys_ksa.data.hashes import file_hash
+from recsys_ksa.data.parts import ROW_GROUP_EVENTS
 from recsys_ksa.errors import DataError
+
+WORK = ".work"
+"""Folder inside a data set where a log is worked on; gone at the end."""
 
 
 def refuse_existing(target: Path) -> None:
@@ -74,14 +79,20 @@ def write_table(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
 
 
-def write_parts(histories: pa.Table, directory: Path, num_buckets: int, log_number: int) -> None:
-    """Write histories/part-<log>-<bucket>.parquet for each bucket that has users; a later log's parts sort after."""
-    bucket = histories.column("user_index").to_numpy() % num_buckets
-    order = np.argsort(bucket, kind="stable")
-    found, starts = np.unique(bucket[order], return_index=True)
-    for number, rows in zip(found, np.split(order, starts[1:])):
-        name = f"part-{log_number:05d}-{number:05d}.parquet"
-        write_table(histories.take(pa.array(rows)), directory / "histories" / name)
+def write_part(histories: pa.Table, path: Path) -> None:
+    """Write a part, users by index, in row groups of about `ROW_GROUP_EVENTS` events."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ends = histories.column("item_index").combine_chunks().offsets.to_numpy()[1:]
+    cuts = np.searchsorted(ends, np.arange(ROW_GROUP_EVENTS, ends[-1], ROW_GROUP_EVENTS)) + 1
+    cuts = np.unique(np.concatenate([[0], cuts, [histories.num_rows]]))
+    with pq.ParquetWriter(str(path), histories.schema, compression="zstd", use_dictionary=False) as writer:
+        for first, last in zip(cuts.tolist(), cuts[1:].tolist()):
+            writer.write_table(histories.slice(first, last - first), row_group_size=last - first)
+
+
+def hash_files(directory: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """Return the sha256 of files of a data set by name."""
+    return {path.relative_to(directory).as_posix(): file_hash(path) for path in sorted(paths)}
 
 
 def _sync(path: Path) -> None:

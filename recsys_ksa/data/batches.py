@@ -88,6 +88,8 @@ class Batch:
     target_weight: Tensor
     """float32 [M]; sums to 1 over a question's targets."""
     own: OwnItems | None
+    target_time: Tensor | None = None
+    """[Q] Unix seconds of the targets, in training; popularity is as of then."""
 
     @property
     def num_users(self) -> int:
@@ -131,6 +133,8 @@ class Questions:
     """[M]."""
     target_weight: NDArray[np.float32] = dataclasses.field(default_factory=lambda: _EMPTY.astype(np.float32))
     """[M]."""
+    target_time: Ints | None = None
+    """[Q] Unix seconds of the targets."""
 
 
 def questions_batch(
@@ -246,6 +250,7 @@ def assemble(
         target_item=torch.from_numpy(questions.target_item),
         target_weight=torch.from_numpy(questions.target_weight),
         own=own,
+        target_time=None if questions.target_time is None else torch.from_numpy(questions.target_time),
     )
 
 

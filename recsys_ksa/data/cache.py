@@ -1,50 +1,76 @@
+# pyright: standard
 """The loader's copy of the histories: one uncompressed Arrow IPC record batch, users by index, hash-checked.
 
-    cache/histories.arrow   what training and evaluation map into memory
+    cache/histories.arrow   what training and evaluation map into memory (a later version's: histories-00003.arrow)
     cache/histories.json    sha256 of that file, and the content and split hash it was built from
 
-The cache can always be rebuilt from histories/part-*.parquet: the newest part's row of a user counts.
+The cache can always be rebuilt from histories/part-*.parquet, in bounded memory: the file is laid out first (all
+sizes are known), then each block of users is written into its place.
 """
 
 import json
 import logging
+import mmap
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from recsys_ksa.data.manifest import Manifest, check_file, content_hash, file_hash
+from recsys_ksa.data.hashes import ContentHash, file_hash, split_hash
+from recsys_ksa.data.manifest import Manifest, versioned
+from recsys_ksa.data.parts import Part, blocks, checked_parts, with_global_split
 from recsys_ksa.errors import DataError
 from recsys_ksa.schema import SPLIT_COLUMNS
 
 CACHE = "cache/histories.arrow"
-CACHE_SEAL = "cache/histories.json"
 _log = logging.getLogger(__name__)
 
 
-def cached_columns(histories: pa.Table) -> pa.Table:
-    """Return what the loader needs of a histories table: users by index, one chunk, without ties and event ids."""
-    names = ["user_id", "user_index", "item_index", "timestamp", "event_type", *SPLIT_COLUMNS]
-    kept = histories.select([name for name in names if name in histories.column_names])
-    return kept.sort_by("user_index").combine_chunks()
+@dataclass(frozen=True)
+class Merged:
+    """What merging all parts told."""
+
+    content_hash: str
+    split_hash: str
+    lengths: NDArray[np.int64]
+    """Events of each user, by user_index."""
 
 
-def write_cache(directory: Path, histories: pa.Table, content: str, split: str) -> None:
-    """Write the cache and its seal into the data set `directory`; a reader sees the old one or the new one whole."""
-    folder = Path(directory) / "cache"
-    folder.mkdir(exist_ok=True)
-    table = cached_columns(histories)
-    unfinished = folder / f".histories.arrow.{os.getpid()}"
-    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        # One batch, so that each column is one run of values on disk.
-        writer.write_table(table, max_chunksize=max(table.num_rows, 1))
-    seal = {"sha256": file_hash(unfinished), "content_hash": content, "split_hash": split}
-    unfinished_seal = folder / f".histories.json.{os.getpid()}"
-    unfinished_seal.write_text(json.dumps(seal, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(Path(directory) / CACHE)
-    unfinished_seal.replace(Path(directory) / CACHE_SEAL)
+def write_cache(directory: Path, parts: Sequence[Part], split: dict[str, dict[str, int]], version: int) -> Merged:
+    """Merge the parts by user_index into the cache and its seal; return their hashes and lengths.
+
+    A reader sees the old cache or the new one whole.
+
+    Args:
+        directory: the data set.
+        parts: of all buckets, as `parts.checked_parts` gives them.
+        split: the cuts of protocol `global`; positions in the parts may be of an earlier version.
+        version: the data set's version; decides the names.
+    """
+    path = directory / versioned(CACHE, version)
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        merged = _merge_into(unfinished, parts, split)
+        seal = {
+            "sha256": file_hash(unfinished),
+            "content_hash": merged.content_hash,
+            "split_hash": merged.split_hash,
+        }
+        unfinished_seal = unfinished.with_suffix(".seal")
+        unfinished_seal.write_text(json.dumps(seal, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+        unfinished_seal.replace(path.with_suffix(".json"))
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return merged
 
 
 def map_cache(directory: Path, manifest: Manifest) -> pa.RecordBatch:
@@ -54,13 +80,13 @@ def map_cache(directory: Path, manifest: Manifest) -> pa.RecordBatch:
         DataError: the cache was altered, or a part that a rebuild needs is missing or altered.
     """
     directory = Path(directory)
-    seal = _read_seal(directory)
+    path = directory / versioned(CACHE, manifest.version)
+    seal = _read_seal(path)
     if seal is None or (seal["content_hash"], seal["split_hash"]) != (manifest.content_hash, manifest.split_hash):
-        _log.warning("%s: building %s from the parts", directory, CACHE)
+        _log.warning("%s: building %s from the parts", directory, path.relative_to(directory))
         _rebuild(directory, manifest)
-        seal = _read_seal(directory)
+        seal = _read_seal(path)
         assert seal is not None
-    path = directory / CACHE
     found = file_hash(path)
     if found != seal["sha256"]:
         raise DataError(
@@ -72,46 +98,160 @@ def map_cache(directory: Path, manifest: Manifest) -> pa.RecordBatch:
 
 
 def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
-    """Return the histories of the parts, users by index; of a user in several parts the newest row.
+    """Return the histories of the parts, users by index, with everything an event has.
 
     Raises:
         DataError: a part is missing or altered, or all together are not what the manifest says.
     """
-    names = sorted(name for name in manifest.files if name.startswith("histories/"))
-    if not names:
-        raise DataError(f"{directory}: expected histories/part-*.parquet in the manifest, got none. Prepare it again.")
-    table = _newest_rows(pa.concat_tables([pq.read_table(check_file(directory, manifest, name)) for name in names]))
-    found = content_hash(table)
+    parts = checked_parts(Path(directory), manifest)
+    tables = [with_global_split(block, manifest.split) for block in blocks(parts, manifest.counts.events)]
+    digest = ContentHash(tables[0].schema)
+    for table in tables:
+        digest.update(table)
+    _check_content(directory, manifest, digest.hexdigest())
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _rebuild(directory: Path, manifest: Manifest) -> None:
+    parts = checked_parts(directory, manifest)
+    try:
+        merged = write_cache(directory, parts, manifest.split, manifest.version)
+    except OSError as error:
+        raise DataError(
+            f"{directory / 'cache'}: expected to write the cache, got: {error.strerror}. Make the folder writable once."
+        ) from error
+    _check_content(directory, manifest, merged.content_hash)
+
+
+def _check_content(directory: Path, manifest: Manifest, found: str) -> None:
     if found != manifest.content_hash:
         raise DataError(
             f"{directory}: expected content_hash {manifest.content_hash[:12]}..., its parts give {found[:12]}.... "
             "Prepare the data set again."
         )
-    return table
 
 
-def _newest_rows(table: pa.Table) -> pa.Table:
-    """Of each user the last row, users by index: parts are read in order of log, and a later log's row is whole."""
-    backwards = table.column("user_index").to_numpy()[::-1]
-    _, newest = np.unique(backwards, return_index=True)
-    return table.take(pa.array(len(backwards) - 1 - newest))
+def _merge_into(path: Path, parts: Sequence[Part], split: dict[str, dict[str, int]]) -> Merged:
+    """Write the record batch of the parts' newest rows into `path`."""
+    sizes = [_sizes(part) for part in parts]
+    num_events, id_bytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
+    num_users = sum(int(part.newest.sum()) for part in parts)
+    schema = pq.read_schema(parts[0].path)
+    layout = _Layout(path, schema, num_users, num_events, id_bytes)
+    digest = ContentHash(schema)
+    lengths = []
+    with path.open("r+b") as file:
+        for block in blocks(parts, num_events):
+            digest.update(block)
+            layout.write(file.fileno(), with_global_split(block, split))
+            lengths.append(_call("list_value_length", block.column("item_index")))
+    with pa.memory_map(str(path)) as source:
+        positions = split_hash(split, pa.ipc.open_file(source).get_batch(0))
+    all_lengths = np.concatenate(lengths).astype(np.int64) if lengths else np.empty(0, dtype=np.int64)
+    return Merged(digest.hexdigest(), positions, all_lengths)
 
 
-def _rebuild(directory: Path, manifest: Manifest) -> None:
-    histories = read_parts(directory, manifest)
-    try:
-        write_cache(directory, histories, manifest.content_hash, manifest.split_hash)
-    except OSError as error:
-        raise DataError(
-            f"{directory / 'cache'}: expected to write the cache, got: {error.strerror}. Make the folder writable once."
-        ) from error
+def _sizes(part: Part) -> tuple[int, int]:
+    """Events and bytes of user ids in the newest rows of a part."""
+    events, id_bytes, row = 0, 0, 0
+    file = pq.ParquetFile(part.path)
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=["user_id", "item_index"])
+        mask = part.newest[row : row + table.num_rows]
+        row += table.num_rows
+        events += int(_call("list_value_length", table.column("item_index"))[mask].sum())
+        id_bytes += int(_call("binary_length", table.column("user_id"))[mask].sum())
+    return events, id_bytes
 
 
-def _read_seal(directory: Path) -> dict[str, str] | None:
-    if not (directory / CACHE).is_file():
+def _call(function: str, column: pa.ChunkedArray) -> NDArray[np.int64]:
+    return pc.call_function(function, [column]).to_numpy()
+
+
+class _Layout:
+    """An Arrow IPC file of one record batch whose buffers are filled in later, front to back."""
+
+    def __init__(self, path: Path, schema: pa.Schema, num_users: int, num_events: int, id_bytes: int) -> None:
+        names = ["user_id", "user_index", "item_index", "timestamp", "event_type", *SPLIT_COLUMNS]
+        self._schema = pa.schema([schema.field(name) for name in names if name in schema.names])
+        self._users = self._events = self._id_bytes = 0
+        _write_zeros(path, self._schema, num_users, num_events, id_bytes)
+        with pa.memory_map(str(path)) as source:
+            start = source.read_buffer(1).address  # a view of the map, so addresses are places in the file
+            batch = pa.ipc.open_file(source).get_batch(0)
+            # Per column, the place of each buffer in the file, validity (which no column has) left out.
+            self._places: dict[str, list[int]] = {
+                name: [buffer.address - start for buffer in batch.column(name).buffers() if buffer is not None]
+                for name in self._schema.names
+            }
+
+    def write(self, descriptor: int, block: pa.Table) -> None:
+        """Write the next block of users into its place."""
+        num_events = num_bytes = 0
+        for field in self._schema:
+            places, column = self._places[field.name], pa.concat_arrays(block.column(field.name).chunks)
+            if pa.types.is_large_list(field.type):
+                offsets, values = column.offsets.to_numpy(), column.values.to_numpy()[_span(column)]
+                _put(descriptor, places[0], self._users, offsets - offsets[0] + self._events)
+                _put(descriptor, places[1], self._events, values)
+                num_events = len(values)
+            elif pa.types.is_string(field.type):
+                ids = [user_id.encode() for user_id in column.to_pylist()]
+                ends = np.cumsum([0, *map(len, ids)], dtype=np.int32) + np.int32(self._id_bytes)
+                _put(descriptor, places[0], self._users, ends)
+                _put(descriptor, places[1], self._id_bytes, np.frombuffer(b"".join(ids), dtype=np.uint8))
+                num_bytes = sum(map(len, ids))
+            else:
+                _put(descriptor, places[0], self._users, column.to_numpy())
+        self._users += block.num_rows
+        self._events += num_events
+        self._id_bytes += num_bytes
+
+
+def _span(lists: pa.LargeListArray) -> slice:
+    """Return which of a list column's values are its own."""
+    return slice(lists.offsets[0].as_py(), lists.offsets[-1].as_py())
+
+
+def _put(descriptor: int, place: int, index: int, values: np.ndarray) -> None:
+    """Write values so that the first becomes element `index` of the buffer at `place`."""
+    at, raw = place + index * values.itemsize, values.tobytes()
+    while raw:
+        written = os.pwrite(descriptor, raw, at)
+        raw, at = raw[written:], at + written
+
+
+def _write_zeros(path: Path, schema: pa.Schema, num_users: int, num_events: int, id_bytes: int) -> None:
+    """Write the record batch with zeros for values; an untouched anonymous map of zeros takes no memory."""
+    zeros = pa.py_buffer(mmap.mmap(-1, max(8 * num_users, 8 * num_events, id_bytes, 1)))
+
+    def column(kind: pa.DataType) -> pa.Array:
+        if pa.types.is_large_list(kind):
+            values = pa.Array.from_buffers(kind.value_type, num_events, [None, zeros])
+            return pa.Array.from_buffers(
+                kind, num_users, [None, _ends(num_users, num_events, "<i8")], children=[values]
+            )
+        if pa.types.is_string(kind):
+            return pa.Array.from_buffers(kind, num_users, [None, _ends(num_users, id_bytes, "<i4"), zeros])
+        return pa.Array.from_buffers(kind, num_users, [None, zeros])
+
+    batch = pa.RecordBatch.from_arrays([column(kind) for kind in schema.types], schema=schema)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(batch)
+
+
+def _ends(num_users: int, last: int, kind: str) -> pa.Buffer:
+    """Offsets that are 0 but for the last: what Arrow needs to write all values."""
+    held = mmap.mmap(-1, (num_users + 1) * np.dtype(kind).itemsize)
+    np.frombuffer(held, dtype=kind)[-1] = last
+    return pa.py_buffer(held)
+
+
+def _read_seal(path: Path) -> dict[str, str] | None:
+    if not path.is_file():
         return None
     try:
-        seal = json.loads((directory / CACHE_SEAL).read_text(encoding="utf-8"))
+        seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return {name: str(seal[name]) for name in ("sha256", "content_hash", "split_hash")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

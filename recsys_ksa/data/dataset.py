@@ -70,7 +70,7 @@ class Items:
     """items.parquet by item_index; row 0 is padding and the unknown item."""
 
     item_id: list[str | None]
-    """[I + 1]; None in row 0."""
+    """[I + 1]; None in row 0, and for an item that `ksa forget` blanked."""
     count: NDArray[np.int64]
     """[I + 1] events of each item in the data set; 0 in row 0."""
     first_seen: NDArray[np.int64]
@@ -107,13 +107,23 @@ def open_dataset(path: Path | str) -> Dataset:
     """Open the data set that `ksa prepare` wrote at `path`.
 
     The sha256 of every file read is compared with the manifest, the cache's with its seal; a missing cache is
-    rebuilt from the parts.
+    rebuilt from the parts. The version that the manifest names is read whole, whatever is appended meanwhile.
 
     Raises:
         DataError: it is no data set, of another format version, damaged or altered.
     """
     path = Path(path)
     manifest = read_manifest(path)
+    try:
+        return _open(path, manifest)
+    except DataError:
+        now = read_manifest(path)
+        if now.version == manifest.version:
+            raise
+        return _open(path, now)  # `ksa compact` or `forget` removed the files of the version that was being read
+
+
+def _open(path: Path, manifest: Manifest) -> Dataset:
     items = _read_items(path, manifest)
     names = [*(("event_type",) if manifest.has_event_type else ()), *manifest.side_features]
     vocab = {name: _read_vocabulary(path, manifest, name) for name in names}
@@ -129,7 +139,7 @@ def open_dataset(path: Path | str) -> Dataset:
 
 
 def _read_items(path: Path, manifest: Manifest) -> Items:
-    table = pq.read_table(check_file(path, manifest, "items.parquet")).sort_by("item_index")
+    table = pq.read_table(check_file(path, manifest, manifest.table_file("items.parquet"))).sort_by("item_index")
     return Items(
         item_id=table.column("item_id").to_pylist(),
         count=table.column("count").to_numpy(),
@@ -140,7 +150,7 @@ def _read_items(path: Path, manifest: Manifest) -> Items:
 
 
 def _read_vocabulary(path: Path, manifest: Manifest, name: str) -> list[str | None]:
-    table = pq.read_table(check_file(path, manifest, f"vocab/{name}.parquet"))
+    table = pq.read_table(check_file(path, manifest, manifest.table_file(f"vocab/{name}.parquet")))
     return table.sort_by("index").column("value").to_pylist()
 
 

@@ -1,18 +1,19 @@
-"""manifest.json of a prepared data set: what is inside, where it came from, and the hashes that identify it."""
+"""manifest.json of a prepared data set: what is inside, where it came from, its version and hashes."""
 
-import hashlib
 import json
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from recsys_ksa.config import Strict
+from recsys_ksa.data.hashes import file_hash
 from recsys_ksa.errors import DataError
 from recsys_ksa.order import TieKind
-from recsys_ksa.schema import FORMAT_VERSION, SPLIT_COLUMNS
+from recsys_ksa.schema import FORMAT_VERSION
 
 Clock = Literal["unix", "relative", "ordinal"]
 ChosenBy = Literal["default", "audit", "config"]
@@ -63,6 +64,15 @@ class TieAudit(Strict):
     """More than .05 away from .5 on at least 1,000 pairs: the source sorted its ties."""
 
 
+class Forgotten(Strict):
+    """Users that must not come back."""
+
+    salt: str
+    """Random, of this data set; hexadecimal."""
+    users: tuple[str, ...]
+    """SHA-256 of salt (as bytes) and user id, in hexadecimal, sorted."""
+
+
 class Counts(Strict):
     """Sizes of the data set."""
 
@@ -74,14 +84,31 @@ class Counts(Strict):
     median_history: float
     longest_history: int
 
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64], items: int) -> "Counts":
+        """Return the sizes of histories of these lengths (one a user) and a number of items."""
+        there = lengths if len(lengths) else np.zeros(1, dtype=np.int64)
+        return cls(
+            users=len(lengths),
+            items=items,
+            events=int(lengths.sum()),
+            shortest_history=int(there.min()),
+            median_history=float(np.median(there)),
+            longest_history=int(there.max()),
+        )
+
 
 class Manifest(Strict):
     """The whole of manifest.json."""
 
     format_version: int
     code_version: str
+    version: int = 0
+    """Counts what was done to the data set: 0 is `ksa prepare`; each append, compact and forget adds one."""
+    tables_version: int = 0
+    """The version that wrote the items and vocabularies this version uses."""
     content_hash: str
-    """SHA-256 over canonical rows of the histories; see `content_hash`."""
+    """SHA-256 over canonical rows of the histories; see `hashes.ContentHash`."""
     split_hash: str
     """SHA-256 over the split's definition and positions."""
     clock: Clock
@@ -104,13 +131,35 @@ class Manifest(Strict):
     """Items of the data set that the items file describes."""
     config: dict[str, Any]
     """The resolved PrepareConfig."""
+    numbered_users: tuple[int, ...] = ()
+    """Users that were ever given a number, by bucket; the next new user of a bucket counts on."""
+    forgotten: Forgotten | None = None
+    """Whom `ksa forget` removed, unreadable, so that later logs cannot bring them back."""
     files: dict[str, str] = Field(default_factory=dict)
     """sha256 of every file but this one and the cache, by path relative to the data set."""
 
+    def table_file(self, name: str) -> str:
+        """Return where this version's `items.parquet` or `vocab/<name>.parquet` lies in the data set."""
+        return versioned(name, self.tables_version)
+
     def save(self, directory: Path) -> None:
-        """Write manifest.json into `directory`."""
+        """Put manifest.json into `directory` in one step: a reader sees the old one or this one whole.
+
+        The files it names must be on disk before.
+        """
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
-        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        unfinished = directory / f".{MANIFEST}.{os.getpid()}"
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(directory / MANIFEST)
+
+
+def versioned(name: str, version: int) -> str:
+    """Return the file that version `version` writes for `name`: items.parquet -> items-00003.parquet; 0 keeps it."""
+    path = PurePosixPath(name)
+    return str(path.with_stem(f"{path.stem}-{version:05d}")) if version else name
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -141,12 +190,6 @@ def read_manifest(directory: Path) -> Manifest:
         raise DataError(f"{path}: {where}: {first['msg']}. Prepare the data set again.") from error
 
 
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_file(directory: Path, manifest: Manifest, name: str) -> Path:
     """Return the path of a file of the data set after comparing its sha256 with the manifest's.
 
@@ -165,74 +208,3 @@ def check_file(directory: Path, manifest: Manifest, name: str) -> Path:
             "Prepare the data set again."
         )
     return path
-
-
-def content_hash(histories: pa.Table) -> str:
-    """Return the SHA-256 of a histories table's canonical rows, in hexadecimal.
-
-    Users go by user_index, whatever the table's order. Each user's row is: user_index and number of events
-    (int64), user_id, then item_index (int32), timestamp (int64), tie, and where the log has them event_id and
-    event_type (int8). Numbers are little-endian; a string is its length as int64 and its bytes; a list of strings
-    is the lengths as int64, then all bytes. Split positions have a hash of their own.
-
-    Args:
-        histories: a table in `schema.histories_schema`.
-    """
-    table = histories.sort_by("user_index").combine_chunks()
-    digest = hashlib.sha256(b"recsys-ksa histories 1\n")
-    names = [
-        name for name in ("item_index", "timestamp", "tie", "event_id", "event_type") if name in table.column_names
-    ]
-    digest.update((",".join(names) + "\n").encode())
-    if table.num_rows == 0:
-        return digest.hexdigest()
-    user_index = table.column("user_index").to_numpy()
-    user_ids = table.column("user_id").to_pylist()
-    columns = [_Cells.of(table.column(name)) for name in names]
-    offsets = columns[0].offsets.tolist()
-    for row, user_id in enumerate(user_ids):
-        first, last = offsets[row], offsets[row + 1]
-        raw = user_id.encode()
-        digest.update(np.array([user_index[row], last - first, len(raw)], dtype="<i8").tobytes() + raw)
-        for column in columns:
-            column.update(digest, first, last)
-    return digest.hexdigest()
-
-
-def split_hash(split: dict[str, dict[str, int]], histories: pa.Table) -> str:
-    """Return the SHA-256 of the split's definition and of each user's positions (users by index, int32)."""
-    table = histories.select(["user_index", *SPLIT_COLUMNS]).sort_by("user_index")
-    digest = hashlib.sha256(json.dumps(split, sort_keys=True).encode() + b"\n")
-    digest.update(table.column("user_index").to_numpy().astype("<i8").tobytes())
-    for name in SPLIT_COLUMNS:
-        digest.update(name.encode() + b"\n")
-        digest.update(table.column(name).to_numpy().astype("<i4").tobytes())
-    return digest.hexdigest()
-
-
-class _Cells:
-    """The values of one list column, ready to be cut by user without copying."""
-
-    def __init__(self, offsets: np.ndarray, values: memoryview, width: int, ends: np.ndarray | None) -> None:
-        self.offsets, self.values, self.width, self.ends = offsets, values, width, ends
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> "_Cells":
-        array = pa.concat_arrays(column.chunks)
-        offsets = array.offsets.to_numpy()
-        flat = array.values
-        if pa.types.is_large_binary(flat.type) or pa.types.is_large_string(flat.type):
-            _, ends, values = flat.buffers()
-            ends_array = np.frombuffer(ends, dtype="<i8")[flat.offset :]
-            return cls(offsets, memoryview(values if values is not None else b""), 0, ends_array)
-        numbers = np.ascontiguousarray(flat.to_numpy())
-        numbers = numbers.astype(numbers.dtype.newbyteorder("<"), copy=False)
-        return cls(offsets, memoryview(numbers.tobytes()), numbers.itemsize, None)
-
-    def update(self, digest: Any, first: int, last: int) -> None:
-        if self.ends is None:
-            digest.update(self.values[first * self.width : last * self.width])
-        else:
-            ends = self.ends[first : last + 1]
-            digest.update(np.diff(ends).tobytes())
-            digest.update(self.values[int(ends[0]) : int(ends[-1])])

@@ -119,7 +119,7 @@ def training_questions(
         last = np.asarray(histories.timestamp[base[user] + np.maximum(cut - 1, 0)], dtype=np.int64)
         time = random.integers(last, target_time, endpoint=True)
     shown = random.random(len(user)) >= loss.request_time_dropout
-    return Questions(user, cut, time, shown, question, item, weight)
+    return Questions(user, cut, time, shown, question, item, weight, target_time)
 
 
 def _next_event(histories: "Histories", base: Ints, start: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:

@@ -4,8 +4,7 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksa_pipelines.clean import SAME_EVENT, SAME_ID, SAME_ID_OTHER_PAYLOAD, mark_duplicates
-from ksa_pipelines.sources import ROW
+from ksa_pipelines.clean import SAME_EVENT, SAME_ID, SAME_ID_OTHER_PAYLOAD, drop_duplicates
 
 EVENT = st.tuples(
     st.sampled_from("ab"), st.sampled_from("xy"), st.integers(0, 2), st.sampled_from([None, "buy", "see"])
@@ -31,19 +30,34 @@ def slow_marks(rows: list[tuple]) -> list[str | None]:
     return marks
 
 
+def frame_of(rows: list[tuple], has_ids: bool) -> pl.DataFrame:
+    flat = [(user, *payload, event_id) for (user, *payload), event_id in rows]
+    kinds = {
+        "user": pl.String,
+        "item": pl.String,
+        "timestamp": pl.Int64,
+        "event_type": pl.String,
+        "event_id": pl.String,
+    }
+    frame = pl.DataFrame(flat, schema=kinds, orient="row").with_row_index("arrival")
+    return frame if has_ids else frame.drop("event_id")
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(EVENT, IDS), min_size=1, max_size=30), st.booleans())
-def test_the_first_row_of_an_event_stays_and_later_ones_are_marked_by_rule(rows, has_ids):
-    flat = [(*event, event_id if has_ids else None) for event, event_id in rows]
-    columns = dict(zip(("user_id", "item_id", "timestamp", "event_type", "event_id"), map(list, zip(*flat))))
-    if not has_ids:
-        del columns["event_id"]
-    schema = {name: pl.Int64 if name == "timestamp" else pl.String for name in columns}
-    frame = pl.LazyFrame(columns, schema=schema).with_row_index(ROW)
+@given(st.lists(st.tuples(EVENT, IDS), min_size=1, max_size=30), st.integers(0, 29), st.booleans(), st.randoms())
+def test_the_first_event_by_arrival_stays_and_later_ones_are_dropped_by_rule(rows, num_old, has_ids, random):
+    marks = slow_marks([(*event, event_id if has_ids else None) for event, event_id in rows])
+    events = frame_of(rows, has_ids)
+    num_old = min(num_old, len(rows) - 1)
+    # What is old was cleaned when it came; its order does not matter, nor the order of the new.
+    old = events.head(num_old).filter(pl.Series([mark is None for mark in marks[:num_old]], dtype=pl.Boolean))
+    new = events.tail(len(rows) - num_old).sample(fraction=1.0, shuffle=True, seed=random.randrange(99))
 
-    marks = mark_duplicates(frame, list(columns)).sort(ROW).collect()["duplicate"].to_list()
+    kept, dropped = drop_duplicates(new, old.drop("arrival").sample(fraction=1.0, shuffle=True, seed=1))
 
-    assert marks == slow_marks(flat)
+    expected = [number for number in range(num_old, len(rows)) if marks[number] is None]
+    assert kept["arrival"].to_list() == [number for number in new["arrival"] if number in expected]
+    assert Counter(dropped) == Counter(mark for mark in marks[num_old:] if mark)
 
 
 def test_duplicates_are_dropped_and_counted(prepared):

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksa_pipelines.sources import ROW
-from ksa_pipelines.ties import audit_ties, sort_by_order
+from ksa_pipelines.arrow import encode
+from ksa_pipelines.ties import TiedPairs, count_tied_pairs, sort_by_order, sort_by_time
+from recsys_ksa.data.manifest import TieAudit
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import item_hash, order_key
 from recsys_ksa.testing import lifelong_log
@@ -51,23 +52,33 @@ def test_the_sort_is_the_order_of_the_librarys_keys(kind, events, has_types):
     assert ordered["tie"].to_list() == [key(row)[1] for row in expected]
 
 
-def baskets(item_ids: list[list], event_ids: bool = False) -> pl.LazyFrame:
+def counted(log: pl.DataFrame) -> TiedPairs:
+    user, _ = encode(log["user_id"])
+    item, items = encode(log["item_id"])
+    return count_tied_pairs(sort_by_time(log.with_columns(user=pl.Series(user), item=pl.Series(item))), items)
+
+
+def audited(log: pl.DataFrame) -> TieAudit:
+    return counted(log).audit()
+
+
+def baskets(item_ids: list[list], event_ids: bool = False) -> pl.DataFrame:
     """One user and one time a basket."""
     rows = [(f"u{n}", str(item), 7) for n, basket in enumerate(item_ids) for item in basket]
-    frame = pl.LazyFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").with_row_index(ROW)
-    return frame.with_columns(event_id=pl.format("e{}", pl.col(ROW) + 10_000)) if event_ids else frame
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    return frame.with_columns(event_id=pl.format("e{}", pl.int_range(pl.len()) + 10_000)) if event_ids else frame
 
 
 def test_the_audit_counts_gaps_targets_and_pairs():
-    log = pl.LazyFrame(
+    log = pl.DataFrame(
         {
             "user_id": ["b", "a", "a", "a", "a", "b", "c"],
             "item_id": ["5", "9", "10", "10", "2", "6", "1"],
             "timestamp": [1, 1, 1, 1, 8, 1, 3],
         }
-    ).with_row_index(ROW)
+    )
 
-    audit = audit_ties(log, "arrival")
+    audit = audited(log)
 
     # Gaps: a has 0 (9, 10), 0 (10, 10: one item, no pair), 7; b has 0 (5, 6). Last events tied: b's, of 3 users.
     assert audit.gap_0_share == 3 / 4
@@ -77,26 +88,38 @@ def test_the_audit_counts_gaps_targets_and_pairs():
 
 
 def test_ids_that_are_integers_compare_as_numbers_and_others_as_bytes():
-    assert audit_ties(baskets([["9", "10"]]), "arrival").next_id_greater == 1.0
-    assert audit_ties(baskets([["9", "10"], ["x"]]), "arrival").next_id_greater == 0.0
+    assert audited(baskets([["9", "10"]])).next_id_greater == 1.0
+    assert audited(baskets([["9", "10"], ["x"]])).next_id_greater == 0.0
 
 
 @pytest.mark.parametrize(("pairs", "is_artefact"), [(999, False), (1_000, True)])
 def test_sorted_ties_are_an_artefact_from_1000_pairs_on(pairs, is_artefact):
-    assert audit_ties(baskets([[1, 2]] * pairs), "arrival").is_artefact is is_artefact
-    assert audit_ties(baskets([[2, 1]] * pairs), "arrival").is_artefact is is_artefact
+    assert audited(baskets([[1, 2]] * pairs)).is_artefact is is_artefact
+    assert audited(baskets([[2, 1]] * pairs)).is_artefact is is_artefact
 
 
 @pytest.mark.parametrize(("ascending", "is_artefact"), [(500, False), (550, False), (551, True), (449, True)])
 def test_more_than_5_hundredths_from_a_half_is_an_artefact(ascending, is_artefact):
     log = baskets([[1, 2]] * ascending + [[2, 1]] * (1_000 - ascending))
-    assert audit_ties(log, "arrival").is_artefact is is_artefact
+    assert audited(log).is_artefact is is_artefact
 
 
 def test_event_ids_that_follow_a_sorted_source_are_an_artefact_too():
-    audit = audit_ties(baskets([[1, 2]] * 1_000, event_ids=True), "id")
+    audit = audited(baskets([[1, 2]] * 1_000, event_ids=True))
     assert audit.order == "id"
     assert audit.is_artefact
+
+
+def test_counts_of_buckets_add_up_to_those_of_the_log():
+    log = pl.DataFrame(lifelong_log(3, 30, 9, median_length=20)).with_columns(
+        user_id=pl.col("user_id"), item_id=pl.col("item_id").str.slice(1)
+    )
+    buckets = log.with_columns(bucket=pl.col("user_id").str.slice(-1)).partition_by("bucket", include_key=False)
+    total = counted(buckets[0])
+    for bucket in buckets[1:]:
+        total += counted(bucket)
+    assert total == counted(log)
+    assert not (counted(log) + counted(baskets([["x"]]))).all_integers
 
 
 def sorted_baskets(num_users: int = 60) -> dict[str, list]:

@@ -10,7 +10,8 @@ import pytest
 
 from recsys_ksa.data.cache import CACHE, read_parts
 from recsys_ksa.data.dataset import open_dataset
-from recsys_ksa.data.manifest import content_hash, file_hash, read_manifest
+from recsys_ksa.data.hashes import content_hash, file_hash
+from recsys_ksa.data.manifest import read_manifest
 from recsys_ksa.errors import DataError
 from recsys_ksa.schema import SPLIT_COLUMNS
 from recsys_ksa.testing import item_table, lifelong_log, prepared_dataset
@@ -187,13 +188,12 @@ def test_the_newest_parts_row_of_a_user_counts(path):
     manifest = read_manifest(path)
     older = read_parts(path, manifest)
     newer = older.slice(3, 1)
+    name = f"histories/part-00001-{newer.column('user_index')[0].as_py() % 4:05d}.parquet"
     newer = newer.set_column(newer.schema.get_field_index("user_id"), newer.schema.field("user_id"), [["newer"]])
-    pq.write_table(newer, path / "histories" / "part-00001-00001.parquet")
+    pq.write_table(newer, path / name)
     rows = [*older.slice(0, 3).to_pylist(), newer.to_pylist()[0], *older.slice(4).to_pylist()]
     expected = content_hash(pa.Table.from_pylist(rows, schema=older.schema))
-    files = manifest.files | {
-        "histories/part-00001-00001.parquet": file_hash(path / "histories" / "part-00001-00001.parquet")
-    }
+    files = manifest.files | {name: file_hash(path / name)}
     table = read_parts(path, manifest.model_copy(update={"files": files, "content_hash": expected}))
     assert table.column("user_id").to_pylist() == [row["user_id"] for row in rows]
 

@@ -1,0 +1,169 @@
+"""A log, brought into gathered buckets: mapped, checked, audited, without duplicates, with a count for each drop."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import add
+from pathlib import Path
+
+import numpy as np
+
+from ksa_pipelines.bucket import Gathered, GatherTask, Known, gather, item_counts, keep_items
+from ksa_pipelines.catalogue import Counted
+from ksa_pipelines.checks import refuse_nothing_left
+from ksa_pipelines.config import PrepareConfig
+from ksa_pipelines.engine import Engine, LocalEngine
+from ksa_pipelines.memory import Memory
+from ksa_pipelines.report import Report, listed
+from ksa_pipelines.sources import find_files, source_files
+from ksa_pipelines.spill import Spilled, SpillTask, refuse_mixed_columns, spill
+from ksa_pipelines.ties import TiedPairs
+from ksa_pipelines.vocab import ItemCounts
+from recsys_ksa.data.manifest import Forgotten, SourceLog
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the work may use."""
+
+    engine: Engine = field(default_factory=LocalEngine)
+    memory: Memory = field(default_factory=Memory)
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """A log in gathered buckets."""
+
+    buckets: tuple[Gathered, ...]
+    source: SourceLog
+    tied: TiedPairs
+    num_buckets: int
+    has_event_type: bool
+    has_event_id: bool
+
+    @property
+    def last_timestamp(self) -> int:
+        """Of the log's events."""
+        return max(bucket.last_timestamp for bucket in self.buckets)
+
+    def counted(self) -> Counted:
+        """Return the log's items and event types, added up a bucket at a time."""
+        items, types = ItemCounts(), Counter[str | None]()
+        for bucket in self.buckets:
+            items.add(item_counts(bucket.folder))
+            types.update(bucket.event_types)
+            types[None] += bucket.untyped
+        return Counted(items.total(), dict(types) if self.has_event_type else None)
+
+
+def ingest(
+    log: str,
+    config: PrepareConfig,
+    folder: Path,
+    resources: Resources,
+    report: Report,
+    *,
+    known: Known | None = None,
+    forgotten: Forgotten | None = None,
+    number: int = 0,
+    first_arrival: int = 0,
+) -> Ingested:
+    """Spill and gather a log into `folder`.
+
+    Args:
+        log: what the user called it.
+        config: mapping and checks; its filters are left to `apply_filters`.
+        folder: to work in.
+        resources: where the work runs and what it may take.
+        report: is told what each step did.
+        known: the data set the log is appended to.
+        forgotten: users that are rejected.
+        number, first_arrival: of the log among those of the data set.
+
+    Raises:
+        SchemaError: a column is missing, of a wrong type, or the times cannot be Unix seconds.
+        DataError: a file is missing or broken, nothing is left, or a bucket does not fit the memory.
+    """
+    files_format, files = find_files(log)
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [
+        SpillTask(file, files_format, position, log, config, forgotten, resources.memory.chunk_rows, folder)
+        for position, file in enumerate(files)
+    ]
+    spilled = list(resources.engine.map(spill, tasks))
+    refuse_mixed_columns(spilled, [Path(file).name for file in files], log)
+    rejected = _summed(file.rejected for file in spilled)
+    num_rows = sum(file.num_rows for file in spilled)
+    report(f"read {num_rows:,} rows{listed('rejected', rejected)}")
+    refuse_nothing_left(num_rows - sum(rejected.values()), log, rejected)
+    resources.memory.refuse_large_buckets(np.sum([file.bucket_rows for file in spilled], axis=0), log)
+
+    chunks = _with_arrivals(spilled, first_arrival)
+    gather_tasks = [
+        GatherTask(bucket, folder / f"bucket-{bucket:05d}", chunks, known) for bucket in range(config.num_buckets)
+    ]
+    buckets = [bucket for bucket in resources.engine.map(gather, gather_tasks) if bucket is not None]
+    for path, _ in chunks:
+        path.unlink()
+    duplicates = _summed(bucket.duplicates for bucket in buckets)
+    num_events = sum(bucket.num_events for bucket in buckets)
+    report(f"{num_events:,} distinct events{listed('dropped', duplicates)}")
+    source = SourceLog(
+        number=number,
+        files=source_files(files),
+        first_arrival=first_arrival,
+        num_rows=num_rows,
+        rejected=rejected,
+        duplicates=duplicates,
+        filtered={},
+    )
+    tied = reduce(add, (bucket.tied for bucket in buckets))
+    kept = tuple(bucket for bucket in buckets if bucket.num_events)
+    columns = spilled[0].columns
+    return Ingested(kept, source, tied, config.num_buckets, "event_type" in columns, "event_id" in columns)
+
+
+def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log: str, report: Report) -> Ingested:
+    """Drop rare items, then users with few events left, as the prepare file asks.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    if config.min_item_count <= 1 and config.min_user_events <= 1:
+        return ingested
+    kept = None
+    if config.min_item_count > 1:
+        items = ingested.counted().items
+        kept = set(items.filter(items["count"] >= config.min_item_count)["item_id"])
+    function = partial(keep_items, kept=kept, min_user_events=config.min_user_events)
+    results = list(engine.map(function, ingested.buckets))
+    rare, short = sum(rare for _, rare, _ in results), sum(short for *_, short in results)
+    counts = {
+        f"of items with fewer than {config.min_item_count}": rare,
+        f"of users with then fewer than {config.min_user_events}": short,
+    }
+    filtered = {name: count for name, count in counts.items() if count}
+    buckets = tuple(bucket for bucket, *_ in results if bucket is not None)
+    num_events = sum(bucket.num_events for bucket in buckets)
+    if filtered:
+        report(f"{num_events:,} events kept{listed('dropped', filtered)}")
+    source = ingested.source
+    refuse_nothing_left(num_events, log, source.rejected | source.duplicates | filtered)
+    return replace(ingested, buckets=buckets, source=source.model_copy(update={"filtered": filtered}))
+
+
+def _with_arrivals(spilled: Sequence[Spilled], first_arrival: int) -> tuple[tuple[Path, int], ...]:
+    """Return each chunk with the arrival number of its file's first row."""
+    chunks = []
+    for file in spilled:
+        chunks += [(path, first_arrival) for path in file.chunks]
+        first_arrival += file.num_rows
+    return tuple(chunks)
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))

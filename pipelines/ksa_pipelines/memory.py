@@ -1,0 +1,63 @@
+"""The promise of `--memory`: how much is held at a time, and what is refused because it would not fit."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys_ksa.errors import DataError, UsageError
+
+BASE = 400 << 20
+"""Bytes the process takes before it reads anything (libraries, thread stacks, allocator)."""
+BYTES_PER_ROW = 1_000
+"""Bytes a spilled row takes at the peak of the first pass, with ids of ordinary length."""
+BYTES_PER_EVENT = 500
+"""Bytes an event of a bucket takes at the peak of the second and third pass, with ids of ordinary length."""
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that all processes together may take."""
+
+    num_bytes: int = 4 << 30
+
+    @classmethod
+    def parse(cls, text: str) -> "Memory":
+        """Return the memory that `4GiB`, `512MiB` or `4G` names; units are powers of 1,024.
+
+        Raises:
+            UsageError: it is no size, or smaller than the libraries need.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+        if found is None:
+            raise UsageError(f"--memory: expected a size such as 4GiB, got {text!r}.")
+        memory = cls(int(float(found[1]) * _UNITS[found[2].upper()]))
+        if memory.num_bytes < 2 * BASE:
+            raise UsageError(f"--memory: expected at least {2 * BASE >> 20} MiB, got {text!r}.")
+        return memory
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a log to read at a time."""
+        return int(np.clip((self.num_bytes - BASE) // (4 * BYTES_PER_ROW), 1 << 14, 1 << 19))
+
+    def refuse_large_buckets(self, rows: NDArray[np.int64], log: str) -> None:
+        """Refuse a log whose largest bucket does not fit.
+
+        Args:
+            rows: rows of each bucket, int64 [num_buckets].
+            log: what the user called it.
+
+        Raises:
+            DataError: it says how many buckets or how much memory would do.
+        """
+        need, largest = BASE + int(rows.max()) * BYTES_PER_EVENT, int(rows.argmax())
+        if need > self.num_bytes:
+            buckets = len(rows) * 2 ** int(np.ceil(np.log2(need / self.num_bytes)) + 1)
+            raise DataError(
+                f"{log}: expected buckets that fit {self.num_bytes / 2**30:.1f} GiB, bucket {largest} has "
+                f"{int(rows.max()):,} rows and needs about {need / 2**30:.1f} GiB. Say --num-buckets {buckets} "
+                f"(a new data set), or --memory {need / 2**30 + 0.1:.1f}GiB."
+            )

@@ -1,0 +1,169 @@
+# pyright: standard
+"""The histories as they lie in histories/part-<version>-<bucket>.parquet, read in bounded memory.
+
+A later version's part holds whole rows of the users it touched; of a user in several parts the newest row counts.
+Users come in blocks by user_index, `user_index = bucket + num_buckets * n`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from recsys_ksa.data.hashes import Split
+from recsys_ksa.data.manifest import Manifest, check_file
+from recsys_ksa.errors import DataError
+
+BLOCK_EVENTS = 1 << 20
+"""Events of one block, about."""
+ROW_GROUP_EVENTS = 1 << 18
+"""Events of one row group of a part, about: what a reader must hold of each part."""
+_GLOBAL = {"global_valid": "valid_start", "global_test": "test_start"}
+
+
+def part_name(version: int, bucket: int) -> str:
+    """Return the name of the part that a version writes for a bucket."""
+    return f"histories/part-{version:05d}-{bucket:05d}.parquet"
+
+
+def parts_by_bucket(files: Iterable[str]) -> dict[int, list[str]]:
+    """Return each bucket's parts among a data set's files, oldest first."""
+    parts: dict[int, list[str]] = defaultdict(list)
+    for name in sorted(name for name in files if name.startswith("histories/")):
+        parts[int(Path(name).stem.rsplit("-", 1)[1])].append(name)
+    return dict(parts)
+
+
+@dataclass
+class Part:
+    """One part, read forward by user_index."""
+
+    path: Path
+    columns: Sequence[str] | None
+    users: NDArray[np.int64] = field(init=False)
+    """[rows] user_index, ascending."""
+    newest: NDArray[np.bool_] = field(init=False)
+    """[rows] whether no later part has this user."""
+
+    def __post_init__(self) -> None:
+        file = pq.ParquetFile(self.path)
+        self.users = file.read(["user_index"]).column(0).to_numpy()
+        self.newest = np.ones(len(self.users), dtype=bool)
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._group, self._held, self._row = 0, None, 0
+
+    def before(self, user_index: int) -> pa.Table | None:
+        """Return the next newest rows up to, without, `user_index`, or None."""
+        stop = int(np.searchsorted(self.users, user_index))
+        pieces = []
+        while self._row < stop:
+            if self._held is None:
+                self._held = pq.ParquetFile(self.path).read_row_group(self._group, columns=self.columns)
+            begin = int(self._ends[self._group]) - self._held.num_rows
+            end = min(stop, int(self._ends[self._group]))
+            piece, mask = self._held.slice(self._row - begin, end - self._row), self.newest[self._row : end]
+            pieces.append(piece if mask.all() else piece.filter(pa.array(mask)))
+            self._row = end
+            if end == self._ends[self._group]:
+                self._group, self._held = self._group + 1, None
+        return pa.concat_tables(pieces) if pieces else None
+
+
+def open_parts(directory: Path, names: Sequence[str], columns: Sequence[str] | None = None) -> list[Part]:
+    """Return a bucket's parts, oldest first, each knowing which of its rows are the newest."""
+    parts = [Part(directory / name, columns) for name in names]
+    later = np.empty(0, dtype=np.int64)
+    for part in reversed(parts):
+        part.newest = ~np.isin(part.users, later)
+        later = np.concatenate([later, part.users[part.newest]])
+    return parts
+
+
+def blocks(parts: Sequence[Part], num_events: int) -> Iterator[pa.Table]:
+    """Yield the newest rows of all parts by user_index, in tables of about `BLOCK_EVENTS` events."""
+    users = np.sort(np.concatenate([part.users[part.newest] for part in parts])) if parts else np.empty(0, np.int64)
+    step = max(1, round(len(users) * BLOCK_EVENTS / max(num_events, 1)))
+    for first in range(0, len(users), step):
+        last = users[min(first + step, len(users)) - 1]
+        tables = [table for part in parts if (table := part.before(int(last) + 1)) is not None]
+        yield pa.concat_tables(tables).sort_by("user_index").combine_chunks()
+
+
+def all_parts(directory: Path, files: Iterable[str]) -> list[Part]:
+    """Return the parts among a data set's files."""
+    return [part for names in parts_by_bucket(files).values() for part in open_parts(directory, names)]
+
+
+def checked_parts(directory: Path, manifest: Manifest) -> list[Part]:
+    """Return all parts of a data set, their files compared with the manifest's hashes.
+
+    Raises:
+        DataError: a part is missing or altered, or there are none.
+    """
+    names = [name for name in manifest.files if name.startswith("histories/")]
+    if not names and manifest.counts.users:
+        raise DataError(f"{directory}: expected histories/part-*.parquet in the manifest, got none. Prepare it again.")
+    for name in names:
+        check_file(directory, manifest, name)
+    return all_parts(directory, names)
+
+
+def with_global_split(block: pa.Table, split: Split) -> pa.Table:
+    """Return the block with the positions of protocol `global` by this version's cuts.
+
+    A part keeps the positions of the version that wrote it; a later log moves the cuts.
+    """
+    lists = block.column("timestamp").combine_chunks()
+    offsets, timestamp = lists.offsets.to_numpy(), lists.values.to_numpy()
+    for name, cut in _GLOBAL.items():
+        if "global" in split:
+            positions = count_before(timestamp, offsets, split["global"][cut])
+        else:
+            positions = np.diff(offsets)
+        column = block.schema.get_field_index(name)
+        block = block.set_column(column, block.schema.field(column), pa.array(positions, pa.int32(), safe=True))
+    return block
+
+
+def count_before(timestamp: NDArray[np.int64], offsets: NDArray[np.int64], cut: int) -> NDArray[np.int64]:
+    """Return how many events of each user lie before `cut`: int64 [T], offsets int64 [U + 1] -> int64 [U]."""
+    before = np.concatenate([[0], np.cumsum(timestamp[offsets[0] : offsets[-1]] < cut)])
+    return before[offsets[1:] - offsets[0]] - before[offsets[:-1] - offsets[0]]
+
+
+def newest_rows(directory: Path, names: Sequence[str], user_ids: Sequence[str]) -> pa.Table | None:
+    """Return the histories of some of a bucket's users, by user_index; None where the bucket has no part.
+
+    Args:
+        directory: the data set.
+        names: the bucket's parts, oldest first.
+        user_ids: whom to look for; those not found are left out.
+    """
+    wanted, found = pa.array(user_ids, pa.string()), []
+    for part in open_parts(directory, names):
+        file, row = pq.ParquetFile(part.path), 0
+        for group in range(file.num_row_groups):
+            ids = file.read_row_group(group, columns=["user_id"]).column(0)
+            asked = pc.call_function("is_in", [ids], pc.SetLookupOptions(wanted)).to_numpy()
+            asked &= part.newest[row : row + len(ids)]
+            row += len(ids)
+            if asked.any():
+                found.append(file.read_row_group(group).filter(pa.array(asked)))
+    if not names:
+        return None
+    if not found:
+        return pq.read_schema(directory / names[0]).empty_table()
+    return pa.concat_tables(found).sort_by("user_index").combine_chunks()
+
+
+def numbered_users(directory: Path, names: Sequence[str], num_buckets: int) -> int:
+    """Return one more than the largest n of a bucket's users (`user_index = bucket + num_buckets * n`)."""
+    largest = max((int(part.users[-1]) for part in open_parts(directory, names) if len(part.users)), default=-1)
+    return largest // num_buckets + 1
