@@ -72,8 +72,10 @@ class ModelConfig(Strict):
     """Let the last block and the head know when the recommendation is asked for."""
     item_vectors: Literal["tied", "untied", "content"] = "tied"
     """`tied`: the input item table; `untied`: a table of their own; `content`: input row plus side features."""
-    item_bias: Literal["none", "learned"] = "none"
-    """An extra dimension of item vectors that unit vectors cannot express."""
+    item_bias: Literal["none", "learned", "popularity-7d"] = "none"
+    """An extra dimension of item vectors that unit vectors cannot express. `learned`: one number an item.
+    `popularity-7d`: learned, too, from how often the item was met in the days before the question; needs a clock with
+    days."""
     own_item_bias: bool = False
     """Add a learned function of count, recency and rhythm to the scores of items the user already had."""
     temperature: PositiveFloat = 0.05

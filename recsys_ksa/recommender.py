@@ -27,7 +27,8 @@ from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import UserState
 from recsys_ksa.order import OrderKey, order_key
 from recsys_ksa.retrieval.index import Index, TorchIndex, load_index
-from recsys_ksa.run import INDEX_FOLDER, Run, load_network, open_run
+from recsys_ksa.retrieval.popularity_column import PopularityColumn, popularity_column
+from recsys_ksa.run import INDEX_FOLDER, Run, load_counts, load_network, open_run
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 log = logging.getLogger(__name__)
@@ -40,14 +41,24 @@ ItemId = str | int
 class Recommender:
     """A loaded run. It holds no user: states are values, given and returned. Safe to share between threads."""
 
-    def __init__(self, run: Run, network: Network, index: Index, attention_impl: str = "auto") -> None:
+    def __init__(
+        self,
+        run: Run,
+        network: Network,
+        index: Index,
+        attention_impl: str = "auto",
+        popularity: PopularityColumn | None = None,
+    ) -> None:
         """Join the parts; use `Recommender.load`."""
         self.run = run
         self.network = network
         self.index = index
         self.attention_impl = attention_impl
         self.fingerprint = state_fingerprint(network)
-        self._vectors = network.item_vectors().detach().to(torch.float32).cpu().numpy()
+        vectors = network.item_vectors().detach().to("cpu", torch.float32)
+        self._vectors = (vectors if popularity is None else popularity.added_to(vectors)).numpy()
+        self.popularity = popularity
+        """What items gain by their popularity as of a fixed time; None for a run without a popularity bias."""
 
     @staticmethod
     def load(
@@ -58,7 +69,8 @@ class Recommender:
         """Load a run or bundle.
 
         Args:
-            run_or_bundle: its directory. Without `index/` items are searched exactly in memory, and the log says so.
+            run_or_bundle: its directory. Without `index/` items are searched exactly in memory, and the log says so;
+                items are then as popular as at the last event of the data set the run was trained on.
             device: where the network runs.
             precision: of the network; `bf16` keeps parameters in float32 and states in bf16.
 
@@ -68,15 +80,23 @@ class Recommender:
         run = open_run(run_or_bundle)
         weights = load_network(run, device)
         vectors = weights.item_vectors().detach().to("cpu", torch.float32)
-        if (run.path / INDEX_FOLDER).exists():
-            index: Index = load_index(run.path / INDEX_FOLDER, vectors, run.info.release_hash)
+        folder = run.path / INDEX_FOLDER
+        popularity = None
+        if weights.popularity_bias is not None:
+            popularity = (
+                PopularityColumn.load(folder) if folder.exists() else popularity_column(weights, load_counts(run))
+            )
+        if folder.exists():
+            index: Index = load_index(folder, vectors, run.info.release_hash, popularity)
         else:
-            index = TorchIndex(vectors)
+            index = TorchIndex(vectors if popularity is None else popularity.added_to(vectors))
         log.info("searching %d items: %s", run.info.num_items - 1, index.kind)
+        if popularity is not None:
+            log.info("items are as popular as on the days before %d s", popularity.as_of)
         network = weights.to(torch.float64) if precision == "float64" else weights
         if precision == "bf16":
             network.precision = "bf16"
-        return Recommender(run, network, index)
+        return Recommender(run, network, index, popularity=popularity)
 
     # --- states ---
 
@@ -236,6 +256,8 @@ class Recommender:
         item, count, first, latest = (torch.from_numpy(column).to(device) for column in columns)
         with torch.no_grad():
             bias = self.network.own_bias(item, count, first, latest, torch.tensor(now, device=device))
+        if self.popularity is not None:  # the own-item bias takes its place
+            scores = scores - self.popularity.gain.numpy()[seen.item_index]
         return scores + bias.to("cpu", torch.float32).numpy()
 
     def _arrivals(

@@ -6,11 +6,13 @@
     vocab/*.parquet     the other vocabularies
     run.json            data and split hashes, training span, order, clock, fingerprints (`RunInfo`)
     metrics.jsonl       training curves
+    popularity.parquet  events of each item by day, of a run with `model.item_bias = "popularity-7d"`
     index/              after `ksa index`
 
 A *bundle* is a run without optimiser files. Imports without polars, mlflow and faiss.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from recsys_ksa.config import RunConfig, Strict, TrainingSpan, load_config
+from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
 from recsys_ksa.model.features import Clock, FeatureSchema, SideFeature
 from recsys_ksa.model.fingerprint import release_hash
@@ -37,8 +40,18 @@ ITEMS_FILE = "items.parquet"
 VOCAB_FOLDER = "vocab"
 INFO_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+POPULARITY_FILE = "popularity.parquet"
 INDEX_FOLDER = "index"
-BUNDLE_PARTS = (CONFIG_FILE, WEIGHTS_FILE, ITEMS_FILE, VOCAB_FOLDER, INFO_FILE, METRICS_FILE, INDEX_FOLDER)
+BUNDLE_PARTS = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ITEMS_FILE,
+    VOCAB_FOLDER,
+    INFO_FILE,
+    METRICS_FILE,
+    POPULARITY_FILE,
+    INDEX_FOLDER,
+)
 
 
 class RunInfo(Strict):
@@ -70,6 +83,8 @@ class RunInfo(Strict):
     """Version of recsys-ksa that wrote the run."""
     num_items: int
     """Item rows, row 0 (unknown) included."""
+    popularity_hash: str | None = None
+    """SHA-256 of popularity.parquet; None for a run without one."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,23 @@ def load_network(run: Run, device: str | torch.device = "cpu", dtype: torch.dtyp
             "The weights were replaced; copy the run again, whole."
         )
     return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def load_counts(run: Run) -> DayCounts:
+    """Return how often each item was met by day in the data set the run was trained on, held-out days included.
+
+    Raises:
+        DataError: the file is missing or damaged.
+        RunError: it is not the one run.json names.
+    """
+    file = run.path / POPULARITY_FILE
+    counts = DayCounts.load(file)
+    if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != run.info.popularity_hash:
+        raise RunError(
+            f"{file}: expected the counts {str(run.info.popularity_hash)[:12]} as {INFO_FILE} says, got {found[:12]}. "
+            "Copy the run again, whole."
+        )
+    return counts
 
 
 def _read_info(path: Path) -> RunInfo:

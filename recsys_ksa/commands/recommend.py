@@ -42,6 +42,8 @@ def _run(args: argparse.Namespace) -> None:
     answer = rec.recommend(state, args.k, args.request_time, exclude_seen=exclude, only_seen=args.again)
     known = state.num_events - state.num_unknown
     print(f"{state.num_events} events ({known} of known items), state {state.nbytes / 1024:.1f} KiB, {rec.index.kind}")
+    if rec.popularity is not None:
+        print(f"items as popular as on the days before {rec.popularity.as_of} s (`ksa index --popularity-as-of`)")
     longest = rec.run.info.longest_trained_history
     if state.num_events > longest:
         print(f"note: the longest history trained on has {longest} events; this one is longer")

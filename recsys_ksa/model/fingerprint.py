@@ -16,7 +16,17 @@ from recsys_ksa.model.network import Network
 
 STATE_LAYOUT = 1
 """Raised when the meaning of a stored row changes."""
-_ANSWER_ONLY = ("start", "norm.", "head.", "log_temperature", "item_bias", "own_items.", "request.")
+_ANSWER_ONLY = (
+    "start",
+    "norm.",
+    "head.",
+    "log_temperature",
+    "item_bias",
+    "popularity_bias.",
+    "centre.",
+    "own_items.",
+    "request.",
+)
 
 
 def state_fingerprint(network: Network) -> str:

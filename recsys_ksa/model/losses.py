@@ -4,6 +4,8 @@ Letters: Q questions, M targets (question, item, weight), N negatives, I items, 
 O owned items, P pairs (question, owned item of its user). score = user vector . item vector (the user vector
 already holds 1 / temperature). Row 0, the unknown item, is never a candidate.
 
+With a popularity bias every score but an owned item's gains what the item's popularity is worth on the question's day.
+
 Softmax losses are the mean over questions of `sum over targets of weight * (log Z - score of the target)`.
 
 - sampled softmax: Z sums exactly over the items the user owned at that question (with the own-item bias) and over
@@ -23,10 +25,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recsys_ksa.config import LossConfig, ModelConfig
 from recsys_ksa.data.batches import Batch, OwnItems
 from recsys_ksa.errors import ConfigError
+from recsys_ksa.model.popularity import Popularity, PopularityBias, day_of
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 NOTHING = -1e30
@@ -37,6 +41,11 @@ _QUESTION_BLOCK, _ITEM_BLOCK = 1024, 8192
 
 class ItemScorer(Protocol):
     """What a loss needs of the network."""
+
+    @property
+    def popularity_bias(self) -> PopularityBias | None:
+        """Gives what an item's score gains by its popularity."""
+        ...
 
     def item_vectors(self, item_index: Tensor | None = None) -> Tensor:
         """Return item vectors [C, E]; None: of every item."""
@@ -61,7 +70,13 @@ def check_loss(loss: LossConfig, model: ModelConfig) -> None:
 
 
 def batch_loss(
-    network: ItemScorer, users: Tensor, batch: Batch, loss: LossConfig, negatives: Tensor, log_probability: Tensor
+    network: ItemScorer,
+    users: Tensor,
+    batch: Batch,
+    loss: LossConfig,
+    negatives: Tensor,
+    log_probability: Tensor,
+    popularity: Popularity | None = None,
 ) -> Tensor:
     """Return the loss of a batch, a float32 scalar: the mean over its questions.
 
@@ -72,27 +87,34 @@ def batch_loss(
         loss: which loss, and gBCE's calibration.
         negatives: item indices, int64 [N]; full softmax looks at none.
         log_probability: log of each item's probability of being drawn, float32 [I].
+        popularity: counts of the training span, for a network with a popularity bias.
     """
     with torch.autocast(users.device.type, enabled=False):
         users = users if users.dtype == torch.float64 else users.float()
         if loss.kind == "full-softmax":
-            return full_softmax(users, network.item_vectors(), batch)
+            return full_softmax(network, users, batch, popularity)
         if loss.kind == "gbce":
             num_items = log_probability.shape[0] - 1
-            return gbce(network, users, batch, negatives, num_items, loss.gbce_calibration)
-        return sampled_softmax(network, users, batch, negatives, log_probability)
+            return gbce(network, users, batch, negatives, num_items, loss.gbce_calibration, popularity)
+        return sampled_softmax(network, users, batch, negatives, log_probability, popularity)
 
 
 def sampled_softmax(
-    network: ItemScorer, users: Tensor, batch: Batch, negatives: Tensor, log_probability: Tensor
+    network: ItemScorer,
+    users: Tensor,
+    batch: Batch,
+    negatives: Tensor,
+    log_probability: Tensor,
+    popularity: Popularity | None = None,
 ) -> Tensor:
     """Return sampled softmax with logQ correction, owned items exact; see the module's head."""
     question, item = batch.target_question, batch.target_item
     scores = (users[question] * network.item_vectors(item)).sum(-1)
+    gain = _target_popularity(network, batch, popularity)
     outside = torch.ones_like(question, dtype=torch.bool)  # targets that are not among the owned candidates
 
     negatives, _ = negatives.sort()
-    drawn = users @ network.item_vectors(negatives).T
+    drawn = users @ network.item_vectors(negatives).T + _popularity_of(network, batch, popularity, negatives)
     drawn = drawn - (log_probability[negatives] + math.log(len(negatives)))
     excluded = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
     excluded[_hits(question, item, negatives)] = True
@@ -101,27 +123,50 @@ def sampled_softmax(
     if batch.own is not None and len(batch.own.item):
         own_log_z, bias = _owned(network, users, batch, batch.own)
         owned = batch.own.target_pair >= 0
-        scores = scores + torch.where(owned, bias[batch.own.target_pair.clamp(min=0)], 0.0)
+        gain = torch.where(owned, bias[batch.own.target_pair.clamp(min=0)], gain)
         outside = ~owned
         log_z = own_log_z
         excluded[_owned_hits(batch, batch.own, negatives)] = True
 
+    scores = scores + gain
     log_z = torch.logaddexp(log_z, drawn.masked_fill(excluded, NOTHING).logsumexp(-1))
     log_z = torch.logaddexp(log_z, _grouped_logsumexp(scores[outside], question[outside], len(users)))
     return (batch.target_weight * (log_z[question] - scores)).sum() / len(users)
 
 
-def full_softmax(users: Tensor, items: Tensor, batch: Batch) -> Tensor:
-    """Return softmax over all items; `items` are the vectors [I, E] of every item, row 0 included."""
+def full_softmax(network: ItemScorer, users: Tensor, batch: Batch, popularity: Popularity | None = None) -> Tensor:
+    """Return softmax over all items. With a popularity bias questions go by day, and a day's biases are one row."""
     question, item = batch.target_question, batch.target_item
-    items = items.to(users.dtype)
-    scores = (users[question] * items[item]).sum(-1)
-    log_z = full_log_z(users, items[UNKNOWN_ITEM + 1 :])
+    items = network.item_vectors().to(users.dtype)
+    scores = (users[question] * items[item]).sum(-1) + _target_popularity(network, batch, popularity)
+    rows = items[UNKNOWN_ITEM + 1 :]
+    bias, counts = network.popularity_bias, popularity
+    if bias is None:
+        log_z = full_log_z(users, rows)
+    else:
+        assert counts is not None
+        assert batch.target_time is not None
+
+        def log_z_of_day(users: Tensor, rows: Tensor, day: Tensor) -> Tensor:
+            return full_log_z(users, rows, bias(counts.log_shares(day))[UNKNOWN_ITEM + 1 :].to(users.dtype))
+
+        days, place = day_of(batch.target_time).unique(return_inverse=True)
+        order = place.argsort(stable=True)
+        groups = users[order].split(place.bincount(minlength=len(days)).tolist())
+        # Computed again in the backward pass: a [days, items] tensor would be kept otherwise.
+        parts = [checkpoint(log_z_of_day, group, rows, day, use_reentrant=False) for group, day in zip(groups, days)]
+        log_z = torch.cat(parts)[order.argsort()]
     return (batch.target_weight * (log_z[question] - scores)).sum() / len(users)
 
 
 def gbce(
-    network: ItemScorer, users: Tensor, batch: Batch, negatives: Tensor, num_items: int, calibration: float
+    network: ItemScorer,
+    users: Tensor,
+    batch: Batch,
+    negatives: Tensor,
+    num_items: int,
+    calibration: float,
+    popularity: Popularity | None = None,
 ) -> Tensor:
     """Return gBCE: -(beta log sigmoid(positive) + sum over negatives of log sigmoid(-negative)) / (N + 1).
 
@@ -131,9 +176,11 @@ def gbce(
     question, item = batch.target_question, batch.target_item
     alpha = min(len(negatives) / max(num_items - 1, 1), 1.0)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
-    positive = F.logsigmoid((users[question] * network.item_vectors(item)).sum(-1))
+    scores = (users[question] * network.item_vectors(item)).sum(-1)
+    positive = F.logsigmoid(scores + _target_popularity(network, batch, popularity))
     negatives, _ = negatives.sort()
-    drawn = F.logsigmoid(-(users @ network.item_vectors(negatives).T))
+    scores = users @ network.item_vectors(negatives).T + _popularity_of(network, batch, popularity, negatives)
+    drawn = F.logsigmoid(-scores)
     excluded = torch.zeros(drawn.shape, dtype=torch.bool, device=drawn.device)
     excluded[_hits(question, item, negatives)] = True
     total = beta * (batch.target_weight * positive).sum() + drawn.masked_fill(excluded, 0.0).sum()
@@ -141,35 +188,58 @@ def gbce(
 
 
 class _FullLogZ(torch.autograd.Function):
-    """log sum over items of exp(user . item), block by block; keeps log Z [Q], recomputes scores backward."""
+    """log sum over items of exp(user . item + bias), block by block; keeps log Z [Q], recomputes scores backward."""
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, items: Tensor) -> Tensor:
+    def forward(ctx: Any, users: Tensor, items: Tensor, bias: Tensor) -> Tensor:
         log_z = torch.full_like(users[:, 0], -torch.inf)
         for rows in _blocks(len(users), _QUESTION_BLOCK):
             for columns in _blocks(len(items), _ITEM_BLOCK):
-                scores = users[rows] @ items[columns].T
+                scores = torch.addmm(bias[columns], users[rows], items[columns].T)
                 log_z[rows] = torch.logaddexp(log_z[rows], scores.logsumexp(-1))
-        ctx.save_for_backward(users, items, log_z)
+        ctx.save_for_backward(users, items, bias, log_z)
         return log_z
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        users, items, log_z = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        users, items, bias, log_z = ctx.saved_tensors
         (grad,) = grads
-        grad_users, grad_items = torch.zeros_like(users), torch.zeros_like(items)
+        grad_users, grad_items, grad_bias = torch.zeros_like(users), torch.zeros_like(items), torch.zeros_like(bias)
         for rows in _blocks(len(users), _QUESTION_BLOCK):
             for columns in _blocks(len(items), _ITEM_BLOCK):
-                share = users[rows] @ items[columns].T
+                share = torch.addmm(bias[columns], users[rows], items[columns].T)
                 share.sub_(log_z[rows, None]).exp_().mul_(grad[rows, None])
                 grad_users[rows] += share @ items[columns]
                 grad_items[columns] += share.T @ users[rows]
-        return grad_users, grad_items
+                grad_bias[columns] += share.sum(0)
+        return grad_users, grad_items, grad_bias
 
 
-def full_log_z(users: Tensor, items: Tensor) -> Tensor:
-    """Return log of the sum over items of exp(score) for each user vector. [Q, E], [I, E] -> [Q]."""
-    return _FullLogZ.apply(users, items)  # pyright: ignore[reportReturnType]
+def full_log_z(users: Tensor, items: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return log of the sum over items of exp(score + bias) for each user vector. [Q, E], [I, E], [I] -> [Q]."""
+    bias = items.new_zeros(len(items)) if bias is None else bias
+    return _FullLogZ.apply(users, items, bias)  # pyright: ignore[reportReturnType]
+
+
+def _target_popularity(network: ItemScorer, batch: Batch, popularity: Popularity | None) -> Tensor:
+    """Return what each target's score gains by its popularity, [M]; [] without a popularity bias."""
+    if network.popularity_bias is None:
+        return torch.zeros((), device=batch.target_item.device)
+    assert popularity is not None
+    assert batch.target_time is not None
+    day = day_of(batch.target_time)[batch.target_question]
+    return network.popularity_bias(popularity.log_shares(day, batch.target_item))
+
+
+def _popularity_of(network: ItemScorer, batch: Batch, popularity: Popularity | None, item_index: Tensor) -> Tensor:
+    """Return what scores of given items gain at each question, [Q, C]; [] without a popularity bias."""
+    if network.popularity_bias is None:
+        return torch.zeros((), device=item_index.device)
+    assert popularity is not None
+    assert batch.target_time is not None
+    days, place = day_of(batch.target_time).unique(return_inverse=True)
+    by_day = network.popularity_bias(popularity.log_shares(days[:, None], item_index))
+    return by_day.index_select(0, place)
 
 
 def own_bias(network: ItemScorer, batch: Batch, own: OwnItems) -> Tensor:

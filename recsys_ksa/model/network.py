@@ -22,6 +22,7 @@ from recsys_ksa.model.embeddings import EventEmbedding
 from recsys_ksa.model.features import FeatureSchema
 from recsys_ksa.model.own_items import DAY, OwnItemBias
 from recsys_ksa.model.place import Place, place_histories
+from recsys_ksa.model.popularity import Centre, PopularityBias
 from recsys_ksa.model.rotary import Rotary
 from recsys_ksa.schema import UNKNOWN_ITEM
 
@@ -71,6 +72,8 @@ class Network(nn.Module):
         self.head = nn.Linear(config.dim, config.dim, bias=False)
         self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log())
         self.item_bias = nn.Parameter(torch.zeros(features.num_items)) if config.item_bias == "learned" else None
+        self.popularity_bias = PopularityBias() if config.item_bias == "popularity-7d" else None
+        self.centre = Centre(config.dim) if config.item_bias == "popularity-7d" else None
         self.own_items = OwnItemBias(1.0 if features.clock == "ordinal" else DAY) if config.own_item_bias else None
         self.dropout = nn.Dropout(config.dropout)
         self._initialise()
@@ -181,19 +184,28 @@ class Network(nn.Module):
     # --- user vectors -> scores ---
 
     def user_vectors(self, hidden: Tensor) -> Tensor:
-        """Return unit vectors over temperature, and a trailing 1 with an item bias. [Q, E] -> [Q, E (+ 1)]."""
+        """Return unit vectors over temperature, and a trailing 1 with an item bias. [Q, E] -> [Q, E (+ 1)].
+
+        With a popularity bias their mean is taken off first (`Centre`).
+        """
         with torch.autocast(hidden.device.type, enabled=False):
-            vectors = F.normalize(self.head(self.norm(hidden.to(self.dtype))), dim=-1) / self.temperature
-        if self.item_bias is None:
+            vectors = F.normalize(self.head(self.norm(hidden.to(self.dtype))), dim=-1)
+            vectors = (vectors if self.centre is None else self.centre(vectors)) / self.temperature
+        if self.config.item_bias == "none":
             return vectors
         return torch.cat((vectors, vectors.new_ones(len(vectors), 1)), dim=-1)
 
     def item_vectors(self, item_index: Tensor | None = None) -> Tensor:
-        """Return unit item vectors, and the item's bias with one. int64 [C] -> [C, E (+ 1)]; None: every row."""
+        """Return unit item vectors, and the item's bias with one. int64 [C] -> [C, E (+ 1)]; None: every row.
+
+        What `popularity_bias` gives depends on the day: it is 0 here, and whoever scores adds it.
+        """
         rows = self.embedding.all_candidates() if item_index is None else self.embedding.candidates(item_index)
         vectors = F.normalize(rows, dim=-1)
-        if self.item_bias is None:
+        if self.config.item_bias == "none":
             return vectors
+        if self.item_bias is None:
+            return F.pad(vectors, (0, 1))
         bias = self.item_bias if item_index is None else self.item_bias[item_index]
         return torch.cat((vectors, bias[:, None]), dim=-1)
 
@@ -201,7 +213,8 @@ class Network(nn.Module):
         """Return what an owned item's score gains, one each (user, item) pair; all tensors of one shape.
 
         A user's own count says more of an item than its popularity does, so the own-item bias takes the place of the
-        item bias. See `OwnItemBias.forward`; 0 without an own-item bias.
+        item bias; what `popularity_bias` gives is not added to these items. See `OwnItemBias.forward`; 0 without an
+        own-item bias.
         """
         if self.own_items is None:
             return torch.zeros(item_index.shape, dtype=self.dtype, device=item_index.device)
@@ -271,6 +284,11 @@ def _check(config: ModelConfig, features: FeatureSchema) -> None:
                 f"model.side_features: expected side features of the data set ({have}), got {name!r}. "
                 "Prepare the data with it, or leave it out."
             )
+    if features.clock == "ordinal" and config.item_bias == "popularity-7d":
+        raise ConfigError(
+            "model.item_bias: expected none or learned on an ordinal clock, which has no days, got popularity-7d. "
+            "Set it to learned."
+        )
     if features.clock == "ordinal" and (config.use_gap or config.use_request_time):
         raise ConfigError(
             "model.use_gap, model.use_request_time: expected false on an ordinal clock, got true. Set both to false."

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from recsys_ksa.errors import MissingPackageError, RunError
 from recsys_ksa.model.fingerprint import vectors_hash
+from recsys_ksa.retrieval.popularity_column import PopularityColumn
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 FORMAT_VERSION = 1
@@ -91,8 +92,13 @@ class FaissIndex:
         return rows[0][kept], scores[0][kept]
 
 
-def write_index(folder: Path, vectors: torch.Tensor, release: str) -> dict[str, object]:
-    """Write item vectors, float32 [I, E], and the manifest that ties them to `release`; returns the manifest."""
+def write_index(
+    folder: Path, vectors: torch.Tensor, release: str, column: PopularityColumn | None = None
+) -> dict[str, object]:
+    """Write item vectors, float32 [I, E], and the manifest that ties them to `release`; returns the manifest.
+
+    The popularity column of a run that has one is a file of its own, with its own hash and time in the manifest.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     vectors = vectors.detach().to("cpu", torch.float32).contiguous()
     save_file({"item_vectors": vectors}, folder / VECTORS_FILE)
@@ -104,17 +110,21 @@ def write_index(folder: Path, vectors: torch.Tensor, release: str) -> dict[str, 
         "vectors_hash": vectors_hash(vectors),
         "release_hash": release,
     }
+    if column is not None:
+        column.save(folder)
+        manifest |= {"popularity_as_of": column.as_of, "popularity_hash": column.hash}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
-def load_index(folder: Path, vectors: torch.Tensor, release: str) -> FaissIndex:
+def load_index(folder: Path, vectors: torch.Tensor, release: str, column: PopularityColumn | None = None) -> FaissIndex:
     """Load the index of a run and check it against the run.
 
     Args:
         folder: the run's `index/`.
         vectors: the item vectors the run's weights give, float32 [I, E].
         release: the run's release hash.
+        column: the folder's own, for a run with a popularity bias.
 
     Raises:
         RunError: a file is missing or damaged, or the index belongs to other weights.
@@ -132,4 +142,10 @@ def load_index(folder: Path, vectors: torch.Tensor, release: str) -> FaissIndex:
             f"{folder}: expected the index of release {release[:12]}, got one of "
             f"{str(manifest.get('release_hash'))[:12]}. Run `ksa index` again."
         )
-    return FaissIndex(stored, version)
+    if column is None:
+        return FaissIndex(stored, version)
+    found = (manifest.get("popularity_as_of"), manifest.get("popularity_hash"))
+    if found != (column.as_of, column.hash) or len(column.gain) != len(stored):
+        raise RunError(f"{folder}: its popularity column is not the one its manifest names. Run `ksa index` again.")
+    stored = column.added_to(stored)
+    return FaissIndex(stored, vectors_hash(stored))

@@ -12,11 +12,13 @@ import torch
 
 from recsys_ksa.config import RunConfig
 from recsys_ksa.data.negatives import NegativeSampler, training_counts
+from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.data.spans import training_end
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import ConfigError, RunError
 from recsys_ksa.model.losses import batch_loss, check_loss
 from recsys_ksa.model.network import Network
+from recsys_ksa.model.popularity import LEVEL, Popularity
 from recsys_ksa.run import METRICS_FILE
 from recsys_ksa.train.checkpoint import Progress, Weights, copy_weights, load_checkpoint, save_checkpoint
 from recsys_ksa.train.feed import Feed, feed
@@ -29,12 +31,6 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10
 """Steps between rows of metrics.jsonl; reading the loss waits for the device."""
-
-
-ITEM_BIAS_LEVEL = 8.0
-"""A learned item bias starts at the log of the item's share of events plus this level, where an item with 1% of all
-events stands about level with the user's own item of count 4 (`OwnItemBias` starts at 2 + log count, and takes the
-item bias' place): popularity for what is new, counts for what is owned."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,12 @@ def train(
     # gBCE's calibration assumes uniform negatives.
     power = 0.0 if config.loss.kind == "gbce" else config.loss.popularity_power
     sampler = NegativeSampler(counts, power, config.seed)
-    _start_item_bias(network, torch.from_numpy(counts))
+    if config.model.item_bias == "learned":
+        _start_item_bias(network, torch.from_numpy(counts))
+    popularity = None
+    if network.popularity_bias is not None:
+        # Of the training span alone: what is held out must not be counted either.
+        popularity = Popularity(DayCounts.of_histories(dataset.histories, end), dataset.num_items).to(device)
     if resume:
         reopen_run(run, config, dataset)
         progress, best = load_checkpoint(run, network, optimizer)
@@ -110,7 +111,8 @@ def train(
     else:
         begin_run(run, config, dataset)
         progress, best = Progress(), None
-    session = _Session(config, run, network, optimizer, device, sampler.log_probability.to(device), report, steps)
+    log_probability = sampler.log_probability.to(device)
+    session = _Session(config, run, network, optimizer, device, log_probability, popularity, report, steps)
     progress, best, reason, speed = session.go(Validation(dataset, config), batches, sampler, progress, best)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     weights = best if best is not None else copy_weights(network)
@@ -143,6 +145,7 @@ class _Session:
     optimizer: torch.optim.Optimizer
     device: torch.device
     log_probability: torch.Tensor
+    popularity: Popularity | None
     report: Callable[[Report], None]
     steps: int
 
@@ -226,7 +229,7 @@ class _Session:
         negatives = given.negatives.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             users = self.network(batch, config.train.attention_impl)
-        loss = batch_loss(self.network, users, batch, config.loss, negatives, self.log_probability)
+        loss = batch_loss(self.network, users, batch, config.loss, negatives, self.log_probability, self.popularity)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.train.gradient_clip)
@@ -274,9 +277,9 @@ def _check(config: RunConfig, device: torch.device) -> None:
 
 @torch.no_grad()
 def _start_item_bias(network: Network, counts: torch.Tensor) -> None:
-    if network.item_bias is not None:
-        share = counts[1:].clamp(min=1).double() / counts.sum().clamp(min=1)
-        network.item_bias[1:] = (share.log() + ITEM_BIAS_LEVEL).to(network.item_bias)
+    assert network.item_bias is not None
+    share = counts[1:].clamp(min=1).double() / counts.sum().clamp(min=1)
+    network.item_bias[1:] = (share.log() + LEVEL).to(network.item_bias)
 
 
 def _cut_metrics(run: Path, step: int) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from recsys_ksa.config import TrainConfig
 
 SCALAR_RATE = 10.0
-"""Learning rate of scalars (temperature, the own-item bias's level and slope), as a multiple of the others'.
+"""Learning rate of scalars (temperature, levels and slopes of the biases), as a multiple of the others'.
 
 Adam moves a value by about the learning rate a step: in a short run a log temperature would not get far otherwise."""
 OWN_ITEMS_RATE = 5.0
@@ -24,7 +24,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
     decayed, kept, scalars, own = [], [], [], []
     for name, parameter in network.named_parameters():
-        if parameter.dim() == 0:
+        if parameter.dim() == 0 or name.startswith("popularity_bias."):
             scalars.append(parameter)
         elif name.startswith("own_items."):
             own.append(parameter)

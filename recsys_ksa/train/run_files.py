@@ -1,5 +1,6 @@
 """Writes a run directory: config, items and vocabularies at the start, weights and run.json at the end."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,11 +12,21 @@ from safetensors.torch import save_file
 
 from recsys_ksa import __version__
 from recsys_ksa.config import RunConfig, dump_config, load_config
+from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
 from recsys_ksa.model.features import FeatureSchema, SideFeature
 from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
 from recsys_ksa.model.network import Network
-from recsys_ksa.run import CONFIG_FILE, INFO_FILE, ITEMS_FILE, METRICS_FILE, VOCAB_FOLDER, WEIGHTS_FILE, RunInfo
+from recsys_ksa.run import (
+    CONFIG_FILE,
+    INFO_FILE,
+    ITEMS_FILE,
+    METRICS_FILE,
+    POPULARITY_FILE,
+    VOCAB_FOLDER,
+    WEIGHTS_FILE,
+    RunInfo,
+)
 from recsys_ksa.train.checkpoint import Weights
 
 if TYPE_CHECKING:
@@ -56,6 +67,8 @@ def begin_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
     shutil.copyfile(dataset.path / ITEMS_FILE, run / ITEMS_FILE)
     for name in dataset.vocab:
         shutil.copyfile(dataset.path / VOCAB_FOLDER / f"{name}.parquet", vocabulary / f"{name}.parquet")
+    if config.model.item_bias == "popularity-7d":
+        _write(run / POPULARITY_FILE, DayCounts.of_histories(dataset.histories).save)
     _write_text(run / DATA_FILE, json.dumps(_data_hashes(dataset)))
     _write_text(run / CONFIG_FILE, dump_config(config))
 
@@ -95,6 +108,7 @@ def finish_run(
         weights: what to keep.
         longest: events of the longest history as trained.
     """
+    counts = run / POPULARITY_FILE
     info = RunInfo(
         name=config.name,
         data_hash=dataset.manifest.content_hash,
@@ -109,6 +123,7 @@ def finish_run(
         release_hash=release_hash(network),
         code_version=__version__,
         num_items=dataset.num_items,
+        popularity_hash=hashlib.sha256(counts.read_bytes()).hexdigest() if counts.exists() else None,
     )
     (run / INFO_FILE).unlink(missing_ok=True)
     _write(run / WEIGHTS_FILE, lambda path: save_file(weights, path))

@@ -1,7 +1,8 @@
 """Validation while training: NDCG@10 of each user's first validation timestamp, by full ranking.
 
 Each user is asked once: from the events of the training span (the newest `data.max_length` of them, as in training),
-about all events of the first timestamp after it (`data.spans`). Test events are never read. Scores are float32, the
+about all events of the first timestamp after it (`data.spans`). Test events are never read; an item's popularity counts
+what came before the targets. Scores are float32, the
 own-item bias is in them, ties count against us, and under `evaluate.exclude_seen` items the user already had are
 left out unless they are targets. For choosing weights; `ksa evaluate` makes the figures to report.
 """
@@ -16,9 +17,11 @@ from torch import Tensor
 from recsys_ksa.config import RunConfig
 from recsys_ksa.data.batches import Batch, questions_batch
 from recsys_ksa.data.jagged_arrays import Ints, ragged_arange
+from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.data.spans import validation_span
 from recsys_ksa.data.training_batches import pack
 from recsys_ksa.model.losses import own_bias, pair_items, pair_questions
+from recsys_ksa.model.popularity import Popularity, add_popularity
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ class Asked:
     """int64 [M], non-decreasing."""
     target_item: Tensor
     """int64 [M], each once a question."""
+    target_time: Tensor
+    """int64 [Q], Unix seconds of the targets."""
 
 
 class Validation:
@@ -55,6 +60,8 @@ class Validation:
         size = _first_timestamp(dataset, users, start[users], end[users])
         length = np.minimum(start[users], config.data.max_length)
         self.num_users = len(users)
+        counts = DayCounts.of_histories(dataset.histories, end) if config.model.item_bias == "popularity-7d" else None
+        self._popularity = None if counts is None else Popularity(counts, dataset.num_items)
         self._asked = []
         for rows in pack(np.arange(len(users)), length, 4 * config.train.batch_tokens):
             self._asked.append(_ask(dataset, config, users[rows], start[users[rows]], size[rows], random))
@@ -64,6 +71,7 @@ class Validation:
         """Return the mean over users of NDCG@10, 0 where no user validates."""
         network.eval()
         items = network.item_vectors().float()
+        popularity = None if self._popularity is None else self._popularity.to(device)
         total = 0.0
         for asked in self._asked:
             batch = asked.batch.to(device)
@@ -71,9 +79,13 @@ class Validation:
                 users = network(batch, attention_impl)
             question, item = asked.target_question.to(device), asked.target_item.to(device)
             seen = self._seen(network, batch)
+            times = asked.target_time.to(device)
             for first in range(0, len(users), _SCORE_ROWS):
                 rows = slice(first, min(first + _SCORE_ROWS, len(users)))
                 scores = users[rows].float() @ items.T
+                if network.popularity_bias is not None and popularity is not None:
+                    own = None if network.own_items is None or seen is None else _within(seen, rows)[:2]
+                    add_popularity(scores, network.popularity_bias, popularity, times[rows], own)
                 scores[:, UNKNOWN_ITEM] = -torch.inf
                 inside = (question >= rows.start) & (question < rows.stop)
                 row, wanted = question[inside] - rows.start, item[inside]
@@ -161,7 +173,15 @@ def _ask(
     item = np.asarray(histories.item_index[ragged_arange(base + cut, size)], dtype=np.int64)
     question = np.repeat(np.arange(len(users)), size)
     pairs = np.unique(np.stack((question, item), axis=1)[item != UNKNOWN_ITEM], axis=0)
-    return Asked(batch, torch.from_numpy(pairs[:, 0].copy()), torch.from_numpy(pairs[:, 1].copy()))
+    targets = torch.from_numpy(pairs[:, 0].copy()), torch.from_numpy(pairs[:, 1].copy())
+    return Asked(batch, *targets, torch.from_numpy(target_time))
+
+
+def _within(seen: tuple[Tensor, Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (row, item, bias) of the owned pairs of these questions."""
+    question, item, bias = seen
+    inside = (question >= rows.start) & (question < rows.stop)
+    return question[inside] - rows.start, item[inside], bias[inside]
 
 
 def _adjust(
@@ -173,10 +193,8 @@ def _adjust(
     exclude_seen: bool,
 ) -> None:
     """Add the own-item bias to the scores of these rows; under a seen filter leave out what is no target."""
-    question, item, bias = seen
-    inside = (question >= rows.start) & (question < rows.stop)
-    row, owned = question[inside] - rows.start, item[inside]
-    scores[row, owned] += bias[inside]
+    row, owned, bias = _within(seen, rows)
+    scores[row, owned] += bias
     if exclude_seen:
         kept = scores[target_row, target_item]
         scores[row, owned] = -torch.inf

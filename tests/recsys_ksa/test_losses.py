@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from recsys_ksa.config import LossConfig, ModelConfig, RunConfig
 from recsys_ksa.data.batches import Batch
 from recsys_ksa.data.jagged_arrays import offsets_of
+from recsys_ksa.data.popularity import DAY, DayCounts
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import ConfigError
 from recsys_ksa.model import losses
 from recsys_ksa.model.losses import batch_loss, check_loss, full_log_z, pair_items, pair_questions
+from recsys_ksa.model.popularity import Popularity, PopularityBias, day_of
 
 NUM_ITEMS, WIDTH = 12, 5
+LENGTHS = [9, 1, 14, 6]
 
 
 class Scorer(nn.Module):
     """The part of a network that losses use."""
 
-    def __init__(self, own: bool) -> None:
+    def __init__(self, own: bool, popular: bool = False) -> None:
         super().__init__()
+        self.popularity_bias = PopularityBias().double() if popular else None
         self.table = nn.Parameter(torch.randn(NUM_ITEMS, WIDTH, dtype=torch.float64))
         self.slope = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
         self.own = own
@@ -34,18 +38,14 @@ class Scorer(nn.Module):
 
     def own_bias(self, item_index: Tensor, count: Tensor, first: Tensor, last: Tensor, now: Tensor) -> Tensor:
         assert self.own
-        rhythm = 0.02 * (last - first).double() - 0.01 * (now - last).double()
+        rhythm = (0.04 * (last - first).double() - 0.02 * (now - last).double()) / DAY
         return 0.1 * self.table[item_index, 0] + self.slope * count.double().log1p() + rhythm
 
 
-def make_batch(rng: np.random.Generator, own: bool, targets: str = "next-set") -> Batch:
-    lengths = [9, 1, 14, 6]
-    histories = SimpleNamespace(
-        offsets=offsets_of(np.array(lengths)),
-        item_index=rng.integers(0, NUM_ITEMS, sum(lengths)).astype(np.int32),
-        timestamp=np.concatenate([np.sort(rng.integers(0, n, n)) for n in lengths]),
-        event_type=None,
-    )
+def make_batch(
+    rng: np.random.Generator, own: bool, targets: str = "next-set", histories: SimpleNamespace | None = None
+) -> Batch:
+    histories = make_histories(rng) if histories is None else histories
     config = RunConfig.model_validate(
         {
             "model": {"chunk_size": 4, "own_item_bias": own},
@@ -53,12 +53,32 @@ def make_batch(rng: np.random.Generator, own: bool, targets: str = "next-set") -
             "train": {"batch_tokens": 100},
         }
     )
-    return TrainingBatches(histories, np.array(lengths), config).batch(0, 0)  # pyright: ignore
+    return TrainingBatches(histories, np.array(LENGTHS), config).batch(0, 0)  # pyright: ignore
+
+
+def make_histories(rng: np.random.Generator) -> SimpleNamespace:
+    total = sum(LENGTHS)
+    return SimpleNamespace(
+        offsets=offsets_of(np.array(LENGTHS)),
+        lengths=np.array(LENGTHS),
+        num_users=len(LENGTHS),
+        num_events=total,
+        item_index=rng.integers(0, NUM_ITEMS, total).astype(np.int32),
+        # Half a day apart: several timestamps a day, several days.
+        timestamp=np.concatenate([np.sort(rng.integers(0, n, n)) for n in LENGTHS]) * DAY // 2,
+        event_type=None,
+    )
 
 
 def plain_sampled_softmax(
-    scorer: Scorer, users: Tensor, batch: Batch, negatives: Tensor, log_probability: Tensor
+    scorer: Scorer,
+    users: Tensor,
+    batch: Batch,
+    negatives: Tensor,
+    log_probability: Tensor,
+    gain: Tensor | None = None,
 ) -> Tensor:
+    gain = users.new_zeros(len(users), NUM_ITEMS) if gain is None else gain
     total = users.new_zeros(())
     owned: list[dict[int, Tensor]] = [{} for _ in range(len(users))]
     if batch.own is not None:
@@ -70,10 +90,10 @@ def plain_sampled_softmax(
     for q, user in enumerate(users):
         mine = batch.target_question == q
         targets = batch.target_item[mine].tolist()
-        exact = dict.fromkeys(targets, 0.0) | owned[q]
+        exact = {item: gain[q, item] for item in targets} | owned[q]
         logits = [user @ scorer.table[item] + bias for item, bias in exact.items()]
         logits += [
-            user @ scorer.table[item] - log_probability[item] - math.log(len(negatives))
+            user @ scorer.table[item] + gain[q, item] - log_probability[item] - math.log(len(negatives))
             for item in negatives.tolist()
             if item not in exact
         ]
@@ -86,7 +106,7 @@ def plain_sampled_softmax(
 
 
 def gradients(loss: Tensor, scorer: Scorer, users: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(loss, [scorer.table, scorer.slope, users], allow_unused=True)
+    found = torch.autograd.grad(loss, [scorer.table, scorer.slope, users], allow_unused=True, retain_graph=True)
     return [torch.zeros(()) if grad is None else grad for grad in found]
 
 
@@ -144,6 +164,53 @@ def test_full_softmax_keeps_no_scores() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         full_log_z(users, items).sum().backward()
     assert max(kept) <= items.numel()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_sampled_softmax_with_popularity_is_its_definition(own: bool, rng: np.random.Generator) -> None:
+    scorer, batch, popularity, gain = popular_case(rng, own)
+    users = user_vectors(batch)
+    log_probability = torch.randn(NUM_ITEMS, dtype=torch.float64).log_softmax(0)
+    negatives = torch.from_numpy(rng.integers(1, NUM_ITEMS, 20))
+    loss = batch_loss(scorer, users, batch, LossConfig(), negatives, log_probability, popularity)
+    plain = plain_sampled_softmax(scorer, users, batch, negatives, log_probability, gain)
+    assert_same(loss, plain, scorer, users)
+    assert_same_weights(loss, plain, scorer)
+
+
+def test_full_softmax_with_popularity_is_cross_entropy(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_QUESTION_BLOCK", 4)
+    monkeypatch.setattr(losses, "_ITEM_BLOCK", 5)
+    scorer, batch, popularity, gain = popular_case(rng, False)
+    users, config = user_vectors(batch), LossConfig(kind="full-softmax")
+    loss = batch_loss(scorer, users, batch, config, torch.arange(1, 3), torch.zeros(NUM_ITEMS), popularity)
+    logits = (users @ scorer.table.T + gain)[batch.target_question, 1:]
+    each = F.cross_entropy(logits, batch.target_item - 1, reduction="none")
+    plain = (batch.target_weight * each).sum() / len(users)
+    assert_same(loss, plain, scorer, users)
+    assert_same_weights(loss, plain, scorer)
+
+
+def popular_case(rng: np.random.Generator, own: bool) -> tuple[Scorer, Batch, Popularity, Tensor]:
+    """Return a scorer, a batch, its counts, and what each item gains at each question, [Q, I]."""
+    histories = make_histories(rng)
+    scorer, batch = Scorer(own, popular=True), make_batch(rng, own, histories=histories)
+    assert scorer.popularity_bias is not None
+    assert batch.target_time is not None
+    torch.nn.init.normal_(scorer.popularity_bias.weight)
+    popularity = Popularity(DayCounts.of_histories(histories), NUM_ITEMS)  # pyright: ignore[reportArgumentType]
+    shares = [popularity.log_shares(day) for day in day_of(batch.target_time)]
+    return scorer, batch, popularity, scorer.popularity_bias(torch.stack(shares))
+
+
+def assert_same_weights(one: Tensor, two: Tensor, scorer: Scorer) -> None:
+    assert scorer.popularity_bias is not None
+    weights = list(scorer.popularity_bias.parameters())
+    pair = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in (one, two))
+    for a, b in zip(*pair):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("calibration", [0.0, 0.75, 1.0])
