@@ -16,7 +16,7 @@ from torch import Tensor
 from recsys_ksa.errors import MissingPackageError
 from recsys_ksa.evaluate.metrics import question_metrics, user_means
 from recsys_ksa.evaluate.owned import Owned, Ownership
-from recsys_ksa.evaluate.protocol import ProtocolName, Questions, RequestTime, ask, held_out_start
+from recsys_ksa.evaluate.protocol import ProtocolName, Questions, RequestTime, ask, training_mask
 from recsys_ksa.evaluate.ranking import rank_targets
 
 if TYPE_CHECKING:
@@ -195,12 +195,6 @@ def own_items_first(owned: Owned, value: NDArray[np.float64], background: Tensor
     highest = background.numpy().max(axis=1)
     background.numpy()[question, owned.item[order]] = highest[question] + rises - before
     return background
-
-
-def training_mask(histories: "Histories", protocol: ProtocolName) -> NDArray[np.bool_]:
-    """Return which events the protocol leaves to training, bool [T]."""
-    position = np.arange(histories.num_events) - np.repeat(histories.offsets[:-1], histories.lengths)
-    return position < np.repeat(held_out_start(histories, protocol), histories.lengths)
 
 
 def choose_half_life(

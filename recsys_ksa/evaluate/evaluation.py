@@ -8,19 +8,32 @@ from typing import TYPE_CHECKING
 from recsys_ksa.errors import RunError, UsageError
 from recsys_ksa.evaluate.baselines import baselines
 from recsys_ksa.evaluate.ksa_scorer import AttentionImpl, RunScorer, run_scorers, window_events
+from recsys_ksa.evaluate.lists import COVERAGE, ListMetrics
 from recsys_ksa.evaluate.owned import Ownership
-from recsys_ksa.evaluate.protocol import ProtocolName, Questions, RequestTime, ask, check_honest, check_request_time
+from recsys_ksa.evaluate.protocol import (
+    ProtocolName,
+    Questions,
+    RequestTime,
+    ask,
+    check_honest,
+    check_request_time,
+    usefulness,
+)
 from recsys_ksa.evaluate.ranking import Ranks, Scorer, rank_targets
 from recsys_ksa.evaluate.rows import MAIN, Row, make_rows
 from recsys_ksa.evaluate.slices import columns, slices
+from recsys_ksa.evaluate.stored_summaries import Memory, has_summaries
 
 if TYPE_CHECKING:
+    from recsys_ksa.config import ModelConfig
     from recsys_ksa.data.dataset import Dataset
     from recsys_ksa.model.network import Network
     from recsys_ksa.run import Run
 
 log = logging.getLogger(__name__)
 TRUNCATED = "truncated"
+REPLACED: tuple[Memory, ...] = ("zeroed", "shuffled")
+"""Summaries that the run is shown besides its own."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,15 @@ def check_max_length(max_length: int | None, run: "Run") -> None:
         )
 
 
+def why_not_replaced(config: "ModelConfig", dataset: "Dataset", max_length: int | None) -> str | None:
+    """Return why stored summaries cannot be zeroed and shuffled; None where they can."""
+    if not has_summaries(config):
+        return "the run keeps no summaries"
+    if max_length is not None:
+        return "only the newest events are read"
+    return None if dataset.histories.num_users > 1 else "there is one user only"
+
+
 def evaluate_protocol(
     dataset: "Dataset",
     protocol: ProtocolName,
@@ -133,27 +155,49 @@ def evaluate_protocol(
             max_length=length,
             attention_impl=attention_impl,
         )
-    simple, notes = baselines(dataset, protocol, ownership, exclude_seen=exclude_seen, names=baseline_names)
+    notes = {}
+    for memory in REPLACED:
+        reason = why_not_replaced(main.config, dataset, max_length)
+        if reason is not None:
+            notes[f"{MAIN}-{memory}"] = f"left out: {reason}"
+            continue
+        scorers += run_scorers(
+            f"{MAIN}-{memory}",
+            main,
+            dataset,
+            questions,
+            ownership,
+            [usefulness(variants)],
+            memory=memory,
+            attention_impl=attention_impl,
+        )
+    simple, chosen = baselines(dataset, protocol, ownership, exclude_seen=exclude_seen, names=baseline_names)
     scorers.extend(simple)
-    ranks, repeat = rank_targets(
+    notes |= chosen
+    ranks, distance = rank_targets(
         scorers, questions, ownership, num_items, exclude_seen=exclude_seen, device=main.start.device
     )
     ranked: list[tuple[str, RequestTime | None, Ranks]] = [
         (scorer.name, scorer.request_time, found) for scorer, found in zip(scorers, ranks)
     ]
-    parts = slices(questions, repeat, exclude_seen=exclude_seen)
-    names, values = columns(questions, ranked, parts)
+    parts = slices(questions, distance, main.config, exclude_seen=exclude_seen)
+    lists = ListMetrics(dataset.histories, num_items, protocol)
+    names, values = columns(questions, ranked, parts, lists)
+    rows = make_rows(protocol, names, values)
+    for model, request_time, found in ranked:
+        share = lists.coverage(found.top)
+        rows.append(Row(model, protocol, request_time, "all", COVERAGE, share, share, share, len(values)))
     return Evaluation(
         protocol=protocol,
         variants=tuple(variants),
         exclude_seen=exclude_seen,
         max_length=max_length,
-        rows=make_rows(protocol, names, values),
+        rows=rows,
         notes=notes,
         num_users=len(values),
         num_questions=len(questions),
         num_targets=len(questions.target_item),
-        repeat_share=float(repeat.mean()),
+        repeat_share=float((distance > 0).mean()),
     )
 
 

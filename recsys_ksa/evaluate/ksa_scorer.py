@@ -15,19 +15,18 @@ from torch import Tensor
 
 from recsys_ksa.data.batches import Batch, questions_batch, span_start
 from recsys_ksa.data.jagged_arrays import ragged_arange
-from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.evaluate.owned import Ownership
-from recsys_ksa.evaluate.protocol import Questions, RequestTime, held_out_start, request_times
+from recsys_ksa.evaluate.protocol import Questions, RequestTime, request_times
+from recsys_ksa.evaluate.stored_summaries import Memory, stored_summaries
 from recsys_ksa.features import NO_GAP, gap_buckets
 from recsys_ksa.model.place import chunk_layout, place_histories
-from recsys_ksa.model.popularity import Popularity, add_popularity
 from recsys_ksa.progress import progress
 
 if TYPE_CHECKING:
     from ksa_kernels import ChunkLayout
     from recsys_ksa.config import ModelConfig
     from recsys_ksa.data.dataset import Dataset
-    from recsys_ksa.model.network import Network
+    from recsys_ksa.model.network import Network, Rows
 
 AttentionImpl = Literal["auto", "reference", "torch", "triton"]
 BATCH_EVENTS = 1 << 15
@@ -50,15 +49,12 @@ class RunScorer:
     ownership: Ownership
     max_length: int | None
     """Events read of each question; None: all."""
-    popularity: Popularity | None = None
-    """What the protocol lets be counted, where the network has a popularity bias."""
 
     def scores(self, questions: Questions) -> Tensor:
         """Return float32 [Q, I + 1] on the network's device."""
         device = self.items.device
         scores = self.vectors[torch.from_numpy(questions.number).to(device)] @ self.items.T
         if self.network.own_items is None:
-            self._add_popularity(scores, questions, None)
             return scores
         length, chunk_size = self.max_length, self.network.config.chunk_size
         start = None if length is None else span_start(questions.cut, length, chunk_size)
@@ -68,15 +64,7 @@ class RunScorer:
         question, item, *rest = (torch.from_numpy(part).to(device) for part in parts)
         with torch.no_grad():
             scores[question, item] += self.network.own_bias(item, *rest).to(torch.float32)
-        self._add_popularity(scores, questions, (question, item))
         return scores
-
-    def _add_popularity(self, scores: Tensor, questions: Questions, own: tuple[Tensor, Tensor] | None) -> None:
-        """Add popularity as of each question's own time, whatever request time it is shown: as the baselines do."""
-        if self.network.popularity_bias is not None and self.popularity is not None:
-            time = torch.from_numpy(questions.timestamp).to(scores.device)
-            with torch.no_grad():
-                add_popularity(scores, self.network.popularity_bias, self.popularity, time, own)
 
 
 def run_scorers(
@@ -88,6 +76,7 @@ def run_scorers(
     variants: Sequence[RequestTime],
     *,
     max_length: int | None = None,
+    memory: Memory = "own",
     attention_impl: AttentionImpl = "auto",
 ) -> list[RunScorer]:
     """Return one scorer for each kind of request time.
@@ -101,9 +90,12 @@ def run_scorers(
         variants: kinds of request time.
         max_length: show the network the newest events of each question only, at most so many, cut at a chunk boundary
             with true positions; owned items are counted in those events too. At least the chunk size. None: all.
+        memory: whose summaries the network reads (`stored_summaries`); other than `own` with whole histories only.
         attention_impl: implementation of summary attention.
     """
-    user_ids = dataset.histories.user_ids()
+    assert memory == "own" or max_length is None
+    histories = dataset.histories
+    user_ids = histories.user_ids()
     times = {variant: request_times(questions, variant, user_ids) for variant in variants}
     buckets = np.stack(
         [
@@ -116,24 +108,24 @@ def run_scorers(
     for rows in progress(batches, f"reading histories: {name}", unit="batch"):
         batch = _batch(dataset, questions, rows, network.config.chunk_size, max_length)
         batch = batch.to(network.start.device)
-        for kept, answer in zip(vectors, user_vectors(network, batch, buckets[:, rows], attention_impl)):
+        users = np.unique(questions.user[rows])
+        fixed = stored_summaries(network, histories, users, batch, memory, attention_impl)
+        for kept, answer in zip(vectors, user_vectors(network, batch, buckets[:, rows], attention_impl, fixed)):
             kept.append(answer)
     items = network.item_vectors().detach().to(torch.float32)
-    popularity = None
-    if network.popularity_bias is not None:
-        end = None if questions.protocol == "global" else held_out_start(dataset.histories, questions.protocol)
-        popularity = Popularity(DayCounts.of_histories(dataset.histories, end), dataset.num_items).to(items.device)
     return [
-        RunScorer(
-            name, variant, network, torch.cat(answers), items, times[variant][0], ownership, max_length, popularity
-        )
+        RunScorer(name, variant, network, torch.cat(answers), items, times[variant][0], ownership, max_length)
         for variant, answers in zip(variants, vectors)
     ]
 
 
 @torch.no_grad()
 def user_vectors(
-    network: "Network", batch: Batch, buckets: NDArray[np.int64], attention_impl: AttentionImpl = "auto"
+    network: "Network",
+    batch: Batch,
+    buckets: NDArray[np.int64],
+    attention_impl: AttentionImpl = "auto",
+    fixed: "Sequence[Rows | None] | None" = None,
 ) -> list[Tensor]:
     """Return the user vectors of a batch's questions for each row of request buckets, float32 [Q, E] each.
 
@@ -144,6 +136,7 @@ def user_vectors(
         batch: histories and questions; its own request buckets are not used.
         buckets: [V, Q].
         attention_impl: implementation of summary attention.
+        fixed: each layer's rows to read in place of those computed, as in `Network.encode`.
     """
     device = network.start.device
     known = batch.question_row >= 0
@@ -152,7 +145,7 @@ def user_vectors(
         return [start for _ in buckets]
     place = place_histories(network.config, batch.offsets, batch.first_position, device, network.dtype)
     events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, batch.offsets.diff())
-    encoded = network.encode(events, place, attention_impl)
+    encoded = network.encode(events, place, attention_impl, fixed=fixed)
     asking, layout = _asking_events(network, batch, place.layouts[network.last_kind])
     cos, sin = place.event_rotary
     rotary = cos[asking], sin[asking]

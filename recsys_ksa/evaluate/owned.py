@@ -59,6 +59,9 @@ class Ownership:
         self.previous_event[order[1:][same[1:]]] = order[:-1][same[1:]]
         self.next_event = np.full(len(order), len(order), dtype=np.int64)
         self.next_event[order[:-1][same[1:]]] = order[1:][same[1:]]
+        self._order = order
+        self._stride = int(item.max(initial=0)) + 1
+        self._key = user[order] * self._stride + item[order]
 
     def before(self, questions: Questions, start: NDArray[np.int64] | None = None) -> Owned:
         """Return what each question's user had in the events known to it: events start .. cut-1 of the history.
@@ -74,6 +77,24 @@ class Ownership:
         if self._latest is None or self._latest[0] is not questions:
             self._latest = (questions, self._gather(questions, None))
         return self._latest[1]
+
+    def last_met(self, questions: Questions) -> NDArray[np.int64]:
+        """Return how many events ago each target was last met, int64 [M]: 1 is the last known event, 0 never."""
+        question = questions.target_question
+        user, item = questions.user[question], questions.target_item
+        end = self.histories.offsets[user] + questions.cut[question]
+        key = np.where(item < self._stride, user * self._stride + item, -1)
+        key[item == UNKNOWN_ITEM] = -1
+        first = np.searchsorted(self._key, key, side="left")
+        low, high = first.copy(), np.searchsorted(self._key, key, side="right")
+        # All targets at once: halve the item's events of the user until those before the cut are told from the others.
+        while np.any(open_ := low < high):
+            middle = (low + high) // 2
+            before = open_ & (self._order[np.minimum(middle, len(self._order) - 1)] < end)
+            low = np.where(before, middle + 1, low)
+            high = np.where(open_ & ~before, middle, high)
+        met = low > first
+        return np.where(met, end - self._order[np.maximum(low - 1, 0)], 0)
 
     def _gather(self, questions: Questions, start: NDArray[np.int64] | None) -> Owned:
         base = self.histories.offsets[questions.user]

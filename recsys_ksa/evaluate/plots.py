@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recsys_ksa.errors import MissingPackageError
-from recsys_ksa.evaluate.report import usefulness
+from recsys_ksa.evaluate.protocol import usefulness
 from recsys_ksa.evaluate.rows import MAIN, Row
 from recsys_ksa.model.state import full_kv_bytes, kv_bytes
 
@@ -100,7 +100,7 @@ def _by_length(axes: "Axes", rows: Sequence[Row], told: str, main: "NamedRun") -
 
 def _by_request_time(axes: "Axes", rows: Sequence[Row], variants: Sequence[str]) -> None:
     chosen = {(row.model, row.request_time): row for row in rows if row.slice == "all" and row.request_time is not None}
-    models = list(dict.fromkeys(model for model, _ in chosen))
+    models = [model for model in dict.fromkeys(model for model, _ in chosen) if (model, variants[0]) in chosen]
     for at, model in enumerate(models):
         line = [chosen[(model, variant)] for variant in variants]  # type: ignore[index]
         place = np.arange(len(variants)) + 0.08 * (at - len(models) / 2)

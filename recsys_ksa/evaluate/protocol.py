@@ -8,6 +8,7 @@
 Targets of one question form a set. U users, T events, Q questions, M targets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -123,6 +124,12 @@ def held_out_start(histories: "Histories", protocol: ProtocolName) -> NDArray[np
     return _span(histories, protocol, "valid")[0]
 
 
+def training_mask(histories: "Histories", protocol: ProtocolName) -> NDArray[np.bool_]:
+    """Return which events the protocol leaves to training, bool [T]."""
+    position = np.arange(histories.num_events) - np.repeat(histories.offsets[:-1], histories.lengths)
+    return position < np.repeat(held_out_start(histories, protocol), histories.lengths)
+
+
 def check_honest(dataset: "Dataset", protocol: ProtocolName, training_span: TrainingSpan) -> None:
     """Refuse a protocol that this data or a run with this training span cannot honestly give.
 
@@ -191,6 +198,11 @@ def check_data(protocol: ProtocolName, manifest: "Manifest") -> None:
 def honest_request_times(manifest: "Manifest") -> tuple[RequestTime, ...]:
     """Return the request-time figures this data can give: without real intervals only `none`."""
     return ("none",) if manifest.clock == "ordinal" else REQUEST_TIMES
+
+
+def usefulness(variants: Sequence[RequestTime]) -> RequestTime:
+    """Return the request time on which claims of usefulness rest: `drawn` where there is one."""
+    return "drawn" if "drawn" in variants else variants[0]
 
 
 def check_request_time(variant: RequestTime, manifest: "Manifest") -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys_ksa.evaluate.metrics import Pairs, target_ranks
+from recsys_ksa.evaluate.metrics import TOP, Pairs, target_ranks
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime
 from recsys_ksa.progress import progress
@@ -54,6 +54,8 @@ class Ranks:
     """Among all items (all not seen, with a seen filter)."""
     own_list: NDArray[np.int64]
     """Among the items the user had, for a target the user had; else among the items the user never had."""
+    top: NDArray[np.int32]
+    """[Q, 10] item_index of the first ten items; 0 where a seen filter leaves fewer."""
 
 
 def chunks(questions: Questions, num_items: int) -> Iterator[Questions]:
@@ -76,20 +78,18 @@ class Chunk:
     questions: Questions
     targets: Pairs
     owned: Pairs
-    is_owned: Tensor
-    """bool [M], whether the user had the target."""
+    distance: Tensor
+    """int64 [M], how many events ago the target was last met; 0: never."""
 
     @staticmethod
-    def of(questions: Questions, ownership: Ownership, num_items: int, device: torch.device) -> "Chunk":
+    def of(questions: Questions, ownership: Ownership, device: torch.device) -> "Chunk":
         """Gather the chunk of these questions."""
         had = ownership.before(questions)
         owned = Pairs(torch.from_numpy(had.question).to(device), torch.from_numpy(had.item).to(device))
         targets = Pairs(
             torch.from_numpy(questions.target_question).to(device), torch.from_numpy(questions.target_item).to(device)
         )
-        table = torch.zeros(len(questions), num_items + 1, dtype=torch.bool, device=device)
-        table[owned.question, owned.item] = True
-        return Chunk(questions, targets, owned, table[targets.question, targets.item])
+        return Chunk(questions, targets, owned, torch.from_numpy(ownership.last_met(questions)).to(device))
 
     def scores(self, scorer: Scorer, *, exclude_seen: bool) -> Tensor:
         """Return the scorer's scores after the seen filter, float32 [Q, I + 1]; the filter never takes a target."""
@@ -109,8 +109,8 @@ def rank_targets(
     *,
     exclude_seen: bool,
     device: torch.device | str = "cpu",
-) -> tuple[list[Ranks], NDArray[np.bool_]]:
-    """Rank all targets of all questions by each scorer; also return whether the user had each target, bool [M].
+) -> tuple[list[Ranks], NDArray[np.int64]]:
+    """Rank all targets of all questions by each scorer; also return how many events ago each was last met, int64 [M].
 
     Args:
         scorers: give the scores.
@@ -120,21 +120,29 @@ def rank_targets(
         exclude_seen: leave out of the ranking what the user had, targets excepted.
         device: where ranks are counted.
     """
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in scorers]
-    repeat = [torch.zeros(0, dtype=torch.bool)]
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in scorers]
+    distance = [torch.zeros(0, dtype=torch.int64)]
     parts = list(chunks(questions, num_items))
 
-    def rank(chunk: Chunk, scorer: Scorer) -> tuple[Tensor, Tensor]:
+    def rank(chunk: Chunk, scorer: Scorer) -> tuple[Tensor, ...]:
         scores = chunk.scores(scorer, exclude_seen=exclude_seen)
-        among_all, among_list = target_ranks(scores, chunk.targets, chunk.owned, chunk.is_owned)
-        return among_all.cpu(), among_list.cpu()
+        among_all, among_list = target_ranks(scores, chunk.targets, chunk.owned, chunk.distance > 0)
+        return among_all.cpu(), among_list.cpu(), first_items(scores).cpu()
 
     # Sorting and gathering run outside Python's lock: scorers share the cores of a CPU.
     workers = 1 if torch.device(device).type != "cpu" else min(MAX_WORKERS, torch.get_num_threads())
     with ThreadPoolExecutor(workers) as pool:
         for part in progress(parts, f"ranking all items: {questions.protocol} {questions.part}", unit="chunk"):
-            chunk = Chunk.of(part, ownership, num_items, torch.device(device))
-            repeat.append(chunk.is_owned.cpu())
+            chunk = Chunk.of(part, ownership, torch.device(device))
+            distance.append(chunk.distance.cpu())
             for ranks, pair in zip(found, pool.map(partial(rank, chunk), scorers)):
                 ranks.append(pair)
-    return [Ranks(*(torch.cat(part).numpy() for part in zip(*ranks))) for ranks in found], torch.cat(repeat).numpy()
+    return [Ranks(*(torch.cat(part).numpy() for part in zip(*ranks))) for ranks in found], torch.cat(distance).numpy()
+
+
+def first_items(scores: Tensor) -> Tensor:
+    """Return the item_index of each row's `TOP` best items, int32 [Q, TOP]; 0 where fewer have a score. [Q, I + 1]."""
+    best = scores[:, 1:].topk(min(TOP, scores.shape[1] - 1), dim=1)
+    top = torch.zeros(len(scores), TOP, dtype=torch.int32, device=scores.device)
+    top[:, : best.indices.shape[1]] = torch.where(best.values > -torch.inf, best.indices + 1, 0).to(torch.int32)
+    return top

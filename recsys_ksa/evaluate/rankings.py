@@ -61,7 +61,7 @@ def write_rankings(
     rows = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for chunk in chunks(questions, dataset.num_items - 1):
-            gathered = Chunk.of(chunk, ownership, dataset.num_items - 1, device)
+            gathered = Chunk.of(chunk, ownership, device)
             scores = gathered.scores(scorer, exclude_seen=exclude_seen)
             best = scores[:, 1:].topk(min(DEPTH, scores.shape[1] - 1), dim=1)
             item, score = best.indices.cpu().numpy() + 1, best.values.cpu().numpy()

@@ -11,8 +11,9 @@ import numpy as np
 from recsys_ksa.evaluate.evaluation import Evaluation, NamedRun
 from recsys_ksa.evaluate.intervals import RESAMPLES
 from recsys_ksa.evaluate.ksa_scorer import window_events
+from recsys_ksa.evaluate.lists import LIST_METRICS
 from recsys_ksa.evaluate.metrics import METRICS
-from recsys_ksa.evaluate.protocol import RequestTime
+from recsys_ksa.evaluate.protocol import RequestTime, usefulness
 from recsys_ksa.evaluate.rows import MAIN, Row
 from recsys_ksa.model.state import full_kv_bytes, kv_bytes
 
@@ -34,11 +35,6 @@ PROTOCOL_WORDS = {
 _PREFIX = f"{MAIN}-minus-"
 
 
-def usefulness(variants: Sequence[RequestTime]) -> RequestTime:
-    """Return the request time on which claims of usefulness rest: `drawn` where there is one."""
-    return "drawn" if "drawn" in variants else variants[0]
-
-
 def markdown(evaluation: Evaluation, dataset: "Dataset", runs: Sequence[NamedRun]) -> str:
     """Return the whole report of one protocol."""
     parts = [f"# Evaluation of {runs[0].run.info.name}, {PROTOCOL_WORDS[evaluation.protocol]}", ""]
@@ -51,7 +47,11 @@ def markdown(evaluation: Evaluation, dataset: "Dataset", runs: Sequence[NamedRun
     parts += ["", f"## ndcg@10: {MAIN} (request time {told}) minus each other, paired by user", ""]
     parts += differences(evaluation.rows, told, [name for name in names if name in TITLES])
     parts += ["", "## ndcg@10 by events known (both ends included)", ""]
-    parts += by_length(evaluation.rows, told, [name for name in names if name.startswith("length-")])
+    parts += by_slice(evaluation.rows, told, [name for name in names if name.startswith("length-")])
+    met = [name for name in names if name.startswith("distance-")]
+    parts += ["", f"## ndcg@10 by where the target was last met: {', '.join(met)}", ""]
+    parts += by_slice(evaluation.rows, told, met)
+    parts += ["", "## The lists themselves", "", *lists(evaluation.rows, told)]
     parts += ["", "## State: K/V of one user", "", *state_sizes(dataset, runs[0]), ""]
     return "\n".join(parts)
 
@@ -91,6 +91,11 @@ def facts(evaluation: Evaluation, dataset: "Dataset", runs: Sequence[NamedRun]) 
         )
     window = window_events(runs[0].run.config.model)
     lines.append(f"truncated: {MAIN}'s weights on the last {window} events of each history")
+    if any(row.model == f"{MAIN}-zeroed" for row in evaluation.rows):
+        lines.append(
+            f"{MAIN}-zeroed, {MAIN}-shuffled: {MAIN}'s weights with every stored summary replaced by zeros, or by "
+            "that of another user of the same age; item counts are the user's own"
+        )
     return lines + [f"{name}: {note}" for name, note in evaluation.notes.items()]
 
 
@@ -98,7 +103,7 @@ def figures(rows: Sequence[Row], part: str) -> list[str]:
     """Return the table of models by metrics on one slice, best ndcg@10 first."""
     cells: dict[tuple[str, RequestTime | None], dict[str, Row]] = {}
     for row in rows:
-        if row.slice == part and not row.model.startswith(_PREFIX):
+        if row.slice == part and row.metric in METRICS and not row.model.startswith(_PREFIX):
             cells.setdefault((row.model, row.request_time), {})[row.metric] = row
     order = sorted(cells, key=lambda key: -cells[key][METRICS[0]].value)
     body = [[_label(*key), *(_figure(cells[key][metric]) for metric in METRICS)] for key in order]
@@ -118,8 +123,24 @@ def differences(rows: Sequence[Row], told: RequestTime, parts: Sequence[str]) ->
     return [*table([f"{MAIN} minus", *parts], body), "", "+ better, - worse, ? the interval holds 0."]
 
 
-def by_length(rows: Sequence[Row], told: RequestTime, parts: Sequence[str]) -> list[str]:
-    """Return ndcg@10 of each model in each slice of history length."""
+def lists(rows: Sequence[Row], told: RequestTime) -> list[str]:
+    """Return how much each model's lists reach, and how popular they are."""
+    found = {
+        (row.model, row.metric): row
+        for row in rows
+        if row.metric in LIST_METRICS and row.request_time in (None, told) and not row.model.startswith(_PREFIX)
+    }
+    names = list(dict.fromkeys(model for model, _ in found))
+    body = [[name, *(f"{found[(name, metric)].value:.4f}" for metric in LIST_METRICS)] for name in names]
+    meaning = (
+        "coverage@10: share of all items in at least one list; novelty@10: mean -log2 of an item's share of the "
+        "training events; popularity-bias@10: log2 of the list's popularity over that of the user's own events."
+    )
+    return [*table(["model", *LIST_METRICS], body), "", meaning]
+
+
+def by_slice(rows: Sequence[Row], told: RequestTime, parts: Sequence[str]) -> list[str]:
+    """Return ndcg@10 of each model in each of these slices."""
     found = {
         (row.model, row.slice): row
         for row in rows
@@ -128,7 +149,7 @@ def by_length(rows: Sequence[Row], told: RequestTime, parts: Sequence[str]) -> l
     names = list(dict.fromkeys(model for model, _ in found))
     users = ["users", *(f"{found[(names[0], part)].num_users:,}" for part in parts)]
     body = [[name, *(f"{found[(name, part)].value:.4f}" for part in parts)] for name in names]
-    return table(["model", *(part.removeprefix("length-") for part in parts)], [*body, users])
+    return table(["model", *(part.split("-", 1)[1] for part in parts)], [*body, users])
 
 
 def state_sizes(dataset: "Dataset", named: NamedRun) -> list[str]:

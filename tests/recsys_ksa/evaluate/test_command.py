@@ -10,6 +10,7 @@ from recsys_ksa.cli import call_verb, main
 from recsys_ksa.data.dataset import open_dataset
 from recsys_ksa.errors import MissingPackageError, ProtocolError, RunError, UsageError
 from recsys_ksa.evaluate.baselines import NAMES
+from recsys_ksa.evaluate.lists import LIST_METRICS
 from recsys_ksa.evaluate.protocol import ask
 from recsys_ksa.testing import lifelong_log, prepared_dataset
 
@@ -35,13 +36,16 @@ def test_rows_have_the_form_that_scripts_read(tiny_run, window_run, tiny_data, t
     rows = evaluate(tiny_run, tiny_data, tmp_path, "--compare", str(window_run), "--protocol", "global")
     assert all(list(row) == FIELDS for row in rows)
     models = {row["model"] for row in rows if "-minus-" not in row["model"]}
-    assert models == {"ksa", "window", "truncated", *NAMES}
+    assert models == {"ksa", "window", "truncated", "ksa-zeroed", "ksa-shuffled", *NAMES}
     assert {row["model"] for row in rows if "-minus-" in row["model"]} == {f"ksa-minus-{m}" for m in models - {"ksa"}}
-    assert {row["metric"] for row in rows} == {"ndcg@10", "hr@10", "recall@10", "mrr"}
+    assert {row["metric"] for row in rows} == {"ndcg@10", "hr@10", "recall@10", "mrr", *LIST_METRICS}
     assert {row["protocol"] for row in rows} == {"global"}
     for row in rows:
-        told = {None} if row["model"] in NAMES else {"target", "drawn", "none"}
-        assert row["request_time"] in told
+        simple = row["model"].removeprefix("ksa-minus-")
+        replaced = simple.startswith("ksa-")
+        assert row["request_time"] in (
+            {"drawn"} if replaced else {None} if row["model"] in NAMES else {"target", "drawn", "none"}
+        )
         assert row["low"] <= row["value"] + 1e-12
         assert row["value"] <= row["high"] + 1e-12
     keys = [tuple(row[field] for field in FIELDS[:5]) for row in rows]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from recsys_ksa.config import ModelConfig
 from recsys_ksa.evaluate.baselines import NAMES, baselines
 from recsys_ksa.evaluate.metrics import question_metrics
 from recsys_ksa.evaluate.owned import Ownership
@@ -14,6 +15,7 @@ from recsys_ksa.evaluate.ranking import rank_targets
 from recsys_ksa.evaluate.slices import slices
 
 ITEMS = 12
+CONFIG = ModelConfig(chunk_size=2, window_chunks=1, layers=("summary", "summary"))
 
 
 class Constant:
@@ -88,9 +90,9 @@ def test_a_seen_filter_takes_away_what_the_user_had_but_never_a_target(make_hist
     questions = ask(histories, "loo")
     ownership = Ownership(histories)
     scorer = Constant(1, 3, 2)
-    (plain,), repeat = rank_targets([scorer], questions, ownership, ITEMS, exclude_seen=False)
+    (plain,), distance = rank_targets([scorer], questions, ownership, ITEMS, exclude_seen=False)
     (filtered,), _ = rank_targets([scorer], questions, ownership, ITEMS, exclude_seen=True)
-    assert repeat.tolist() == [True]
+    assert distance.tolist() == [2]
     assert plain.all_items.tolist() == [3]
     # Items 1 and 3 are gone, item 2 stays although the user had it.
     assert filtered.all_items.tolist() == [1]
@@ -99,16 +101,16 @@ def test_a_seen_filter_takes_away_what_the_user_had_but_never_a_target(make_hist
 def test_a_set_question_splits_into_its_new_and_repeated_targets(make_histories):
     histories = make_histories([[(1, 0), (2, 10), (3, 20), (4, 20), (1, 20)]])
     questions = ask(histories, "loo")
-    (ranks,), repeat = rank_targets([Constant(1, 2, 4)], questions, Ownership(histories), ITEMS, exclude_seen=False)
-    assert repeat.tolist() == [True, False, False]
+    (ranks,), distance = rank_targets([Constant(1, 2, 4)], questions, Ownership(histories), ITEMS, exclude_seen=False)
+    assert distance.tolist() == [2, 0, 0]
     value = {}
-    for part in slices(questions, repeat, exclude_seen=False):
+    for part in slices(questions, distance, CONFIG, exclude_seen=False):
         rank = ranks.own_list if part.in_list else ranks.all_items
         value[part.name] = question_metrics(rank, questions.target_question, 1, part.kept)
     assert value["repeat"]["mrr"][0] == 1.0
     # Item 4 stands third among all items and first among those the user never had.
     assert value["new"]["mrr"][0] == 1.0
-    together = [part for part in slices(questions, repeat, exclude_seen=True) if part.name == "new"]
+    together = [part for part in slices(questions, distance, CONFIG, exclude_seen=True) if part.name == "new"]
     assert not together[0].in_list
     assert value["all"]["recall@10"][0] == pytest.approx(2 / 3)
 
@@ -117,8 +119,8 @@ def test_slices_by_gap_are_for_tie_ordered_questions_only(make_histories):
     histories = make_histories([[(1, 0), (2, 10), (3, 10)], [(1, 0), (2, 10), (3, 20)]])
     for protocol, has_gaps in (("loo", False), ("loo-classic", True)):
         questions = ask(histories, protocol)
-        repeat = np.zeros(len(questions.target_item), dtype=bool)
-        names = {part.name for part in slices(questions, repeat, exclude_seen=False)}
+        distance = np.zeros(len(questions.target_item), dtype=np.int64)
+        names = {part.name for part in slices(questions, distance, CONFIG, exclude_seen=False)}
         assert ("gap-0" in names) == has_gaps
         assert "length-0-15" in names
         assert "repeat" not in names
