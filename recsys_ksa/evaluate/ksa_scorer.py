@@ -15,11 +15,13 @@ from torch import Tensor
 
 from recsys_ksa.data.batches import Batch, questions_batch, span_start
 from recsys_ksa.data.jagged_arrays import ragged_arange
+from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.evaluate.owned import Ownership
-from recsys_ksa.evaluate.protocol import Questions, RequestTime, request_times
+from recsys_ksa.evaluate.protocol import Questions, RequestTime, held_out_start, request_times
 from recsys_ksa.evaluate.stored_summaries import Memory, stored_summaries
 from recsys_ksa.features import NO_GAP, gap_buckets
 from recsys_ksa.model.place import chunk_layout, place_histories
+from recsys_ksa.model.popularity import Popularity, add_popularity
 from recsys_ksa.progress import progress
 
 if TYPE_CHECKING:
@@ -49,12 +51,15 @@ class RunScorer:
     ownership: Ownership
     max_length: int | None
     """Events read of each question; None: all."""
+    popularity: Popularity | None = None
+    """What the protocol lets be counted, where the network has a popularity bias."""
 
     def scores(self, questions: Questions) -> Tensor:
         """Return float32 [Q, I + 1] on the network's device."""
         device = self.items.device
         scores = self.vectors[torch.from_numpy(questions.number).to(device)] @ self.items.T
         if self.network.own_items is None:
+            self._add_popularity(scores, questions, None)
             return scores
         length, chunk_size = self.max_length, self.network.config.chunk_size
         start = None if length is None else span_start(questions.cut, length, chunk_size)
@@ -64,7 +69,15 @@ class RunScorer:
         question, item, *rest = (torch.from_numpy(part).to(device) for part in parts)
         with torch.no_grad():
             scores[question, item] += self.network.own_bias(item, *rest).to(torch.float32)
+        self._add_popularity(scores, questions, (question, item))
         return scores
+
+    def _add_popularity(self, scores: Tensor, questions: Questions, own: tuple[Tensor, Tensor] | None) -> None:
+        """Add popularity as of each question's own time, whatever request time it is shown: as the baselines do."""
+        if self.network.popularity_bias is not None and self.popularity is not None:
+            time = torch.from_numpy(questions.timestamp).to(scores.device)
+            with torch.no_grad():
+                add_popularity(scores, self.network.popularity_bias, self.popularity, time, own)
 
 
 def run_scorers(
@@ -113,8 +126,14 @@ def run_scorers(
         for kept, answer in zip(vectors, user_vectors(network, batch, buckets[:, rows], attention_impl, fixed)):
             kept.append(answer)
     items = network.item_vectors().detach().to(torch.float32)
+    popularity = None
+    if network.popularity_bias is not None:
+        end = None if questions.protocol == "global" else held_out_start(histories, questions.protocol)
+        popularity = Popularity(DayCounts.of_histories(histories, end), dataset.num_items).to(items.device)
     return [
-        RunScorer(name, variant, network, torch.cat(answers), items, times[variant][0], ownership, max_length)
+        RunScorer(
+            name, variant, network, torch.cat(answers), items, times[variant][0], ownership, max_length, popularity
+        )
         for variant, answers in zip(variants, vectors)
     ]
 
