@@ -152,8 +152,7 @@ def _recognise(
 ) -> tuple[pl.DataFrame, pl.DataFrame, pa.Table | None]:
     """Add user_index and item_index where the data set has them; return the users' histories with them."""
     histories = newest_rows(known.dataset, known.parts.get(bucket, ()), users["user_id"].to_list())
-    numbers = read_frame(known.items).join(items, on="item_id", how="semi")
-    items = items.join(numbers, on="item_id", how="left", maintain_order="left")
+    items = items.join(read_frame(known.items), on="item_id", how="left", maintain_order="left")
     if histories is not None:
         ids = pl.DataFrame(histories.select(["user_id", "user_index"]))
         users = users.join(ids, on="user_id", how="left", maintain_order="left")

@@ -1,7 +1,9 @@
 """Dropping events that are there twice."""
 
+import numpy as np
 import polars as pl
 
+from ksa_pipelines.arrow import encode
 from ksa_pipelines.report import tally
 
 _COLUMNS = ("user", "item", "timestamp", "event_type", "event_id")
@@ -20,7 +22,8 @@ def drop_duplicates(events: pl.DataFrame, old: pl.DataFrame | None = None) -> tu
     old events came before all.
 
     Args:
-        events: user, item, timestamp, arrival and, where the log has them, event_type and event_id.
+        events: user, item, timestamp, arrival and, where the log has them, event_type and event_id; by user, time
+            and arrival.
         old: the same without arrival, in the data set already.
     """
     marked = events.with_columns(_marks(events, old))
@@ -30,28 +33,42 @@ def drop_duplicates(events: pl.DataFrame, old: pl.DataFrame | None = None) -> tu
 def _marks(events: pl.DataFrame, old: pl.DataFrame | None) -> pl.Series:
     """[events] null for an event, else the rule by which an earlier one was the same."""
     columns = [name for name in _COLUMNS if name in events.columns]
+    if "event_id" not in columns and old is None:
+        return _repeats(events)
     rows = events.select(*columns, pl.col("arrival").cast(pl.Int64).alias(_ORDER))
-    if old is not None and old.height:
+    if old is not None:
         before = old.select(*columns, pl.lit(-1, dtype=pl.Int64).alias(_ORDER))
         rows = pl.concat([before, rows])
-    return rows.lazy().pipe(mark_duplicates).collect()[DUPLICATE].tail(events.height)
+    return mark_duplicates(rows).tail(events.height)
 
 
-def mark_duplicates(events: pl.LazyFrame) -> pl.LazyFrame:
-    """Add the column `duplicate`: null for an event, else the rule by which an earlier row was the same one."""
-    columns = events.collect_schema().names()
+def _repeats(events: pl.DataFrame) -> pl.Series:
+    """Mark events that are the same by user, item, time and type; only events of one user and time can be."""
+    user, timestamp = events["user"].to_numpy(), events["timestamp"].to_numpy()
+    tied = np.append(False, (user[1:] == user[:-1]) & (timestamp[1:] == timestamp[:-1]))
+    suspects = np.flatnonzero(tied | np.append(tied[1:], False))
+    item = events["item"].to_numpy()[suspects].astype(np.int64)
+    key = np.cumsum(~tied)[suspects] * (item.max(initial=0) + 1) + item
+    if "event_type" in events.columns:
+        kind, kinds = encode(events["event_type"])
+        key = key * (len(kinds) + 1) + kind[suspects] + 1
+    repeats = np.ones(len(suspects), dtype=bool)
+    repeats[np.unique(key, return_index=True)[1]] = False
+    marks = pl.repeat(None, events.height, dtype=pl.String, eager=True).alias(DUPLICATE)
+    return marks.scatter(suspects[repeats], SAME_EVENT)
+
+
+def mark_duplicates(events: pl.DataFrame) -> pl.Series:
+    """Return the column `duplicate`: null for an event, else the rule by which an earlier row was the same one."""
+    columns = events.columns
     payload = [name for name in ("item", "timestamp", "event_type") if name in columns]
     later = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", *payload)
     if "event_id" not in columns:
-        return events.with_columns(pl.when(later).then(pl.lit(SAME_EVENT)).alias(DUPLICATE))
+        return events.select(pl.when(later).then(pl.lit(SAME_EVENT)).alias(DUPLICATE)).to_series()
     first = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", "event_id")
     same = pl.struct(payload)
     other = same != same.sort_by(_ORDER).first().over("user", "event_id")
     by_id = pl.when(first & other).then(pl.lit(SAME_ID_OTHER_PAYLOAD)).when(first).then(pl.lit(SAME_ID))
     without_id = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", *payload, pl.col("event_id").is_null())
-    return events.with_columns(
-        pl.when(pl.col("event_id").is_null())
-        .then(pl.when(without_id).then(pl.lit(SAME_EVENT)))
-        .otherwise(by_id)
-        .alias(DUPLICATE)
-    )
+    mark = pl.when(pl.col("event_id").is_null()).then(pl.when(without_id).then(pl.lit(SAME_EVENT))).otherwise(by_id)
+    return events.select(mark.alias(DUPLICATE)).to_series()

@@ -87,8 +87,10 @@ def ingest(
     """
     files_format, files = find_files(log)
     folder.mkdir(parents=True, exist_ok=True)
+    workers = resources.engine.workers
+    chunk_rows = resources.memory.chunk_rows(workers)
     tasks = [
-        SpillTask(file, files_format, position, log, config, forgotten, resources.memory.chunk_rows, folder)
+        SpillTask(file, files_format, position, log, config, forgotten, chunk_rows, folder)
         for position, file in enumerate(files)
     ]
     spilled = list(resources.engine.map(spill, tasks))
@@ -97,7 +99,7 @@ def ingest(
     num_rows = sum(file.num_rows for file in spilled)
     report(f"read {num_rows:,} rows{listed('rejected', rejected)}")
     refuse_nothing_left(num_rows - sum(rejected.values()), log, rejected)
-    resources.memory.refuse_large_buckets(np.sum([file.bucket_rows for file in spilled], axis=0), log)
+    resources.memory.refuse_large_buckets(np.sum([file.bucket_rows for file in spilled], axis=0), workers, log)
 
     chunks = _with_arrivals(spilled, first_arrival)
     gather_tasks = [

@@ -38,22 +38,23 @@ class Memory:
             raise UsageError(f"--memory: expected at least {2 * BASE >> 20} MiB, got {text!r}.")
         return memory
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows of a log to read at a time."""
-        return int(np.clip((self.num_bytes - BASE) // (4 * BYTES_PER_ROW), 1 << 14, 1 << 19))
+    def chunk_rows(self, workers: int) -> int:
+        """Return how many rows of a log each of some workers may read at a time."""
+        return int(np.clip((self.num_bytes - BASE) // (2 * workers * BYTES_PER_ROW), 1 << 14, 1 << 19))
 
-    def refuse_large_buckets(self, rows: NDArray[np.int64], log: str) -> None:
-        """Refuse a log whose largest bucket does not fit.
+    def refuse_large_buckets(self, rows: NDArray[np.int64], workers: int, log: str) -> None:
+        """Refuse a log whose largest buckets do not fit, one a worker.
 
         Args:
             rows: rows of each bucket, int64 [num_buckets].
+            workers: buckets held at a time.
             log: what the user called it.
 
         Raises:
             DataError: it says how many buckets or how much memory would do.
         """
-        need, largest = BASE + int(rows.max()) * BYTES_PER_EVENT, int(rows.argmax())
+        held, largest = np.sort(rows)[-workers:], int(rows.argmax())
+        need = BASE + int(held.sum()) * BYTES_PER_EVENT
         if need > self.num_bytes:
             buckets = len(rows) * 2 ** int(np.ceil(np.log2(need / self.num_bytes)) + 1)
             raise DataError(

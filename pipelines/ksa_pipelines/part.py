@@ -130,8 +130,7 @@ def merge_by_order(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
 def _as_numbers(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame:
     """Return the events with user_index, item_index and what ties need, in place of codes."""
     items = read_frame(task.folder / ITEMS, ["item_id"])
-    numbers = read_frame(task.items).join(items, on="item_id", how="semi")
-    items = items.join(numbers, on="item_id", how="left", maintain_order="left")
+    items = items.join(read_frame(task.items), on="item_id", how="left", maintain_order="left")
     item = events["item"].to_numpy()
     taken = {"user_index": users["user_index"].gather(events["user"]), "item_index": items["item_index"].gather(item)}
     if task.tie == "hash":

@@ -112,14 +112,17 @@ def read_bucket(chunks: Sequence[tuple[Path, int]], bucket: int) -> pl.DataFrame
         chunks: each with the arrival number of its file's first row.
         bucket: the bucket.
     """
-    frames = []
+    tables, arrivals = [], []
     for path, first_arrival in chunks:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(bucket)
             if batch.num_rows:
-                frame = pl.DataFrame(pa.Table.from_batches([batch]))
-                frames.append(frame.with_columns((pl.col(ROW) + first_arrival).alias("arrival")).drop(ROW))
-    return pl.concat(frames) if frames else pl.DataFrame()
+                arrivals.append(batch.column(ROW).to_numpy() + np.uint64(first_arrival))
+                tables.append(pa.Table.from_batches([batch]).drop_columns(ROW))
+    if not tables:
+        return pl.DataFrame()
+    rows = pl.DataFrame(pa.concat_tables(tables))
+    return rows.with_columns(arrival=pl.Series(np.concatenate(arrivals)))
 
 
 def refuse_mixed_columns(spilled: Sequence[Spilled], names: Sequence[str], log: str) -> None:

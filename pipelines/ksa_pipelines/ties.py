@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from recsys_ksa.data.manifest import ChosenBy, TieAudit
 from recsys_ksa.errors import SchemaError
@@ -55,17 +56,18 @@ class TiedPairs:
         )
 
 
-def sort_by_time(events: pl.DataFrame) -> pl.DataFrame:
+def sort_by_time(events: pl.DataFrame, user: str = "user") -> pl.DataFrame:
     """Return the events by (user, timestamp), ties as they were.
 
     Args:
-        events: user (int32), timestamp.
+        events: `user` (not negative) and timestamp.
+        user: name of that column.
     """
     first, last = events["timestamp"].min(), events["timestamp"].max()
-    if int(last) - int(first) >= 1 << 32:  # pyright: ignore[reportArgumentType]
-        return events.sort("user", "timestamp", maintain_order=True)
+    if int(last) - int(first) >= 1 << 32 or int(events[user].max()) >= 1 << 32:  # pyright: ignore[reportArgumentType]
+        return events.sort(user, "timestamp", maintain_order=True)
     # One key of 64 bits sorts four times as fast as two columns.
-    key = pl.col("user").cast(pl.UInt64) * (1 << 32) + (pl.col("timestamp") - first).cast(pl.UInt64)
+    key = pl.col(user).cast(pl.UInt64) * (1 << 32) + (pl.col("timestamp") - first).cast(pl.UInt64)
     return events.with_columns(key=key).sort("key", maintain_order=True).drop("key")
 
 
@@ -85,20 +87,20 @@ def count_tied_pairs(events: pl.DataFrame, items: pl.Series) -> TiedPairs:
     tied = same_user & (timestamp[1:] == timestamp[:-1])
     last = np.append(~same_user, True)[1:]
     first, second = item[:-1][tied], item[1:][tied]
-    by_bytes = items.cast(pl.Binary).rank("dense").to_numpy()
+    earlier, later = items.gather(first), items.gather(second)  # strings compare as their bytes
     numbers = items.cast(pl.Int64, strict=False)
     all_integers = numbers.null_count() == 0
-    by_number = numbers.to_numpy() if all_integers else by_bytes
+    smaller, larger = (numbers.gather(first), numbers.gather(second)) if all_integers else (earlier, later)
     return TiedPairs(
         order=order,
         users=int((~same_user).sum()) + (len(user) > 0),
         gaps=int(same_user.sum()),
         tied=int(tied.sum()),
         tied_targets=int((tied & last).sum()),
-        pairs=int((by_bytes[first] != by_bytes[second]).sum()),
-        greater=int((by_bytes[second] > by_bytes[first]).sum()),
-        integer_pairs=int((by_number[first] != by_number[second]).sum()),
-        integer_greater=int((by_number[second] > by_number[first]).sum()),
+        pairs=int((earlier != later).sum()),
+        greater=int((later > earlier).sum()),
+        integer_pairs=int((smaller != larger).sum()),
+        integer_greater=int((larger > smaller).sum()),
         all_integers=all_integers,
     )
 
@@ -145,13 +147,28 @@ def sort_by_order(events: pl.DataFrame, kind: TieKind) -> pl.DataFrame:
 
     Args:
         events: user_index, timestamp, `arrival` (uint64) and, by kind, event_id (nulls fall back to arrival) or
-            item_hash (uint64) and event_type_name (string, where the log has types).
+            item_hash (uint64) and event_type_name (string, where the log has types); events of one user and time
+            by arrival.
     """
-    keys = {"id": _id_keys, "arrival": _arrival_keys, "hash": _hash_keys}[kind](events)
-    ordered = events.with_columns(**{f"tie_{n}": key for n, key in enumerate(keys)}).sort(
-        "user_index", "timestamp", *(f"tie_{n}" for n in range(len(keys))), "arrival", nulls_last=False
-    )
+    ordered = sort_by_time(events, "user_index")
+    keys = {"id": _id_keys, "arrival": _arrival_keys, "hash": _hash_keys}[kind](ordered)
+    if keys:
+        ordered = ordered.with_columns(**{f"tie_{n}": key for n, key in enumerate(keys)})
+        ordered = ordered[_tied_order(ordered, len(keys))]
     return ordered.with_columns(tie=_ties(ordered, kind)).drop(f"tie_{n}" for n in range(len(keys)))
+
+
+def _tied_order(events: pl.DataFrame, num_keys: int) -> NDArray[np.int64]:
+    """Return the order of all rows, events of one user and time by their tie keys; only these are sorted."""
+    user, timestamp = events["user_index"].to_numpy(), events["timestamp"].to_numpy()
+    same = np.append(False, (user[1:] == user[:-1]) & (timestamp[1:] == timestamp[:-1]))
+    rows = np.flatnonzero(same | np.append(same[1:], False))
+    keys = [f"tie_{n}" for n in range(num_keys)]
+    run = pl.Series("run", np.cumsum(~same)[rows])
+    tied = events.select(keys)[rows].with_columns(run, at=pl.Series(rows, dtype=pl.Int64))
+    order = np.arange(events.height)
+    order[rows] = tied.sort("run", *keys, maintain_order=True, nulls_last=False)["at"].to_numpy()
+    return order
 
 
 def _arrival_keys(events: pl.DataFrame) -> list[pl.Series]:

@@ -85,7 +85,8 @@ def write_part(histories: pa.Table, path: Path) -> None:
     ends = histories.column("item_index").combine_chunks().offsets.to_numpy()[1:]
     cuts = np.searchsorted(ends, np.arange(ROW_GROUP_EVENTS, ends[-1], ROW_GROUP_EVENTS)) + 1
     cuts = np.unique(np.concatenate([[0], cuts, [histories.num_rows]]))
-    with pq.ParquetWriter(str(path), histories.schema, compression="zstd", use_dictionary=False) as writer:
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(str(path), histories.schema, **options) as writer:
         for first, last in zip(cuts.tolist(), cuts[1:].tolist()):
             writer.write_table(histories.slice(first, last - first), row_group_size=last - first)
 

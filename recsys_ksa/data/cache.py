@@ -12,7 +12,8 @@ import json
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def _merge_into(path: Path, parts: Sequence[Part], split: dict[str, dict[str, in
     digest = ContentHash(schema)
     lengths = []
     with path.open("r+b") as file:
-        for block in blocks(parts, num_events):
+        for block in _read_ahead(blocks(parts, num_events)):
             digest.update(block)
             layout.write(file.fileno(), with_global_split(block, split))
             lengths.append(_call("list_value_length", block.column("item_index")))
@@ -149,6 +150,15 @@ def _merge_into(path: Path, parts: Sequence[Part], split: dict[str, dict[str, in
         positions = split_hash(split, pa.ipc.open_file(source).get_batch(0))
     all_lengths = np.concatenate(lengths).astype(np.int64) if lengths else np.empty(0, dtype=np.int64)
     return Merged(digest.hexdigest(), positions, all_lengths)
+
+
+def _read_ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the tables, the next one being read meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = reader.submit(next, tables, None)
+            yield table
 
 
 def _sizes(part: Part) -> tuple[int, int]:
