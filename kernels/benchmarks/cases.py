@@ -22,7 +22,8 @@ class Case(NamedTuple):
     lengths: tuple[int, ...]
     head_dim: int = 64
     chunk_size: int = 8
-    window_chunks: int = 32
+    window_chunks: int | None = 32
+    """None: infinite (a full layer)."""
     summaries_per_chunk: int = 1
 
     @property
@@ -48,7 +49,8 @@ class Case(NamedTuple):
     @property
     def num_pairs(self) -> int:
         """Pairs of a query and a key that it sees, one head."""
-        k, window, m = self.chunk_size, self.window_chunks, self.summaries_per_chunk
+        k, m = self.chunk_size, self.summaries_per_chunk
+        window = max(self.lengths) if self.window_chunks is None else self.window_chunks
         pairs = 0
         for n in self.lengths:
             for chunk in range(-(-n // k)):
@@ -87,6 +89,7 @@ def equal_lengths(length: int) -> tuple[int, ...]:
 
 CASES = (
     Case("jagged", lognormal_lengths()),
+    Case("256", equal_lengths(256)),
     Case("1024", equal_lengths(1024)),
     Case("4096", equal_lengths(4096)),
     Case("16384", equal_lengths(16_384)),

@@ -19,7 +19,7 @@ from timing import median_ms
 
 from ksa_kernels.summary_attention import triton_op
 from ksa_kernels.summary_attention.triton_op import Blocks
-from ksa_kernels.summary_attention.triton_tiles import tiles, users_table
+from ksa_kernels.summary_attention.triton_tiles import tiles
 
 B = Blocks
 VARIANTS: dict[int, dict[str, list[Blocks]]] = {
@@ -80,21 +80,20 @@ def runner(case: Case, kernel: str, blocks: Blocks) -> Callable[[], Any]:
     triton_op.TUNED[case.head_dim] = triton_op.TUNED[case.head_dim]._replace(**{kernel: blocks})
     events, summaries, layout = inputs(case)
     kind = {"forward": "queries", "queries": "queries"}.get(kernel, kernel)
-    none = torch.empty(0, 2, dtype=torch.int32, device="cuda")
+    none = torch.empty(0, 8, dtype=torch.int32, device="cuda")
     maps = [none] * 4
     maps[WHERE[kernel]] = tiles(layout, kind, blocks.m if kind == "queries" else blocks.n)
     rule = (case.chunk_size, case.summaries_per_chunk, case.window_chunks, -1)
     tensors = (*events, *summaries)
-    users = users_table(layout)
 
     def launch() -> Any:
         triton_op.TUNED[case.head_dim] = triton_op.TUNED[case.head_dim]._replace(**{kernel: blocks})
         if kernel == "forward":
-            return triton_op.summary_attention_op(*tensors, users, maps, *rule)
+            return triton_op.summary_attention_op(*tensors, maps, *rule)
         out = [torch.zeros_like(events.query), torch.zeros_like(summaries.query)]
         lse = [torch.zeros(x.shape[1], x.shape[0], device="cuda") + 6 for x in out]
         return lambda: triton_op.summary_attention_backward_op(
-            *tensors, *out, *lse, *(torch.randn_like(x) for x in out), None, None, users, maps, *rule
+            *tensors, *out, *lse, *(torch.randn_like(x) for x in out), None, None, maps, *rule
         )
 
     return launch if kernel == "forward" else launch()

@@ -7,8 +7,10 @@ needed, and whole tiles between, where none is. No tile is visited that no row s
 import triton
 import triton.language as tl
 
-USER_FIELDS = 8
-"""Entries of the table of users: N, query_start, key_start, first chunk that asks, and four row shifts."""
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+HIDDEN = tl.constexpr(-1.0e30)
+"""Score of a key that a row does not see: finite, so that a row which has met no key yet stays finite."""
 
 
 @triton.jit

@@ -13,13 +13,18 @@ from ksa_kernels.testing import error_budget, relative_error
 HERE = Path(__file__).parent
 
 
-def value_and_gradients(impl, num_users, num_items, dim, biased, dtype=torch.float64):
+def value_and_gradients(impl, num_users, num_items, dim, biased, dtype=torch.float64, device="cpu", rounded=None):
+    """`rounded`: the dtype that the inputs' values are rounded to, if not `dtype`."""
     generator = torch.Generator().manual_seed(num_users)
-    draw = [torch.randn(n, dim, generator=generator).to(dtype).requires_grad_() for n in (num_users, num_items)]
-    bias = torch.randn(num_items, generator=generator).to(dtype) if biased else None
-    out = catalogue_log_z(*draw, bias, impl=impl)
-    weights = torch.randn(num_users, generator=generator).to(out.dtype)
-    return [out, *torch.autograd.grad((out * weights).sum(), draw)]
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(rounded or dtype).to(device, dtype)
+
+    users, items = (draw(n, dim).requires_grad_() for n in (num_users, num_items))
+    bias = draw(num_items) if biased else None
+    out = catalogue_log_z(users, items, bias, impl=impl)
+    weights = draw(num_users).to(out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), (users, items))]
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -16,7 +16,7 @@ from ksa_kernels.testing import error_budget, make_layout, make_qkv, relative_er
 HERE = Path(__file__).parent
 
 
-def states(rng: random.Random, dtype=torch.float32, longest=90):
+def states(rng: random.Random, dtype=torch.float32, longest=90, device="cpu"):
     """Draw users with new events, and a cache of shuffled pages that holds what they see."""
     k, window = rng.choice([2, 3, 8]), rng.choice([0, 1, 3, None])
     lengths = [rng.choice([1, k, rng.randint(1, longest), rng.randint(1, longest)]) for _ in range(3)]
@@ -29,7 +29,7 @@ def states(rng: random.Random, dtype=torch.float32, longest=90):
         "query_start": starts,
         "key_start": [0 if window is None else max(0, start // k - window) * k for start in starts],
     }
-    layout = make_layout(lengths, **rule)
+    layout = make_layout(lengths, **rule).to(device)
     events, summaries = make_qkv(layout, num_heads=4, num_kv_heads=2, head_dim=16, dtype=dtype, seed=rng.randint(0, 99))
     ring = -(-max(lengths) // 4) + 1
     cache = PagedCache(Pages.allocate(3, ring, 4, 2, 16, events.key), Pages.allocate(3, 2 * ring, 2, 2, 16, events.key))
@@ -40,13 +40,13 @@ def states(rng: random.Random, dtype=torch.float32, longest=90):
     return layout, events, summaries, cache
 
 
-def check(rng: random.Random, impl: str, longest: int = 90) -> None:
-    layout, events, summaries, cache = states(rng, longest=longest)
+def check(rng: random.Random, impl: str, longest: int = 90, dtype=torch.float32, device="cpu") -> None:
+    layout, events, summaries, cache = states(rng, dtype, longest, device)
     expected = summary_attention(events, summaries, layout, impl="reference")
     actual = summary_append(events.query, summaries.query, cache, layout, impl=impl)
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape
-        assert relative_error(one, other) <= error_budget(torch.float32), (layout, impl)
+        assert relative_error(one, other) <= error_budget(dtype), (layout, impl)
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

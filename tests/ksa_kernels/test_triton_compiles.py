@@ -13,15 +13,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ksa_kernels.catalogue_softmax import triton_log_z
+from ksa_kernels.norm_rotary import triton_norm_rotary
+from ksa_kernels.sigmoid_gate import triton_sigmoid_gate
 from ksa_kernels.summary_append import triton_append
 from ksa_kernels.summary_attention.triton_backward import columns_kernel, queries_kernel
 from ksa_kernels.summary_attention.triton_forward import forward_kernel
 
 RULE = dict(H=8, G=2, D=32, K=8, M=1, CAPPED=True, BLOCK_M=BLOCK, BLOCK_N=BLOCK, BLOCK_S=16, PRECISION="tf32")
 
-TYPES = {"users_ptr": "*i64", "tiles_ptr": "*i32", "event_table_ptr": "*i32", "summary_table_ptr": "*i32"}
-TYPES["scale"] = "fp32"
-FLOATS = ("lse", "delta", "part", "log_z", "grad_ptr")
+TYPES = {"tiles_ptr": "*i32", "event_table_ptr": "*i32", "summary_table_ptr": "*i32"}
+TYPES["scale"] = TYPES["eps"] = "fp32"
+FLOATS = ("lse", "delta", "part", "log_z", "grad_ptr", "weight", "cos", "sin")
 
 def type_of(name, more):
     if name in more or name in TYPES:
@@ -45,7 +47,7 @@ def compile(kernel, types={}, **constants):
 
 keys_of_summaries, keys_of_events = {"SUMMARIES": True}, {"SUMMARIES": False}
 on_keys = [(columns_kernel, keys_of_summaries), (columns_kernel, keys_of_events)]
-for kernel, more in [(forward_kernel, {}), (queries_kernel, {}), *on_keys]:
+for kernel, more in [(forward_kernel, {"SAME_STRIDES": FUSED}), (queries_kernel, {"SAME_STRIDES": FUSED}), *on_keys]:
     asm = compile(kernel, FUSED=FUSED, **RULE, **more)
     assert len(asm["cubin"]) > 1000
     assert ARCH != 90 or "wgmma" in asm["ptx"]
@@ -57,6 +59,10 @@ compile(triton_append.join_kernel, {"part_lse_ptr": "*fp32"}, H=8, D=32, SPLITS=
 items = {"users_ptr": "*bf16"}
 compile(triton_log_z.forward_kernel, items, BIASED=True, BLOCK_M=BLOCK, **tile)
 compile(triton_log_z.gradient_kernel, items, BIASED=True, ROWS_ARE_USERS=FUSED, BLOCK_M=BLOCK, **tile)
+for kernel in (triton_norm_rotary.forward_kernel, triton_norm_rotary.backward_kernel):
+    compile(kernel, P=2, H=8, D=64, ROWS=64)
+for kernel in (triton_sigmoid_gate.forward_kernel, triton_sigmoid_gate.backward_kernel):
+    compile(kernel, E=512, WIDTH=512, TOKENS=8)
 """
 
 

@@ -10,6 +10,8 @@ from ksa_kernels.errors import ImplUnavailableError
 from ksa_kernels.testing import error_budget, make_qkv, nan_filled_empty, relative_error
 
 from .cases import Case, random_case
+from .test_catalogue_softmax import value_and_gradients
+from .test_summary_append import check as check_append
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,6 +61,33 @@ def test_equal_inputs_give_equal_gradients():
     case = Case([3000, 500], {"chunk_size": 8, "summaries_per_chunk": 1, "window_chunks": 4}, 4, 2)
     once, again = (run(case, "triton", torch.bfloat16, 64) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_append_reads_pages_in_place(dtype, rng):
+    for _ in range(4):
+        check_append(rng, "triton", 900, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(1, 1, 16, False), (300, 1000, 64, True), (70, 5000, 129, True)])
+def test_the_catalogues_normaliser_equals_reference(sizes, dtype):
+    actual = value_and_gradients("triton", *sizes, dtype, "cuda")
+    expected = value_and_gradients("reference", *sizes, torch.float64, "cuda", rounded=dtype)
+    for one, other in zip(actual, expected, strict=True):
+        assert relative_error(one, other) <= error_budget(dtype) or float(other.norm()) == 0
+
+
+def test_torch_compile_takes_the_operator_whole():
+    case = Case([300, 40], {"chunk_size": 8, "summaries_per_chunk": 1, "window_chunks": 4}, 2, 2)
+    layout = case.layout.to("cuda")
+    inputs = make_qkv(layout, num_heads=2, head_dim=64, dtype=torch.bfloat16)
+
+    def run(events, summaries):
+        return summary_attention(events, summaries, layout, impl="triton").events
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), run(*inputs))
 
 
 def test_head_dims_without_kernels_are_refused():

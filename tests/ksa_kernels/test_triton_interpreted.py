@@ -62,11 +62,11 @@ def test_the_operator_passes_torchs_own_checks():
     run_interpreted(
         """
 from ksa_kernels.summary_attention import triton_op as op
-from ksa_kernels.summary_attention.triton_tiles import tiles, users_table
+from ksa_kernels.summary_attention.triton_tiles import tiles
 layout = Case([5, 21], {"chunk_size": 4, "summaries_per_chunk": 1, "window_chunks": 1}, 2, 1).layout
 events, summaries = make_qkv(layout, num_heads=2, num_kv_heads=1, dtype=torch.float32, requires_grad=True)
 maps = [tiles(layout, kind, 32) for kind in ("queries", "queries", "events", "summaries")]
-arguments = (*events, *summaries, users_table(layout), maps, 4, 1, 1, -1)
+arguments = (*events, *summaries, maps, 4, 1, 1, -1)
 checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
 torch.library.opcheck(op.summary_attention_op, arguments, test_utils=checks)
 """

@@ -19,24 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ksa_kernels._triton import USER_FIELDS, first_seen, old_start, old_stop
+from ksa_kernels._triton import HIDDEN, LN2, first_seen, old_start, old_stop
 from ksa_kernels.layout import ChunkLayout
 from ksa_kernels.summary_append.cache import PagedCache, Pages
 from ksa_kernels.summary_attention.triton_tiles import FOREVER, users_table
 
-FIELDS = tl.constexpr(USER_FIELDS)
-LN2 = tl.constexpr(0.6931471805599453)
-HIDDEN = tl.constexpr(-1.0e30)
+FIELDS = tl.constexpr(6)
 LOG2E = 1.4426950408889634
 BLOCK_N = 64
+STAGES = 3
 PROGRAMS = 264
 """Programs that fill an H100: two a multiprocessor."""
+MOST_SPLITS = 32
 
 
 @triton.jit
 def append_kernel(
     eq_ptr, sq_ptr, ek_ptr, ev_ptr, sk_ptr, sv_ptr, event_table_ptr, summary_table_ptr,
-    out_ptr, lse_ptr, users_ptr, tiles_ptr,
+    out_ptr, lse_ptr, tiles_ptr,
     scale, window, visible, num_event_rows, num_rows, event_ring, summary_ring,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
     EVENT_PAGE: tl.constexpr, SUMMARY_PAGE: tl.constexpr, SPLITS: tl.constexpr,
@@ -46,14 +46,12 @@ def append_kernel(
     kv_head = tl.program_id(0) % J
     tile = tl.program_id(0) // J
     split = tl.program_id(1)
-    user = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
-    start = tl.load(tiles_ptr + 3 * tile + 1)
-    is_summary = tl.load(tiles_ptr + 3 * tile + 2) == 1
-    fields = users_ptr + user * FIELDS
-    n = tl.load(fields).to(tl.int32)
-    key_start = tl.load(fields + 2).to(tl.int32)
-    eq_shift = tl.load(fields + 4)
-    sq_shift = tl.load(fields + 6)
+    fields = tiles_ptr + tile * FIELDS
+    user = tl.load(fields).to(tl.int64)
+    start = tl.load(fields + 1)
+    is_summary = tl.load(fields + 2) == 1
+    n, key_start = tl.load(fields + 3), tl.load(fields + 4)
+    shift = tl.load(fields + 5).to(tl.int64)
 
     # rows: query (start + row // G) of head kv_head * G + row % G; a query is an event or a summary slot
     offsets = tl.arange(0, ROWS)
@@ -79,7 +77,7 @@ def append_kernel(
     slot_tiles = tl.cdiv(tl.maximum(slot_end - slot_first, 0), BLOCK_N)
 
     offsets_d = tl.arange(0, D)
-    rows = tl.where(is_summary, sq_shift, eq_shift) + query
+    rows = shift + query
     q_ptr = tl.where(is_summary, sq_ptr, eq_ptr)
     q = tl.load(q_ptr + (rows * H + head)[:, None] * D + offsets_d[None, :], mask=exists[:, None], other=0.0)
     acc = tl.zeros([ROWS, D], tl.float32)
@@ -125,21 +123,19 @@ def join_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     offsets_d = tl.arange(0, D)
-    top = HIDDEN
-    for split in range(SPLITS):
-        top = tl.maximum(top, tl.load(part_lse_ptr + split * num_rows * H + at))
-    total = 0.0
-    acc = tl.zeros([D], tl.float32)
-    for split in range(SPLITS):
-        weight = tl.exp2(tl.load(part_lse_ptr + split * num_rows * H + at) - top)
-        acc += weight * tl.load(part_ptr + (split * num_rows * H + at) * D + offsets_d)
-        total += weight
+    part = tl.arange(0, SPLITS).to(tl.int64) * num_rows * H + at
+    lse2 = tl.load(part_lse_ptr + part)
+    outs = tl.load(part_ptr + part[:, None] * D + offsets_d[None, :])
+    top = tl.max(lse2, 0)
+    weights = tl.exp2(lse2 - top)
+    total = tl.sum(weights, 0)
+    out = tl.sum(weights[:, None] * outs, 0) / total
     num_events = tl.cast(num_event_rows, tl.int64) * H
     is_event = at < num_events
     out_at = tl.where(is_event, at, at - num_events)
     out_ptr = tl.where(is_event, eo_ptr, so_ptr)
     lse_ptr = tl.where(is_event, elsep_ptr, slsep_ptr)
-    tl.store(out_ptr + out_at * D + offsets_d, (acc / total).to(eo_ptr.dtype.element_ty))
+    tl.store(out_ptr + out_at * D + offsets_d, out.to(eo_ptr.dtype.element_ty))
     tl.store(lse_ptr + out_at, (top + tl.log2(total)) * LN2)
 
 
@@ -152,7 +148,7 @@ def attend(
     queries = max(1, 16 // group)
     where = _tiles(layout, queries)
     num_kv_heads = num_heads // group
-    splits = max(1, min(16, PROGRAMS // max(1, len(where) * num_kv_heads)))
+    splits = _splits(len(where) * num_kv_heads)
     num_rows = len(event_query) + len(summary_query)
     part = event_query.new_empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32)
     part_lse = event_query.new_empty(splits, num_rows, num_heads, dtype=torch.float32)
@@ -164,14 +160,14 @@ def attend(
     with torch.cuda.device(event_query.device if event_query.is_cuda else -1):
         append_kernel[(len(where) * num_kv_heads, splits)](
             event_query.contiguous(), summary_query.contiguous(), *_pools(cache.events), *_pools(cache.summaries),
-            cache.events.table, cache.summaries.table, part, part_lse, users_table(layout), where,
+            cache.events.table, cache.summaries.table, part, part_lse, where,
             head_dim**-0.5 * LOG2E, FOREVER if window is None else window, visible or 0,
             len(event_query), num_rows, cache.events.table.shape[1], max(1, cache.summaries.table.shape[1]),
             H=num_heads, G=group, D=head_dim, K=layout.chunk_size, M=layout.summaries_per_chunk,
             CAPPED=visible is not None and window is not None, EVENT_PAGE=cache.events.page_size,
             SUMMARY_PAGE=cache.summaries.page_size, SPLITS=splits, QUERIES=queries,
             ROWS=max(16, triton.next_power_of_2(queries * group)), BLOCK_N=BLOCK_N,
-            PRECISION="ieee" if event_query.dtype is torch.float32 else "tf32", num_warps=4, num_stages=3,
+            PRECISION="ieee" if event_query.dtype is torch.float32 else "tf32", num_warps=4, num_stages=STAGES,
         )  # fmt: skip
         join_kernel[(num_rows * num_heads,)](
             part, part_lse, eo, so, elsep, slsep, len(event_query), num_rows,
@@ -180,20 +176,30 @@ def attend(
     return eo, so, elsep, slsep
 
 
+def _splits(programs: int) -> int:
+    """Return into how many parts, a power of two, the keys are split so that the device is full."""
+    return min(MOST_SPLITS, max(1, triton.next_power_of_2(PROGRAMS // max(1, programs) + 1) // 2))
+
+
 def _pools(pages: Pages) -> tuple[Any, Any]:
     return pages.key, pages.value
 
 
 def _tiles(layout: ChunkLayout, queries: int) -> Tensor:
-    """Return int32 [tiles, 3]: user, first event or slot, and whether its queries are summaries."""
+    """Return int32 [tiles, 6]: user, first event or slot, whether its queries are summaries, N, key_start, and what to
+    add to an event or slot number for its row.
+    """
     name = f"append tiles {queries}"
     if name not in layout.plans:
         m = layout.summaries_per_chunk
-        found: list[tuple[int, int, int]] = []
+        found: list[tuple[int, ...]] = []
+        shifts = users_table(layout).tolist()
         for user, span in enumerate(layout.spans):
-            found += [(user, first, 0) for first in range(span.query_start, span.num_events, queries)]
+            event_shift, slot_shift = shifts[user][3], shifts[user][5]
+            n, key_start = span.num_events, span.key_start
+            events = range(span.query_start, n, queries)
             slots = range(span.first_query_chunk * m, span.num_closed * m, queries)
-            found += [(user, first, 1) for first in slots]
-        tiles = torch.tensor(found, dtype=torch.int32).reshape(-1, 3)
-        layout.plans[name] = tiles.to(layout.device, non_blocking=True)
+            found += [(user, first, 0, n, key_start, event_shift) for first in events]
+            found += [(user, first, 1, n, key_start, slot_shift) for first in slots]
+        layout.plans[name] = torch.tensor(found, dtype=torch.int32).reshape(-1, 6).to(layout.device, non_blocking=True)
     return layout.plans[name]

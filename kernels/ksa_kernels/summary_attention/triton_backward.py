@@ -15,17 +15,16 @@ Letters: K chunk_size, M summaries_per_chunk, D head dim, G query heads a key he
 import triton
 import triton.language as tl
 
-from ksa_kernels._triton import (
-    USER_FIELDS,
-    cut_range,
-    first_seen,
-    load_rows,
-    old_start,
-    old_stop,
+from ksa_kernels._triton import LOG2E, cut_range, load_rows
+from ksa_kernels.summary_attention.triton_ranges import (
+    edge_tile,
+    load_fields,
+    load_keys,
+    num_edge_tiles,
+    num_whole_tiles,
+    query_ranges,
+    whole_tile,
 )
-
-FIELDS = tl.constexpr(USER_FIELDS)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -39,198 +38,159 @@ def _dq_step(q, d_out, k, v, seen, lse2, delta, acc, scale, PRECISION: tl.conste
 
 
 @triton.jit
+def _finished_delta(out, d_out, delta_at, exists):
+    """Add sum_d dO out to what `delta_at` holds, minus the log-sum-exp's gradient; store and return it."""
+    delta = tl.load(delta_at, mask=exists, other=0.0)
+    delta += tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(delta_at, delta, mask=exists)
+    return delta
+
+
+@triton.jit
+def _own_step(
+    q, d_out, k_rows, v_rows, k_row, v_row, count, seen, lse2, delta, acc, scale,
+    ROWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of keys of the summary queries' own chunks."""
+    k = load_rows(k_rows, k_row, count, ROWS, D, True)
+    v = load_rows(v_rows, v_row, count, ROWS, D, True)
+    return _dq_step(q, d_out, k, v, seen, lse2, delta, acc, scale, PRECISION, True)
+
+
+@triton.jit
+def _summary_queries(
+    slot_first, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base,
+    so_base, sdo_base, sdq_base, slse_base, sdelta_base,
+    sq_row, ek_row, ev_row, sk_row, sv_row, so_row, scale,
+    D: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write dq and delta of a block of summary queries; as in the forward kernel."""
+    slots = slot_first + tl.arange(0, BLOCK_S)
+    here, chunk = slots < slot_stop, slots // M
+    chunk_first = slot_first // M
+    chunk_stop = (tl.minimum(slot_first + BLOCK_S, slot_stop) - 1) // M + 1
+    q_rows = sq_base + tl.cast(slot_first, tl.int64) * sq_row
+    q = load_rows(q_rows, sq_row, slot_stop - slot_first, BLOCK_S, D, True)
+    place = slots.to(tl.int64)[:, None] * so_row + tl.arange(0, D)[None, :]
+    d_out = tl.load(sdo_base + place, mask=here[:, None], other=0.0)
+    out = tl.load(so_base + place, mask=here[:, None], other=0.0)
+    delta = _finished_delta(out, d_out, sdelta_base + slots, here)
+    lse2 = tl.load(slse_base + slots, mask=here, other=0.0) * LOG2E
+    acc = tl.zeros([BLOCK_S, D], tl.float32)
+    if FUSED:
+        at = chunk_first * K
+        acc = _own_step(
+            q, d_out, ek_base + tl.cast(at, tl.int64) * ek_row, ev_base + tl.cast(at, tl.int64) * ev_row,
+            ek_row, ev_row, chunk_stop * K - at, ((at + tl.arange(0, BLOCK_M)) // K)[None, :] == chunk[:, None],
+            lse2, delta, acc, scale, BLOCK_M, D, PRECISION,
+        )  # fmt: skip
+        acc = _own_step(
+            q, d_out, sk_base + tl.cast(slot_first, tl.int64) * sk_row,
+            sv_base + tl.cast(slot_first, tl.int64) * sv_row,
+            sk_row, sv_row, slot_stop - slot_first,
+            (chunk[None, :] == chunk[:, None]) & (slots[None, :] <= slots[:, None]),
+            lse2, delta, acc, scale, BLOCK_S, D, PRECISION,
+        )  # fmt: skip
+    else:
+        for at in range(chunk_first * K, chunk_stop * K, BLOCK_N):
+            acc = _own_step(
+                q, d_out, ek_base + tl.cast(at, tl.int64) * ek_row, ev_base + tl.cast(at, tl.int64) * ev_row,
+                ek_row, ev_row, chunk_stop * K - at, ((at + tl.arange(0, BLOCK_N)) // K)[None, :] == chunk[:, None],
+                lse2, delta, acc, scale, BLOCK_N, D, PRECISION,
+            )  # fmt: skip
+        for at in range(chunk_first * M, chunk_stop * M, BLOCK_S):
+            columns = at + tl.arange(0, BLOCK_S)
+            acc = _own_step(
+                q, d_out, sk_base + tl.cast(at, tl.int64) * sk_row, sv_base + tl.cast(at, tl.int64) * sv_row,
+                sk_row, sv_row, chunk_stop * M - at,
+                ((columns // M)[None, :] == chunk[:, None]) & (columns[None, :] <= slots[:, None]),
+                lse2, delta, acc, scale, BLOCK_S, D, PRECISION,
+            )  # fmt: skip
+    acc *= scale / LOG2E
+    tl.store(sdq_base + place, acc.to(sdq_base.dtype.element_ty), mask=here[:, None])
+
+
+@triton.jit
 def queries_kernel(
     eq_ptr, ek_ptr, ev_ptr, sq_ptr, sk_ptr, sv_ptr,
     eo_ptr, so_ptr, else_ptr, slse_ptr, edo_ptr, sdo_ptr,
     edelta_ptr, sdelta_ptr, edq_ptr, sdq_ptr,
-    users_ptr, tiles_ptr,
+    tiles_ptr,
     scale, window, visible, num_event_rows, num_summary_rows,
     eq_row, eq_head, ek_row, ek_head, ev_row, ev_head,
     sq_row, sq_head, sk_row, sk_head, sv_row, sv_head,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    SAME_STRIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % H
-    tile = tl.program_id(0) // H
-    user = tl.load(tiles_ptr + 2 * tile)
-    start = tl.load(tiles_ptr + 2 * tile + 1)
-    fields = users_ptr + user.to(tl.int64) * FIELDS
-    n = tl.load(fields).to(tl.int32)
-    query_start = tl.load(fields + 1).to(tl.int32)
-    key_start = tl.load(fields + 2).to(tl.int32)
-    eq_shift = tl.load(fields + 4)
-    sq_shift = tl.load(fields + 6)
-    ek_base = ek_ptr + tl.load(fields + 5) * ek_row + (head // G) * ek_head
-    ev_base = ev_ptr + tl.load(fields + 5) * ev_row + (head // G) * ev_head
-    sk_base = sk_ptr + tl.load(fields + 7) * sk_row + (head // G) * sk_head
-    sv_base = sv_ptr + tl.load(fields + 7) * sv_row + (head // G) * sv_head
+    head, kv_head = tl.program_id(0) % H, (tl.program_id(0) % H) // G
+    start, n, query_start, key_start, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(
+        tiles_ptr, tl.program_id(0) // H
+    )
+    eq_base = eq_ptr + eq_shift * eq_row + head * eq_head
+    ek_base = ek_ptr + ek_shift * ek_row + kv_head * ek_head
+    ev_base = ev_ptr + ek_shift * ev_row + kv_head * ev_head
+    sk_base = sk_ptr + sk_shift * sk_row + kv_head * sk_head
+    sv_base = sv_ptr + sk_shift * sv_row + kv_head * sv_head
 
-    # --- event queries: the same ranges as in the forward kernel
-    rows = start + tl.arange(0, BLOCK_M)
+    # --- event queries
+    rows, low_event, low_old, high_old, events, old = query_ranges(
+        start, n, key_start, window, visible, K, M, CAPPED, BLOCK_M, BLOCK_N
+    )
     exists = (rows >= query_start) & (rows < n)
-    last = tl.minimum(start + BLOCK_M, n) - 1
-    chunk, chunk_first, chunk_last = rows // K, start // K, last // K
-    low_event = first_seen(chunk, window, key_start, K)
-    low_old = old_start(chunk, window, visible, M, CAPPED)
-    high_old = old_stop(chunk, window, M)
-    event_first = first_seen(chunk_first, window, key_start, K)
-    event_low, event_whole, event_high_start, event_high = cut_range(
-        event_first, first_seen(chunk_last, window, key_start, K), start, start, BLOCK_N
-    )
-    old_first = old_start(chunk_first, window, visible, M, CAPPED)
-    old_end = old_stop(chunk_last, window, M)
-    old_low, old_whole, old_high_start, old_high = cut_range(
-        old_first, old_start(chunk_last, window, visible, M, CAPPED), old_stop(chunk_first, window, M), old_end, BLOCK_N
-    )
-
     offsets_d = tl.arange(0, D)
-    q_rows = eq_ptr + (eq_shift + start) * eq_row + head * eq_head
+    q_rows = eq_base + tl.cast(start, tl.int64) * eq_row
     q = tl.load(q_rows + tl.arange(0, BLOCK_M)[:, None] * eq_row + offsets_d[None, :], mask=exists[:, None], other=0.0)
     out_rows = eq_shift + rows
-    out_at = (out_rows[:, None] * H + head) * D + offsets_d[None, :]
-    d_out = tl.load(edo_ptr + out_at, mask=exists[:, None], other=0.0)
-    out = tl.load(eo_ptr + out_at, mask=exists[:, None], other=0.0)
+    place = (out_rows[:, None] * H + head) * D + offsets_d[None, :]
+    d_out = tl.load(edo_ptr + place, mask=exists[:, None], other=0.0)
+    out = tl.load(eo_ptr + place, mask=exists[:, None], other=0.0)
     lse_at = head.to(tl.int64) * num_event_rows + out_rows
-    # delta arrives as minus the log-sum-exp's gradient
-    delta = tl.load(edelta_ptr + lse_at, mask=exists, other=0.0)
-    delta += tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(edelta_ptr + lse_at, delta, mask=exists)
+    delta = _finished_delta(out, d_out, edelta_ptr + lse_at, exists)
     lse2 = tl.load(else_ptr + lse_at, mask=exists, other=0.0) * LOG2E
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-
-    if FUSED:
-        slot_first = chunk_first * M
-        slot_stop = tl.minimum((start + BLOCK_M) // K, n // K) * M
-        slots = slot_first + tl.arange(0, BLOCK_S)
-        here = slots < slot_stop
-        slot_count = slot_stop - slot_first
-        sq_rows = sq_ptr + (sq_shift + slot_first) * sq_row + head * sq_head
-        slot_q = load_rows(sq_rows, sq_row, slot_count, BLOCK_S, D, True)
-        slot_k = load_rows(sk_base + tl.cast(slot_first, tl.int64) * sk_row, sk_row, slot_count, BLOCK_S, D, True)
-        slot_v = load_rows(sv_base + tl.cast(slot_first, tl.int64) * sv_row, sv_row, slot_count, BLOCK_S, D, True)
-        slot_rows = sq_shift + slots
-        slot_place = (slot_rows[:, None] * H + head) * D + offsets_d[None, :]
-        slot_d_out = tl.load(sdo_ptr + slot_place, mask=here[:, None], other=0.0)
-        slot_out = tl.load(so_ptr + slot_place, mask=here[:, None], other=0.0)
-        slot_lse_at = head.to(tl.int64) * num_summary_rows + slot_rows
-        slot_delta = tl.load(sdelta_ptr + slot_lse_at, mask=here, other=0.0)
-        slot_delta += tl.sum(slot_out.to(tl.float32) * slot_d_out.to(tl.float32), 1)
-        tl.store(sdelta_ptr + slot_lse_at, slot_delta, mask=here)
-        slot_lse2 = tl.load(slse_ptr + slot_lse_at, mask=here, other=0.0) * LOG2E
-
-    for d in tl.static_range(0, BLOCK_M // BLOCK_N):
-        diagonal = start + d * BLOCK_N
-        count = last + 1 - diagonal
-        k = load_rows(ek_base + tl.cast(diagonal, tl.int64) * ek_row, ek_row, count, BLOCK_N, D, True)
-        v = load_rows(ev_base + tl.cast(diagonal, tl.int64) * ev_row, ev_row, count, BLOCK_N, D, True)
-        columns = (diagonal + tl.arange(0, BLOCK_N))[None, :]
-        seen = (columns >= low_event[:, None]) & (columns <= rows[:, None])
-        acc = _dq_step(q, d_out, k, v, seen, lse2, delta, acc, scale, PRECISION, True)
-        if FUSED:
-            slot_acc = tl.zeros([BLOCK_S, D], tl.float32)
-            slot_seen = (columns // K) == (slots // M)[:, None]
-            slot_acc = _dq_step(
-                slot_q, slot_d_out, k, v, slot_seen, slot_lse2, slot_delta, slot_acc, scale, PRECISION, True
-            )
-            slot_seen = ((slots // M)[None, :] == (slots // M)[:, None]) & (slots[None, :] <= slots[:, None])
-            slot_acc = _dq_step(
-                slot_q, slot_d_out, slot_k, slot_v, slot_seen, slot_lse2, slot_delta, slot_acc, scale, PRECISION, True
-            )
-            slot_acc *= scale / LOG2E
-            tl.store(sdq_ptr + slot_place, slot_acc.to(sdq_ptr.dtype.element_ty), mask=here[:, None])
-
-    num_event_edges = event_high + event_low
-    for t in range(num_event_edges + old_low + old_high):
-        is_old = t >= num_event_edges
-        at_event = tl.where(t < event_high, event_high_start + t * BLOCK_N, event_first + (t - event_high) * BLOCK_N)
-        u = t - num_event_edges
-        at_old = tl.where(u < old_low, old_first + u * BLOCK_N, old_high_start + (u - old_low) * BLOCK_N)
-        at = tl.where(is_old, at_old, at_event)
-        count = tl.where(is_old, old_end, start) - at
-        k_row, v_row = tl.where(is_old, sk_row, ek_row), tl.where(is_old, sv_row, ev_row)
-        k = load_rows(tl.where(is_old, sk_base, ek_base) + at.to(tl.int64) * k_row, k_row, count, BLOCK_N, D, True)
-        v = load_rows(tl.where(is_old, sv_base, ev_base) + at.to(tl.int64) * v_row, v_row, count, BLOCK_N, D, True)
+    for t in range(num_edge_tiles(events, old)):
+        is_old, at, stop = edge_tile(t, events, old, BLOCK_N)
+        k, v = load_keys(
+            is_old, at, stop - at, ek_base, ev_base, sk_base, sv_base, ek_row, ev_row, sk_row, sv_row,
+            BLOCK_N, D, SAME_STRIDES, True,
+        )  # fmt: skip
         columns = (at + tl.arange(0, BLOCK_N))[None, :]
-        low = tl.where(is_old, low_old, low_event)[:, None]
-        high = tl.where(is_old, high_old, start)[:, None]
+        low, high = tl.where(is_old, low_old, low_event)[:, None], tl.where(is_old, high_old, rows + 1)[:, None]
         seen = (columns >= low) & (columns < high)
         acc = _dq_step(q, d_out, k, v, seen, lse2, delta, acc, scale, PRECISION, True)
-
-    whole_first = event_first + event_low * BLOCK_N
-    old_whole_first = old_first + old_low * BLOCK_N
-    for t in range(event_whole + old_whole):
-        is_old = t >= event_whole
-        at = tl.where(is_old, old_whole_first + (t - event_whole) * BLOCK_N, whole_first + t * BLOCK_N)
-        k_row, v_row = tl.where(is_old, sk_row, ek_row), tl.where(is_old, sv_row, ev_row)
-        k = load_rows(tl.where(is_old, sk_base, ek_base) + at.to(tl.int64) * k_row, k_row, 0, BLOCK_N, D, False)
-        v = load_rows(tl.where(is_old, sv_base, ev_base) + at.to(tl.int64) * v_row, v_row, 0, BLOCK_N, D, False)
+    for t in range(num_whole_tiles(events, old)):
+        is_old, at = whole_tile(t, events, old, BLOCK_N)
+        k, v = load_keys(
+            is_old, at, 0, ek_base, ev_base, sk_base, sv_base, ek_row, ev_row, sk_row, sv_row,
+            BLOCK_N, D, SAME_STRIDES, False,
+        )  # fmt: skip
         acc = _dq_step(q, d_out, k, v, exists, lse2, delta, acc, scale, PRECISION, False)
-
     acc *= scale / LOG2E
-    tl.store(edq_ptr + out_at, acc.to(edq_ptr.dtype.element_ty), mask=exists[:, None])
+    tl.store(edq_ptr + place, acc.to(edq_ptr.dtype.element_ty), mask=exists[:, None])
 
     # --- summary queries of the chunks whose last event lies in this tile
-    if M > 0 and not FUSED:
+    if M > 0:
         slot_stop = tl.minimum((start + BLOCK_M) // K, n // K) * M
-        for slot_first in range(chunk_first * M, slot_stop, BLOCK_S):
-            slots = slot_first + tl.arange(0, BLOCK_S)
-            here = slots < slot_stop
-            block_chunk = slots // M
-            chunk_a = slot_first // M
-            chunk_b = (tl.minimum(slot_first + BLOCK_S, slot_stop) - 1) // M + 1
-            sq_rows = sq_ptr + (sq_shift + slot_first) * sq_row + head * sq_head
-            slot_q = load_rows(sq_rows, sq_row, slot_stop - slot_first, BLOCK_S, D, True)
-            slot_rows = sq_shift + slots
-            slot_place = (slot_rows[:, None] * H + head) * D + offsets_d[None, :]
-            slot_d_out = tl.load(sdo_ptr + slot_place, mask=here[:, None], other=0.0)
-            slot_out = tl.load(so_ptr + slot_place, mask=here[:, None], other=0.0)
-            slot_lse_at = head.to(tl.int64) * num_summary_rows + slot_rows
-            slot_delta = tl.load(sdelta_ptr + slot_lse_at, mask=here, other=0.0)
-            slot_delta += tl.sum(slot_out.to(tl.float32) * slot_d_out.to(tl.float32), 1)
-            tl.store(sdelta_ptr + slot_lse_at, slot_delta, mask=here)
-            slot_lse2 = tl.load(slse_ptr + slot_lse_at, mask=here, other=0.0) * LOG2E
-            slot_acc = tl.zeros([BLOCK_S, D], tl.float32)
-            for slot_at in range(chunk_a * K, chunk_b * K, BLOCK_N):
-                slot_count = chunk_b * K - slot_at
-                slot_k = load_rows(ek_base + tl.cast(slot_at, tl.int64) * ek_row, ek_row, slot_count, BLOCK_N, D, True)
-                slot_v = load_rows(ev_base + tl.cast(slot_at, tl.int64) * ev_row, ev_row, slot_count, BLOCK_N, D, True)
-                slot_seen = ((slot_at + tl.arange(0, BLOCK_N)) // K)[None, :] == block_chunk[:, None]
-                slot_acc = _dq_step(
-                    slot_q,
-                    slot_d_out,
-                    slot_k,
-                    slot_v,
-                    slot_seen,
-                    slot_lse2,
-                    slot_delta,
-                    slot_acc,
-                    scale,
-                    PRECISION,
-                    True,
-                )
-            for slot_at in range(chunk_a * M, chunk_b * M, BLOCK_S):
-                slot_count = chunk_b * M - slot_at
-                slot_k = load_rows(sk_base + tl.cast(slot_at, tl.int64) * sk_row, sk_row, slot_count, BLOCK_S, D, True)
-                slot_v = load_rows(sv_base + tl.cast(slot_at, tl.int64) * sv_row, sv_row, slot_count, BLOCK_S, D, True)
-                slot_columns = slot_at + tl.arange(0, BLOCK_S)
-                slot_seen = (slot_columns[None, :] // M == block_chunk[:, None]) & (
-                    slot_columns[None, :] <= slots[:, None]
-                )
-                slot_acc = _dq_step(
-                    slot_q,
-                    slot_d_out,
-                    slot_k,
-                    slot_v,
-                    slot_seen,
-                    slot_lse2,
-                    slot_delta,
-                    slot_acc,
-                    scale,
-                    PRECISION,
-                    True,
-                )
-            slot_acc *= scale / LOG2E
-            tl.store(sdq_ptr + slot_place, slot_acc.to(sdq_ptr.dtype.element_ty), mask=here[:, None])
+        sq_base = sq_ptr + sq_shift * sq_row + head * sq_head
+        shift = (sq_shift * H + head) * D
+        lse_shift = head.to(tl.int64) * num_summary_rows + sq_shift
+        if FUSED:
+            _summary_queries(
+                start // K * M, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base,
+                so_ptr + shift, sdo_ptr + shift, sdq_ptr + shift, slse_ptr + lse_shift, sdelta_ptr + lse_shift,
+                sq_row, ek_row, ev_row, sk_row, sv_row, H * D, scale,
+                D, K, M, BLOCK_M, BLOCK_N, BLOCK_S, FUSED, PRECISION,
+            )  # fmt: skip
+        else:
+            for slot_first in range(start // K * M, slot_stop, BLOCK_S):
+                _summary_queries(
+                    slot_first, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base,
+                    so_ptr + shift, sdo_ptr + shift, sdq_ptr + shift, slse_ptr + lse_shift, sdelta_ptr + lse_shift,
+                    sq_row, ek_row, ev_row, sk_row, sv_row, H * D, scale,
+                    D, K, M, BLOCK_M, BLOCK_N, BLOCK_S, FUSED, PRECISION,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -275,7 +235,7 @@ def columns_kernel(
     k_ptr, v_ptr, dk_ptr, dv_ptr,
     eq_ptr, edo_ptr, else_ptr, edelta_ptr,
     sq_ptr, sdo_ptr, slse_ptr, sdelta_ptr,
-    users_ptr, tiles_ptr,
+    tiles_ptr,
     scale, window, visible, num_event_rows, num_summary_rows,
     k_row, k_head, v_row, v_head, eq_row, eq_head, sq_row, sq_head,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
@@ -285,19 +245,13 @@ def columns_kernel(
     num_kv_heads: tl.constexpr = H // G
     kv_head = tl.program_id(0) % num_kv_heads
     tile = tl.program_id(0) // num_kv_heads
-    user = tl.load(tiles_ptr + 2 * tile)
-    start = tl.load(tiles_ptr + 2 * tile + 1)
-    fields = users_ptr + user.to(tl.int64) * FIELDS
-    n = tl.load(fields).to(tl.int32)
-    query_start = tl.load(fields + 1).to(tl.int32)
-    chunk_asking = tl.load(fields + 3).to(tl.int32)
-    eq_shift = tl.load(fields + 4)
-    sq_shift = tl.load(fields + 6)
+    start, n, query_start, _key_start, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(tiles_ptr, tile)
+    chunk_asking = query_start // K
     columns = start + tl.arange(0, BLOCK_N)
 
     # --- which events see each of these keys: low <= i < high
     if SUMMARIES:
-        key_shift = tl.load(fields + 7)
+        key_shift = sk_shift
         num_columns = n // K * M
         last = tl.minimum(start + BLOCK_N, num_columns) - 1
         chunk, chunk_first, chunk_last = columns // M, start // M, last // M
@@ -312,7 +266,7 @@ def columns_kernel(
             high_first = tl.minimum(low_first + visible * K, n)
             high_last = tl.minimum(low_last + visible * K, n)
     else:
-        key_shift = tl.load(fields + 5)
+        key_shift = ek_shift
         num_columns = n
         last = tl.minimum(start + BLOCK_N, n) - 1
         chunk, chunk_first, chunk_last = columns // K, start // K, last // K

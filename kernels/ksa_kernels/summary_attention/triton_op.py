@@ -1,7 +1,7 @@
 """The Triton kernels as one operator, `ksa::summary_attention`, that torch.compile and torch.export take whole.
 
-The operator's arguments are tensors and the rule's integers: the table of users and the tile maps carry all that
-depends on the lengths, so new lengths compile nothing and nothing waits for the device.
+The operator's arguments are tensors and the rule's integers: the tile maps carry all that depends on the lengths, so
+new lengths compile nothing and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ksa_kernels.layout import ChunkLayout
 from ksa_kernels.summary_attention.triton_backward import columns_kernel, queries_kernel
 from ksa_kernels.summary_attention.triton_forward import forward_kernel
-from ksa_kernels.summary_attention.triton_tiles import FOREVER, tiles, users_table
+from ksa_kernels.summary_attention.triton_tiles import FOREVER, tiles
 
 if TYPE_CHECKING:
     from ksa_kernels.summary_attention.api import QKV
@@ -53,13 +53,13 @@ class Tuning(NamedTuple):
 
 # Tuned on an NVIDIA H100 80 GB (d = 64 and 128; 16 and 32 follow 64); kernels/README.md says what else was tried.
 NARROW = Tuning(
-    forward=Blocks(64, 64, 4, 2, 128),
+    forward=Blocks(64, 64, 4, 3, 128),
     queries=Blocks(64, 64, 4, 3, 168, fuse=False),
     events=Blocks(32, 64, 4, 3, 168),
     summaries=Blocks(64, 64, 4, 3),
 )
 WIDE = Tuning(
-    forward=Blocks(128, 64, 8, 3),
+    forward=Blocks(128, 64, 8, 2, 128),
     queries=Blocks(64, 64, 4, 2),
     events=Blocks(64, 64, 4, 2),
     summaries=Blocks(64, 128, 8, 2),
@@ -87,7 +87,6 @@ def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Te
     out, summaries_out, lse, summaries_lse = summary_attention_op(
         *events,
         *summaries,
-        users_table(layout),
         maps,
         layout.chunk_size,
         layout.summaries_per_chunk,
@@ -100,7 +99,7 @@ def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Te
 @torch.library.custom_op("ksa::summary_attention", mutates_args=())
 def summary_attention_op(
     eq: Tensor, ek: Tensor, ev: Tensor, sq: Tensor, sk: Tensor, sv: Tensor,
-    users: Tensor, maps: list[Tensor], chunk_size: int, summaries_per_chunk: int, window: int, visible: int,
+    maps: list[Tensor], chunk_size: int, summaries_per_chunk: int, window: int, visible: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return outputs of events and summaries, and their natural log-sum-exps by head, [H, rows] float32."""
     eo, so = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (eq, sq))
@@ -109,18 +108,18 @@ def summary_attention_op(
     if len(maps[0]):
         with _on(eq):
             forward_kernel[(len(maps[0]) * eq.shape[1],)](
-                eq, ek, ev, sq, sk, sv, eo, so, elsep, slsep, users, maps[0],
+                eq, ek, ev, sq, sk, sv, eo, so, elsep, slsep, maps[0],
                 eq.shape[2] ** -0.5 * LOG2E, *_rule(window, visible), len(eq), len(sq),
                 *_strides(eq, ek, ev, sq, sk, sv),
                 H=eq.shape[1], G=eq.shape[1] // ek.shape[1], D=eq.shape[2],
-                K=chunk_size, M=summaries_per_chunk, CAPPED=visible >= 0,
+                K=chunk_size, M=summaries_per_chunk, CAPPED=visible >= 0, SAME_STRIDES=_same_strides(ek, ev, sk, sv),
                 PRECISION=_precision(eq), **_tile(blocks, chunk_size, summaries_per_chunk),
             )  # fmt: skip
     return eo, so, elsep, slsep
 
 
 @summary_attention_op.register_fake
-def _(eq, ek, ev, sq, sk, sv, users, maps, chunk_size, summaries_per_chunk, window, visible):
+def _(eq, ek, ev, sq, sk, sv, maps, chunk_size, summaries_per_chunk, window, visible):
     eo, so = (each.new_empty(each.shape) for each in (eq, sq))
     return eo, so, _by_head(eq), _by_head(sq)
 
@@ -130,7 +129,7 @@ def summary_attention_backward_op(
     eq: Tensor, ek: Tensor, ev: Tensor, sq: Tensor, sk: Tensor, sv: Tensor,
     eo: Tensor, so: Tensor, elsep: Tensor, slsep: Tensor, edo: Tensor, sdo: Tensor,
     edlse: Tensor | None, sdlse: Tensor | None,
-    users: Tensor, maps: list[Tensor], chunk_size: int, summaries_per_chunk: int, window: int, visible: int,
+    maps: list[Tensor], chunk_size: int, summaries_per_chunk: int, window: int, visible: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of the six inputs."""
     grads = tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (eq, ek, ev, sq, sk, sv))
@@ -157,7 +156,7 @@ def summary_attention_backward_op(
     ) -> None:
         if len(where):
             columns_kernel[(len(where) * num_kv_heads,)](
-                k, v, dk, dv, eq, edo, elsep, edelta, sq, sdo, slsep, sdelta, users, where,
+                k, v, dk, dv, eq, edo, elsep, edelta, sq, sdo, slsep, sdelta, where,
                 *numbers, *_strides(k, v, eq, sq),
                 SUMMARIES=is_summaries, **constants,
                 **_tile_of_keys(blocks, chunk_size, summaries_per_chunk, is_summaries),
@@ -166,8 +165,8 @@ def summary_attention_backward_op(
     with _on(eq):
         if len(maps[1]):
             queries_kernel[(len(maps[1]) * num_heads,)](
-                eq, ek, ev, sq, sk, sv, eo, so, elsep, slsep, edo, sdo, edelta, sdelta, edq, sdq, users, maps[1],
-                *numbers, *_strides(eq, ek, ev, sq, sk, sv), **constants,
+                eq, ek, ev, sq, sk, sv, eo, so, elsep, slsep, edo, sdo, edelta, sdelta, edq, sdq, maps[1],
+                *numbers, *_strides(eq, ek, ev, sq, sk, sv), **constants, SAME_STRIDES=_same_strides(ek, ev, sk, sv),
                 **_tile(blocks.queries, chunk_size, summaries_per_chunk),
             )  # fmt: skip
         columns(sk, sv, sdk, sdv, maps[3], blocks.summaries, True)
@@ -182,18 +181,18 @@ def _(eq, ek, ev, sq, sk, sv, *others):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output, inputs[6], *inputs[7])
-    ctx.rule = inputs[8:]
+    ctx.save_for_backward(*inputs[:6], *output, *inputs[6])
+    ctx.rule = inputs[7:]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    *saved, users, a, b, c, d = ctx.saved_tensors
+    saved, maps = ctx.saved_tensors[:10], list(ctx.saved_tensors[10:])
     eo, so = saved[6:8]
     edo, sdo = (
         torch.zeros_like(o) if do is None else do.contiguous() for o, do in zip((eo, so), grads[:2], strict=True)
     )
-    inputs = summary_attention_backward_op(*saved, edo, sdo, *grads[2:], users, [a, b, c, d], *ctx.rule)
-    return *inputs, None, [None] * 4, *[None] * 4
+    inputs = summary_attention_backward_op(*saved, edo, sdo, *grads[2:], maps, *ctx.rule)
+    return *inputs, [None] * 4, *[None] * 4
 
 
 summary_attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -207,6 +206,11 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for each in tensors for stride in each.stride()[:2]]
 
 
+def _same_strides(ek: Tensor, ev: Tensor, sk: Tensor, sv: Tensor) -> bool:
+    """Whether summaries' rows lie as far apart as events': loops over both then keep their addresses."""
+    return not len(sk) or (ek.stride(0), ev.stride(0)) == (sk.stride(0), sv.stride(0))
+
+
 def _rule(window: int, visible: int) -> tuple[int, int]:
     return FOREVER if window < 0 else min(window, FOREVER), min(max(visible, 0), FOREVER)
 
@@ -218,7 +222,7 @@ def _precision(query: Tensor) -> str:
 def _tile(blocks: Blocks, chunk_size: int, summaries_per_chunk: int) -> dict[str, Any]:
     """Return the constants of a kernel whose programs take queries."""
     slots, block_s = _slots(blocks.m, chunk_size, summaries_per_chunk)
-    fused = blocks.fuse and 0 < slots <= block_s and blocks.m % chunk_size == 0 and blocks.m == blocks.n
+    fused = blocks.fuse and 0 < slots <= block_s and blocks.m % chunk_size == 0
     return dict(BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_S=block_s, FUSED=fused, **blocks.options)
 
 

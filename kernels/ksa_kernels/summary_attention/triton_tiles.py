@@ -16,13 +16,12 @@ FOREVER = 1 << 21
 
 
 def users_table(layout: ChunkLayout) -> Tensor:
-    """Return int64 [U, 8]: N, query_start, key_start, first chunk that asks, and what to add to an event or slot number
-    for its row among event queries, event keys, summary queries and summary keys.
+    """Return int64 [U, 7], on the CPU: N, query_start, key_start, and what to add to an event or slot number for its
+    row among event queries, event keys, summary queries and summary keys.
     """
     if "users" not in layout.plans:
         m = layout.summaries_per_chunk
-        spans = torch.tensor(layout.spans, dtype=torch.int64).reshape(-1, 6)
-        n, query_start, key_start, query_chunk, key_chunk, closed = spans.unbind(1)
+        n, query_start, key_start, query_chunk, key_chunk, closed = _spans(layout)
 
         def shift(counts: Tensor, first: Tensor) -> Tensor:
             return counts.cumsum(0) - counts - first
@@ -31,30 +30,37 @@ def users_table(layout: ChunkLayout) -> Tensor:
             n,
             query_start,
             key_start,
-            query_chunk,
             shift(n - query_start, query_start),
             shift(n - key_start, key_start),
             shift((closed - query_chunk).clamp_min(0) * m, query_chunk * m),
             shift((closed - key_chunk).clamp_min(0) * m, key_chunk * m),
         ]
-        layout.plans["users"] = torch.stack(columns, 1).to(layout.device, non_blocking=True)
+        layout.plans["users"] = torch.stack(columns, 1)
     return layout.plans["users"]
 
 
 def tiles(layout: ChunkLayout, kind: str, block: int) -> Tensor:
-    """Return int32 [tiles, 2]: user and first token of each tile of `block` tokens.
+    """Return int32 [tiles, 8]: first token of each tile of `block` tokens, and its user's row of `users_table`.
 
-    kind: "queries" (events that ask), "events" (keys) or "summaries" (keys).
+    One row of it is all that a program looks up. kind: "queries" (events that ask), "events" (keys) or "summaries"
+    (keys).
     """
     name = f"tiles {kind} {block}"
     if name not in layout.plans:
-        layout.plans[name] = _tiles(layout, kind, block).to(layout.device, non_blocking=True)
+        user, first = _tiles(layout, kind, block)
+        rows = torch.cat([first[:, None], users_table(layout)[user]], 1).to(torch.int32)
+        layout.plans[name] = rows.to(layout.device, non_blocking=True)
     return layout.plans[name]
 
 
-def _tiles(layout: ChunkLayout, kind: str, block: int) -> Tensor:
-    spans = torch.tensor(layout.spans, dtype=torch.int64).reshape(-1, 6)
-    n, query_start, key_start, _query_chunk, key_chunk, closed = spans.unbind(1)
+def _spans(layout: ChunkLayout) -> tuple[Tensor, ...]:
+    """Return the fields of the users' spans, int64 [U] each."""
+    return torch.tensor(layout.spans, dtype=torch.int64).reshape(-1, 6).unbind(1)
+
+
+def _tiles(layout: ChunkLayout, kind: str, block: int) -> tuple[Tensor, Tensor]:
+    """Return user and first token of each tile."""
+    n, query_start, key_start, _query_chunk, key_chunk, closed = _spans(layout)
     m = layout.summaries_per_chunk
     if kind == "queries":
         step = min(layout.chunk_size, block)
@@ -70,4 +76,4 @@ def _tiles(layout: ChunkLayout, kind: str, block: int) -> Tensor:
     nth = torch.arange(len(user)) - before.repeat_interleave(count[order])
     # query tiles: the last ones see most; key tiles of summaries: the first ones are seen by most
     nth = count[user] - 1 - nth if kind == "queries" else nth
-    return torch.stack([user, first[user] + nth * block], 1).to(torch.int32)
+    return user, first[user] + nth * block
