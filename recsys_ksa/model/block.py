@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksa_kernels import QKV, ChunkLayout, summary_attention
+from ksa_kernels.norm_rotary import norm_rotary
+from ksa_kernels.sigmoid_gate import sigmoid_gate
 from recsys_ksa.config import LayerKind, ModelConfig
-from recsys_ksa.model.rotary import Rotary, rotate
+from recsys_ksa.model.rotary import Rotary
+
+EPS = 1e-6
 
 # Shapes: T tokens of one kind, E model dim, H heads, D head dim.
 
@@ -21,21 +25,21 @@ class Projection(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.norm = nn.RMSNorm(config.dim, eps=EPS)
         self.query_gate = nn.Linear(config.dim, 2 * config.num_heads * config.head_dim, bias=False)
         self.key_value = nn.Linear(config.dim, 2 * config.num_kv_heads * config.head_dim, bias=False)
-        self.query_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
-        self.key_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.query_norm = nn.RMSNorm(config.head_dim, eps=EPS)
+        self.key_norm = nn.RMSNorm(config.head_dim, eps=EPS)
 
-    def queries(self, normed_TE: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Return queries [T, H, D] and the output's gate [T, H, D] (arXiv 2505.06708) of `norm`'s output."""
+    def queries(self, normed_TE: Tensor, rotary: Rotary, impl: str = "auto") -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, D] and what the output's gate opens by [T, H, D] (arXiv 2505.06708)."""
         query, gate = self.query_gate(normed_TE).view(-1, 2, self.num_heads, self.head_dim).unbind(1)
-        return rotate(self.query_norm(query), rotary).to(query.dtype), gate.sigmoid()
+        return norm_rotary(query[:, None], self.query_norm.weight, *rotary, eps=EPS, impl=impl)[:, 0], gate
 
-    def keys_values(self, normed_TE: Tensor, rotary: Rotary) -> Tensor:
+    def keys_values(self, normed_TE: Tensor, rotary: Rotary, impl: str = "auto") -> Tensor:
         """Return keys and values side by side, [T, 2, H_kv, D]: the rows a user state keeps."""
-        key, value = self.key_value(normed_TE).view(-1, 2, self.num_kv_heads, self.head_dim).unbind(1)
-        return torch.stack((rotate(self.key_norm(key), rotary).to(value.dtype), value), dim=1)
+        key_value = self.key_value(normed_TE).view(-1, 2, self.num_kv_heads, self.head_dim)
+        return norm_rotary(key_value, self.key_norm.weight, *rotary, eps=EPS, impl=impl)
 
 
 class Block(nn.Module):
@@ -48,14 +52,14 @@ class Block(nn.Module):
         self.event = Projection(config)
         self.summary = Projection(config) if self.has_summaries else None
         self.output = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.norm = nn.RMSNorm(config.dim, eps=EPS)
         self.up = nn.Linear(config.dim, 2 * config.feed_forward_dim, bias=False)
         self.down = nn.Linear(config.feed_forward_dim, config.dim, bias=False)
         self.dropout = config.dropout
 
-    def finish(self, x_TE: Tensor, attended_THD: Tensor, gate_THD: Tensor) -> Tensor:
+    def finish(self, x_TE: Tensor, attended_THD: Tensor, gate_THD: Tensor, impl: str = "auto") -> Tensor:
         """Add the gated attention output and the feed-forward to the residual stream. [T, E] -> [T, E]."""
-        x_TE = x_TE + self._drop(self.output((attended_THD * gate_THD).flatten(1)))
+        x_TE = x_TE + self._drop(self.output(sigmoid_gate(attended_THD, gate_THD, impl=impl).flatten(1)))
         gate, up = self.up(self.norm(x_TE)).chunk(2, dim=-1)
         return x_TE + self._drop(self.down(F.silu(gate) * up))
 

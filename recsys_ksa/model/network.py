@@ -101,27 +101,28 @@ class Network(ScoringNetwork):
             summary = block.summary if len(summaries) else None  # most arrivals close no chunk
             normed = block.event.norm(events)
             summary_normed = summaries if summary is None else summary.norm(summaries)
-            event_rows = block.event.keys_values(normed, place.event_rotary)
-            new = Rows(
-                event_rows,
-                event_rows[:0] if summary is None else summary.keys_values(summary_normed, place.summary_rotary),
-            )
+            event_rows = block.event.keys_values(normed, place.event_rotary, attention_impl)
+            if summary is not None:
+                summary_rows = summary.keys_values(summary_normed, place.summary_rotary, attention_impl)
+            else:
+                summary_rows = event_rows[:0]
+            new = Rows(event_rows, summary_rows)
             merged = _merge(new, earlier[depth] if earlier else None, place, block.kind)
             if fixed is not None and (known := fixed[depth]) is not None:
                 merged = Rows(merged.events, known.summaries) if block.kind == "summary" else known
             rows.append(merged)
             if depth == len(self.blocks) - 1:
                 break
-            query, gate = block.event.queries(normed, place.event_rotary)
+            query, gate = block.event.queries(normed, place.event_rotary, attention_impl)
             if summary is not None:
-                summary_query, summary_gate = summary.queries(summary_normed, place.summary_rotary)
+                summary_query, summary_gate = summary.queries(summary_normed, place.summary_rotary, attention_impl)
             else:
                 summary_query, summary_gate = query[:0], gate[:0]
             layout = place.layouts[block.kind]
             seen, summary_seen = attend(query, merged.events, summary_query, merged.summaries, layout, attention_impl)
-            events = block.finish(events, seen, gate)
+            events = block.finish(events, seen, gate, attention_impl)
             if summary is not None:
-                summaries = block.finish(summaries, summary_seen, summary_gate)
+                summaries = block.finish(summaries, summary_seen, summary_gate, attention_impl)
         return Encoded(events, rows)
 
     def answer(
@@ -145,12 +146,12 @@ class Network(ScoringNetwork):
         """
         block = self._block(self.blocks[-1])
         asked = last_input if self.request is None else last_input + self.request(request_bucket)
-        query, gate = block.event.queries(block.event.norm(asked), rotary)
+        query, gate = block.event.queries(block.event.norm(asked), rotary, attention_impl)
         unused = query.new_zeros(layout.num_query_summaries, *query.shape[1:])
         seen, _ = attend(query, rows.events, unused, rows.summaries, layout, attention_impl)
         if select is not None:
             asked, seen, gate = asked[select], seen[select], gate[select]
-        return block.finish(asked, seen, gate)
+        return block.finish(asked, seen, gate, attention_impl)
 
     @property
     def state_dtype(self) -> torch.dtype:

@@ -11,7 +11,8 @@ from torch import Tensor
 BASE = 10_000.0
 
 Rotary = tuple[Tensor, Tensor]
-"""(cos, signed sin), each [T, 1, D]: the halves of a head's dimensions share their angles."""
+"""(cos, signed sin), each [T, 1, D]: the halves of a head's dimensions share their angles, the first's sine carries the
+minus. `ksa_kernels.norm_rotary` turns heads by them."""
 
 
 def rotary_table(position: Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
@@ -28,12 +29,6 @@ def _frequency(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
         half = BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
         one = torch.ones_like(half)
         return torch.cat((half, half)), torch.cat((-one, one))
-
-
-def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each pair (first half, second half) of the head's dimensions by its angle. [T, H, D] -> same."""
-    cos, sin = rotary
-    return torch.addcmul(x_THD * cos, x_THD.roll(x_THD.shape[-1] // 2, -1), sin)
 
 
 def summary_position(chunk: Tensor, slot: Tensor, chunk_size: int, summaries_per_chunk: int) -> Tensor:
