@@ -40,7 +40,8 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, unfit: str = ""
     if impl == "auto":
         reason = "no CUDA device" if device.type != "cuda" else unfit or _why_no_triton(device, dtype)
         chosen = Impl.TORCH if reason else Impl.TRITON
-        logger.debug("implementation chosen", extra={"impl": chosen.value, "why_not_triton": reason})
+        if logger.isEnabledFor(logging.DEBUG):  # asked in each layer of each append
+            logger.debug("implementation chosen", extra={"impl": chosen.value, "why_not_triton": reason})
         return chosen
     if impl not in [each.value for each in Impl]:
         names = ", ".join(["auto", *(each.value for each in Impl)])

@@ -207,7 +207,9 @@ class ChunkLayout:
     def _ranges(self, bounds: list[tuple[int, int]]) -> Tensor:
         """Concatenate the ranges first..stop-1."""
         parts = [torch.arange(first, stop) for first, stop in bounds if stop > first]
-        return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)).to(self.device)
+        if not parts:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
 
     def _by_slot(self, chunks: Tensor) -> Tensor:
         return chunks.repeat_interleave(self.summaries_per_chunk)

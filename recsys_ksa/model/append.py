@@ -6,16 +6,18 @@ a history is cut into arrivals, state and answers equal those of one pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from recsys_ksa.config import LayerKind, ModelConfig
 from recsys_ksa.errors import StateError
-from recsys_ksa.model.network import Network, Rows
-from recsys_ksa.model.place import chunk_layout, num_summaries, place_arrivals
+from recsys_ksa.model.network import EarlierRows, Network, Rows
+from recsys_ksa.model.place import Place, chunk_layout, num_summaries, place_arrivals
 from recsys_ksa.model.rotary import rotary_table
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, first_visible_chunk, window_start
+from recsys_ksa.model.threads import fitting_threads
 
 
 @dataclass(frozen=True)
@@ -49,51 +51,56 @@ def append_events(
     """Return each user's memory after its new events; the old ones stay valid. `network` is in eval mode."""
     config = network.config
     had = [memory.num_events for memory in memories]
-    kinds: list[LayerKind] = list(dict.fromkeys(config.layer_kinds))
     key_start: dict[LayerKind, list[int]] = {
-        kind: [window_start(config, kind, count) for count in had] for kind in kinds
+        kind: [window_start(config, kind, count) for count in had] for kind in dict.fromkeys(config.layer_kinds)
     }
     place = place_arrivals(config, had, arrivals.counts, key_start, network.start.device, network.dtype)
-    with network.arithmetic():
-        inputs = network.embed(
-            arrivals.item_index,
-            arrivals.event_type,
-            arrivals.gap_bucket,
-            torch.tensor(arrivals.counts, device=arrivals.item_index.device),
+    unseen = [_unseen_summaries(config, count) for count in had]
+    earlier = [
+        EarlierRows(
+            [memory.layers[depth].events.parts() for memory in memories],
+            [memory.layers[depth].summaries.parts(skip) for memory, skip in zip(memories, unseen)],
         )
-        earlier = [
-            Rows(
-                _join([memory.layers[depth].events.whole() for memory in memories]),
-                _join([_visible(config, memory, depth) for memory in memories]),
-            )
-            for depth in range(len(config.layer_kinds))
-        ]
+        for depth in range(len(config.layer_kinds))
+    ]
+    with network.arithmetic(), fitting_threads(sum(arrivals.counts)):
+        inputs = network.embed(arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.counts)
         encoded = network.encode(inputs, place, attention_impl, earlier)
-    after: list[Memory] = []
-    event_ends = torch.tensor(arrivals.counts).cumsum(0).tolist()
-    bounds = {kind: place.layouts[kind].event_key_offsets.tolist() for kind in kinds}
-    summary_bounds = place.layouts["summary"].summary_key_offsets.tolist() if "summary" in kinds else None
-    for user, memory in enumerate(memories):
-        total = had[user] + arrivals.counts[user]
-        layers: list[LayerState] = []
-        for depth, layer in enumerate(memory.layers):
-            rows = encoded.rows[depth]
-            events = rows.events[bounds[layer.kind][user] : bounds[layer.kind][user + 1]]
-            if layer.kind == "full":
-                layers.append(LayerState("full", layer.events.extend(events[had[user] :]), layer.summaries))
-                continue
-            keep = window_start(config, "summary", total) - key_start["summary"][user]
-            window = SharedRows((), events[keep:].clone())
-            summaries = layer.summaries
-            if summary_bounds is not None and (per_chunk := num_summaries(config)):
-                new = per_chunk * (total // config.chunk_size - had[user] // config.chunk_size)
-                end = summary_bounds[user + 1]
-                summaries = summaries.extend(rows.summaries[end - new : end])
-                gone = first_visible_chunk(config, total) - first_visible_chunk(config, had[user])
-                summaries = summaries.drop(per_chunk * gone)
-            layers.append(LayerState("summary", window, summaries))
-        after.append(Memory(total, tuple(layers), encoded.last_input[event_ends[user] - 1].clone()))
-    return after
+    layers = [
+        _grown(config, [memory.layers[depth] for memory in memories], rows, place, had)
+        for depth, rows in enumerate(encoded.rows)
+    ]
+    last_inputs = [inputs[-1].clone() for inputs in _by_user(encoded.last_input, arrivals.counts)]
+    return [
+        Memory(count + new, own_layers, last_input)
+        for count, new, own_layers, last_input in zip(had, arrivals.counts, zip(*layers), last_inputs)
+    ]
+
+
+def _grown(
+    config: ModelConfig, layers: Sequence[LayerState], rows: Rows, place: Place, had: Sequence[int]
+) -> list[LayerState]:
+    """Return one layer's states of all users after a pass that left `rows`."""
+    layout = place.layouts[layers[0].kind]
+    events_of = _by_user(rows.events, [span.num_key_events for span in layout.spans])
+    if layers[0].kind == "full":
+        return [
+            LayerState("full", layer.events.extend(events[count:]), layer.summaries)
+            for layer, events, count in zip(layers, events_of, had)
+        ]
+    m = layout.summaries_per_chunk
+    summaries_of = _by_user(rows.summaries, [m * span.num_key_chunks for span in layout.spans])
+    grown: list[LayerState] = []
+    for layer, events, summaries, span, new in zip(layers, events_of, summaries_of, layout.spans, place.new_summaries):
+        gone = window_start(config, "summary", span.num_events) - span.key_start
+        # The window is a tensor of its own: a view would keep what left it, and other users' rows, alive.
+        window = events if len(layers) == 1 and not gone else events[gone:].clone()
+        closed = layer.summaries.extend(summaries[-new:]) if new else layer.summaries
+        if config.max_visible_chunks is not None:
+            before, after = (first_visible_chunk(config, count) for count in (span.query_start, span.num_events))
+            closed = closed.drop(m * (after - before))
+        grown.append(LayerState("summary", SharedRows((), window), closed))
+    return grown
 
 
 @torch.inference_mode()
@@ -102,41 +109,37 @@ def ask(
 ) -> Tensor:
     """Return user vectors, [U, E (+ 1)]. Nothing is appended. A user without events gets the learned start."""
     device = network.start.device
-    vectors = network.user_vectors(network.start.expand(len(memories), -1))
     known = [user for user, memory in enumerate(memories) if memory.num_events]
     if not known:
-        return vectors
+        return network.user_vectors(network.start.expand(len(memories), -1))
     config = network.config
     kind = config.layer_kinds[-1]
     asked = [memories[user] for user in known]
     counts = [memory.num_events for memory in asked]
-    offsets = [0]
-    for count in counts:
-        offsets.append(offsets[-1] + count)
     last = [count - 1 for count in counts]
-    layout = chunk_layout(config, kind, offsets, last, [window_start(config, kind, count) for count in counts])
+    key_start = [window_start(config, kind, count) for count in counts]
+    layout = chunk_layout(config, kind, [0, *accumulate(counts)], last, key_start).to(device)
     rows = Rows(
-        _join([memory.layers[-1].events.whole() for memory in asked]),
-        _join([memory.layers[-1].summaries.whole() for memory in asked]),
+        _joined([memory.layers[-1].events.parts() for memory in asked]),
+        _joined([memory.layers[-1].summaries.parts() for memory in asked]),
     )
     table_dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
     rotary = rotary_table(torch.tensor(last, device=device), config.head_dim, table_dtype)
     bucket = torch.tensor([request_bucket[user] for user in known], device=device)
-    with network.arithmetic():
+    with network.arithmetic(), fitting_threads(len(asked)):
         hidden = network.answer(
             torch.stack([memory.last_input for memory in asked]),
             bucket,
             rows,
-            layout.to(device),
+            layout,
             rotary,
             attention_impl=attention_impl,
         )
-    answers = network.user_vectors(hidden)
-    if len(known) == len(memories):
-        return answers
-    vectors = vectors.clone()
-    vectors[torch.tensor(known, device=device)] = answers
-    return vectors
+    if len(known) < len(memories):
+        everyone = network.start.repeat(len(memories), 1)
+        everyone[torch.tensor(known, device=device)] = hidden.to(everyone.dtype)
+        hidden = everyone
+    return network.user_vectors(hidden)
 
 
 def replay_start(config: ModelConfig, num_events: int) -> int:
@@ -170,25 +173,20 @@ def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl:
         )
     closed = start // config.chunk_size * num_summaries(config)
     window = window_start(config, "summary", start + 1)  # rows that the first queries would see: warm-up, never kept
-    earlier: list[Rows] = []
+    earlier: list[EarlierRows] = []
     fixed: list[Rows] = []
     for layer in stored.layers:
         events, summaries = layer.events.whole(), layer.summaries.whole()
         if layer.kind == "full":
-            earlier.append(Rows(events[:start], summaries))
+            earlier.append(EarlierRows([[events[:start]]], [[summaries]]))
         else:
             blank = events.new_zeros(start - window, *events.shape[1:])
-            earlier.append(Rows(blank, summaries[:closed]))
+            earlier.append(EarlierRows([[blank]], [[summaries[:closed]]]))
         fixed.append(Rows(events, summaries))
     key_start: dict[LayerKind, list[int]] = {"summary": [window], "full": [0]}
     place = place_arrivals(config, [start], arrivals.counts, key_start, network.start.device, network.dtype)
     with network.arithmetic():
-        inputs = network.embed(
-            arrivals.item_index,
-            arrivals.event_type,
-            arrivals.gap_bucket,
-            torch.tensor(arrivals.counts, device=arrivals.item_index.device),
-        )
+        inputs = network.embed(arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.counts)
         encoded = network.encode(inputs, place, attention_impl, earlier, fixed)
     keep = window_start(config, "summary", total) - window
     layers = tuple(
@@ -200,16 +198,20 @@ def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl:
     return Memory(total, layers, encoded.last_input[-1].clone())
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _by_user(rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    return [rows] if len(counts) == 1 else rows.split(list(counts))
 
 
-def _visible(config: ModelConfig, memory: Memory, depth: int) -> Tensor:
-    """Return the summary rows the next event's layout asks for; the state may hold one chunk more."""
-    layer = memory.layers[depth]
-    rows = layer.summaries.whole()
-    if layer.kind == "full" or config.max_visible_chunks is None:
-        return rows
-    next_chunk = memory.num_events // config.chunk_size
+def _joined(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return all users' rows in one tensor."""
+    flat = [part for own in parts for part in own]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _unseen_summaries(config: ModelConfig, num_events: int) -> int:
+    """Return how many of the state's oldest summaries the next event does not see: at most one chunk's."""
+    if config.max_visible_chunks is None:
+        return 0
+    next_chunk = num_events // config.chunk_size
     first = max(0, next_chunk - config.window_chunks - config.max_visible_chunks)
-    return rows[num_summaries(config) * (first - first_visible_chunk(config, memory.num_events)) :]
+    return num_summaries(config) * (first - first_visible_chunk(config, num_events))

@@ -10,36 +10,60 @@ from torch import Tensor, nn
 
 from ksa_kernels import QKV, ChunkLayout, summary_attention
 from ksa_kernels.norm_rotary import norm_rotary
+from ksa_kernels.rms_norm import EPS, rms_norm
 from ksa_kernels.sigmoid_gate import sigmoid_gate
 from recsys_ksa.config import LayerKind, ModelConfig
 from recsys_ksa.model.rotary import Rotary
 
-EPS = 1e-6
-
-# Shapes: T tokens of one kind, E model dim, H heads, D head dim.
+# Shapes: T tokens of one kind, E model dim, H heads, H_kv key and value heads, D head dim.
 
 
 class Projection(nn.Module):
-    """Queries, gates, keys and values of one kind of token, per-head normalised and rotated."""
+    """Queries, gates, keys and values of one kind of token; queries and keys per-head normalised and rotated.
+
+    weight: [E, (2 H_kv + 2 H) D], columns key | value | query | gate, so that a pass that wants one side only reads one
+    range of it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.norm = nn.RMSNorm(config.dim, eps=EPS)
-        self.query_gate = nn.Linear(config.dim, 2 * config.num_heads * config.head_dim, bias=False)
-        self.key_value = nn.Linear(config.dim, 2 * config.num_kv_heads * config.head_dim, bias=False)
-        self.query_norm = nn.RMSNorm(config.head_dim, eps=EPS)
-        self.key_norm = nn.RMSNorm(config.head_dim, eps=EPS)
+        self.gain = nn.Parameter(torch.ones(config.dim))
+        self.weight = matrix(config.dim, 2 * (self.num_kv_heads + self.num_heads) * self.head_dim)
+        self.key_gain = nn.Parameter(torch.ones(self.head_dim))
+        self.query_gain = nn.Parameter(torch.ones(self.head_dim))
 
-    def queries(self, normed_TE: Tensor, rotary: Rotary, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    def forward(self, x_TE: Tensor, rotary: Rotary, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+        """Return `queries` and `keys_values` of one product."""
+        heads = rms_norm(x_TE, self.gain) @ self.weight
+        row, query = heads.split_with_sizes((self.num_row_columns, self.weight.shape[1] - self.num_row_columns), 1)
+        return *self._queries(query, rotary, impl), self._keys_values(row, rotary, impl)
+
+    def queries(self, x_TE: Tensor, rotary: Rotary, impl: str = "auto") -> tuple[Tensor, Tensor]:
         """Return queries [T, H, D] and what the output's gate opens by [T, H, D] (arXiv 2505.06708)."""
-        query, gate = self.query_gate(normed_TE).view(-1, 2, self.num_heads, self.head_dim).unbind(1)
-        return norm_rotary(query[:, None], self.query_norm.weight, *rotary, eps=EPS, impl=impl)[:, 0], gate
+        return self._queries(rms_norm(x_TE, self.gain) @ self.weight[:, self.num_row_columns :], rotary, impl)
 
-    def keys_values(self, normed_TE: Tensor, rotary: Rotary, impl: str = "auto") -> Tensor:
+    def keys_values(self, x_TE: Tensor, rotary: Rotary, impl: str = "auto") -> Tensor:
         """Return keys and values side by side, [T, 2, H_kv, D]: the rows a user state keeps."""
-        key_value = self.key_value(normed_TE).view(-1, 2, self.num_kv_heads, self.head_dim)
-        return norm_rotary(key_value, self.key_norm.weight, *rotary, eps=EPS, impl=impl)
+        return self._keys_values(rms_norm(x_TE, self.gain) @ self.weight[:, : self.num_row_columns], rotary, impl)
+
+    def row_weights(self) -> dict[str, Tensor]:
+        """Return the parameters that `keys_values` reads, by name."""
+        return {"gain": self.gain, "weight": self.weight[:, : self.num_row_columns], "key_gain": self.key_gain}
+
+    @property
+    def num_row_columns(self) -> int:
+        """Columns of `weight` that keys and values read, the first ones."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def _queries(self, columns: Tensor, rotary: Rotary, impl: str) -> tuple[Tensor, Tensor]:
+        parts = columns.view(-1, 2, self.num_heads, self.head_dim)
+        query = norm_rotary(parts[:, :1], self.query_gain, *rotary, eps=EPS, impl=impl)
+        return query[:, 0], parts[:, 1]
+
+    def _keys_values(self, columns: Tensor, rotary: Rotary, impl: str) -> Tensor:
+        parts = columns.view(-1, 2, self.num_kv_heads, self.head_dim)
+        return norm_rotary(parts, self.key_gain, *rotary, eps=EPS, impl=impl)
 
 
 class Block(nn.Module):
@@ -51,20 +75,29 @@ class Block(nn.Module):
         self.has_summaries = kind == "summary" and config.attention == "summary"
         self.event = Projection(config)
         self.summary = Projection(config) if self.has_summaries else None
-        self.output = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
-        self.norm = nn.RMSNorm(config.dim, eps=EPS)
-        self.up = nn.Linear(config.dim, 2 * config.feed_forward_dim, bias=False)
-        self.down = nn.Linear(config.feed_forward_dim, config.dim, bias=False)
+        at_end = (2 * len(config.layers)) ** -0.5  # two branches a block add to the residual stream
+        self.output = matrix(config.num_heads * config.head_dim, config.dim, at_end)
+        self.gain = nn.Parameter(torch.ones(config.dim))
+        self.up = matrix(config.dim, 2 * config.feed_forward_dim)
+        self.down = matrix(config.feed_forward_dim, config.dim, at_end)
         self.dropout = config.dropout
 
     def finish(self, x_TE: Tensor, attended_THD: Tensor, gate_THD: Tensor, impl: str = "auto") -> Tensor:
         """Add the gated attention output and the feed-forward to the residual stream. [T, E] -> [T, E]."""
-        x_TE = x_TE + self._drop(self.output(sigmoid_gate(attended_THD, gate_THD, impl=impl).flatten(1)))
-        gate, up = self.up(self.norm(x_TE)).chunk(2, dim=-1)
-        return x_TE + self._drop(self.down(F.silu(gate) * up))
+        x_TE = x_TE + self._drop(sigmoid_gate(attended_THD, gate_THD, impl=impl).flatten(1) @ self.output)
+        gate, up = (rms_norm(x_TE, self.gain) @ self.up).chunk(2, dim=-1)
+        return x_TE + self._drop((F.silu(gate) * up) @ self.down)
 
     def _drop(self, x_TE: Tensor) -> Tensor:
         return F.dropout(x_TE, self.dropout) if self.training and self.dropout else x_TE
+
+
+def matrix(rows: int, columns: int, scale: float = 1.0) -> nn.Parameter:
+    """Return a random [rows, columns] that x [T, rows] is multiplied with, outputs of x's size times `scale`.
+
+    Not nn.Linear, whose weight lies the other way: with one token that product takes torch twice the time.
+    """
+    return nn.Parameter(torch.randn(rows, columns) * (scale * rows**-0.5))
 
 
 def attend(
@@ -81,8 +114,8 @@ def attend(
         event_query, summary_query: [Tq, H, D], [Sq, H, D].
         event_rows, summary_rows: [Tk, 2, H_kv, D], [Sk, 2, H_kv, D].
     """
-    events = QKV(event_query, event_rows[:, 0], event_rows[:, 1])
-    summaries = QKV(summary_query, summary_rows[:, 0], summary_rows[:, 1])
+    events = QKV(event_query, *event_rows.unbind(1))
+    summaries = QKV(summary_query, *summary_rows.unbind(1))
     device = event_query.device.type
     if torch.is_autocast_enabled(device):
         # The operator chooses its own precision: softmax in float32 whatever the inputs.

@@ -6,6 +6,7 @@ table, sharded or not, is looked up both ways.
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,14 @@ class EventEmbedding(nn.Module):
         self.table_of = {name: table for table in rows for name in names[table]}
         self.keys = list(self.table_of)
 
-    def forward(self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor) -> Tensor:
+    def forward(
+        self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor | Sequence[int]
+    ) -> Tensor:
         """Return event inputs of about unit elements, [T, E].
 
         Args:
             item_index, event_type, gap_bucket: int64 [T]; what the network does not use is not looked at.
-            lengths: int64 [U], events of each user.
+            lengths: [U], events of each user.
         """
         ids = {"item": item_index}
         if self.has_event_type:
@@ -100,7 +103,7 @@ class EventEmbedding(nn.Module):
         ids = {CANDIDATE: item_index}
         if self.content:
             ids |= {f"{CANDIDATE}_{name}": self._category(name)[item_index] for name in self.side}
-        found = self._look_up(ids, torch.tensor([item_index.numel()], device=item_index.device))
+        found = self._look_up(ids, [item_index.numel()])
         return sum((found[name] for name in ids), start=torch.zeros((), device=item_index.device))
 
     def all_candidates(self) -> Tensor:
@@ -119,14 +122,15 @@ class EventEmbedding(nn.Module):
     def _category(self, name: str) -> Tensor:
         return self.get_buffer(f"category_{name}")
 
-    def _look_up(self, ids: dict[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
+    def _look_up(self, ids: dict[str, Tensor], lengths: Tensor | Sequence[int]) -> dict[str, Tensor]:
         """Look up the features given; the collection's other features are empty."""
         if not self.training and isinstance(self.tables, EmbeddingCollection):
             # Whole tables, nothing to learn: the same rows without a jagged tensor's bookkeeping, which would be a
             # tenth of appending one event.
             return {key: self._table(self.table_of[key])(ids[key]) for key in ids}
-        nothing = torch.zeros_like(lengths)
         values = torch.cat([ids[key] for key in self.keys if key in ids])
+        lengths = torch.as_tensor(lengths, device=values.device)
+        nothing = torch.zeros_like(lengths)
         jagged = KeyedJaggedTensor(
             keys=self.keys,
             values=values,

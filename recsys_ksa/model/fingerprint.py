@@ -32,8 +32,12 @@ _ANSWER_ONLY = (
 def state_fingerprint(network: Network) -> str:
     """Return the SHA-256, as 64 hex digits, of all that a user state's rows depend on."""
     last = f"blocks.{len(network.blocks) - 1}."
-    skipped = _ANSWER_ONLY + tuple(f"{last}{part}" for part in ("output", "norm", "up", "down", "event.query"))
+    skipped = _ANSWER_ONLY + tuple(f"{last}{part}" for part in ("output", "gain", "up", "down", "event.", "summary."))
     weights = {name: value for name, value in network.state_dict().items() if not name.startswith(skipped)}
+    for kind in ("event", "summary"):
+        projection = getattr(network.blocks[-1], kind)
+        if projection is not None:
+            weights |= {f"{last}{kind}.{name}": value for name, value in projection.row_weights().items()}
     about = {
         "layout": STATE_LAYOUT,
         "config": network.config.model_dump(mode="json", exclude_defaults=True),

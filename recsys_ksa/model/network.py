@@ -36,8 +36,20 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class EarlierRows:
+    """Rows of one layer that earlier events left: for each user the tensors that make them up, oldest first."""
+
+    events: Sequence[Sequence[Tensor]]
+    summaries: Sequence[Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """What a pass leaves: the last block's input of each new event [T, E], and every layer's merged rows."""
+    """What a pass leaves.
+
+    last_input: the last block's input of each new event, [T, E].
+    rows: every layer's rows as its queries see them: each user's earlier ones, then its new ones.
+    """
 
     last_input: Tensor
     rows: list[Rows]
@@ -54,7 +66,6 @@ class Network(ScoringNetwork):
         self.precision = precision
         self.summary_input = nn.Parameter(torch.randn(config.summaries_per_chunk, config.dim))
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
-        self._initialise()
 
     def forward(self, batch: "Batch", attention_impl: str = "auto") -> Tensor:
         """Return one user vector a question, [Q, E] ([Q, E + 1] with an item bias); score = user . item."""
@@ -82,7 +93,7 @@ class Network(ScoringNetwork):
         events: Tensor,
         place: Place,
         attention_impl: str = "auto",
-        earlier: Sequence[Rows] | None = None,
+        earlier: Sequence[EarlierRows] | None = None,
         fixed: Sequence[Rows | None] | None = None,
     ) -> Encoded:
         """Run all blocks but the last one's queries.
@@ -95,34 +106,28 @@ class Network(ScoringNetwork):
                 summaries of a `summary` layer, events of a `full` one (replay of a stored state).
         """
         summaries = self.summary_input[place.summary_slot]
+        closing = len(summaries) > 0  # most arrivals close no chunk
         rows: list[Rows] = []
-        for depth, module in enumerate(self.blocks):
-            block = self._block(module)
-            summary = block.summary if len(summaries) else None  # most arrivals close no chunk
-            normed = block.event.norm(events)
-            summary_normed = summaries if summary is None else summary.norm(summaries)
-            event_rows = block.event.keys_values(normed, place.event_rotary, attention_impl)
-            if summary is not None:
-                summary_rows = summary.keys_values(summary_normed, place.summary_rotary, attention_impl)
-            else:
-                summary_rows = event_rows[:0]
-            new = Rows(event_rows, summary_rows)
-            merged = _merge(new, earlier[depth] if earlier else None, place, block.kind)
-            if fixed is not None and (known := fixed[depth]) is not None:
-                merged = Rows(merged.events, known.summaries) if block.kind == "summary" else known
-            rows.append(merged)
-            if depth == len(self.blocks) - 1:
-                break
-            query, gate = block.event.queries(normed, place.event_rotary, attention_impl)
-            if summary is not None:
-                summary_query, summary_gate = summary.queries(summary_normed, place.summary_rotary, attention_impl)
-            else:
-                summary_query, summary_gate = query[:0], gate[:0]
+        *blocks, last = (self._block(module) for module in self.blocks)
+        for depth, block in enumerate(blocks):
+            query, gate, event_rows = block.event(events, place.event_rotary, attention_impl)
+            summary_query, summary_gate, summary_rows = query[:0], gate[:0], event_rows[:0]
+            if closing and block.summary is not None:
+                summary_query, summary_gate, summary_rows = block.summary(
+                    summaries, place.summary_rotary, attention_impl
+                )
+            known = _merge(Rows(event_rows, summary_rows), block.kind, depth, place, earlier, fixed)
             layout = place.layouts[block.kind]
-            seen, summary_seen = attend(query, merged.events, summary_query, merged.summaries, layout, attention_impl)
+            seen, summary_seen = attend(query, known.events, summary_query, known.summaries, layout, attention_impl)
             events = block.finish(events, seen, gate, attention_impl)
-            if summary is not None:
+            if closing and block.summary is not None:
                 summaries = block.finish(summaries, summary_seen, summary_gate, attention_impl)
+            rows.append(known)
+        event_rows = last.event.keys_values(events, place.event_rotary, attention_impl)
+        summary_rows = event_rows[:0]
+        if closing and last.summary is not None:
+            summary_rows = last.summary.keys_values(summaries, place.summary_rotary, attention_impl)
+        rows.append(_merge(Rows(event_rows, summary_rows), last.kind, len(blocks), place, earlier, fixed))
         return Encoded(events, rows)
 
     def answer(
@@ -146,7 +151,7 @@ class Network(ScoringNetwork):
         """
         block = self._block(self.blocks[-1])
         asked = last_input if self.request is None else last_input + self.request(request_bucket)
-        query, gate = block.event.queries(block.event.norm(asked), rotary, attention_impl)
+        query, gate = block.event.queries(asked, rotary, attention_impl)
         unused = query.new_zeros(layout.num_query_summaries, *query.shape[1:])
         seen, _ = attend(query, rows.events, unused, rows.summaries, layout, attention_impl)
         if select is not None:
@@ -174,22 +179,27 @@ class Network(ScoringNetwork):
         assert isinstance(module, Block)
         return module
 
-    def _initialise(self) -> None:
-        depth = len(self.blocks)
-        for name, module in self.blocks.named_modules():
-            if isinstance(module, nn.Linear):
-                ends_branch = name.endswith(("output", "down"))
-                std = module.in_features**-0.5 * ((2 * depth) ** -0.5 if ends_branch else 1.0)
-                nn.init.normal_(module.weight, std=std)
 
-
-def _merge(new: Rows, earlier: Rows | None, place: Place, kind: LayerKind) -> Rows:
-    if earlier is None:
-        return new
-    events = torch.cat((earlier.events, new.events))
-    summaries = torch.cat((earlier.summaries, new.summaries)) if len(new.summaries) else earlier.summaries
-    if (order := place.event_merge[kind]) is not None:
-        events = events[order]
-    if kind == "summary" and place.summary_merge is not None:
-        summaries = summaries[place.summary_merge]
+def _merge(
+    new: Rows,
+    kind: LayerKind,
+    depth: int,
+    place: Place,
+    earlier: Sequence[EarlierRows] | None,
+    fixed: Sequence[Rows | None] | None,
+) -> Rows:
+    """Return the rows that a layer's queries may see: each user's earlier ones, then its new ones."""
+    events, summaries = new.events, new.summaries
+    if earlier is not None:
+        events = _behind(earlier[depth].events, events, place.new_events)
+        if kind == "summary":
+            summaries = _behind(earlier[depth].summaries, summaries, place.new_summaries)
+    if fixed is not None and (known := fixed[depth]) is not None:
+        return Rows(events, known.summaries) if kind == "summary" else known
     return Rows(events, summaries)
+
+
+def _behind(earlier: Sequence[Sequence[Tensor]], new: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return each user's earlier rows and the new ones, of which it has `counts`, in a tensor of its own."""
+    news = [new] if len(counts) == 1 else new.split(list(counts))
+    return torch.cat([part for parts, own in zip(earlier, news, strict=True) for part in (*parts, own)])

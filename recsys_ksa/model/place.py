@@ -1,10 +1,11 @@
-"""Where the tokens of one pass sit: layouts, rotary tables, and how earlier and new rows interleave.
+"""Where the tokens of one pass sit: layouts, rotary tables, and how many are new.
 
 Built once a pass and shared by all layers.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,16 +22,15 @@ class Place:
     layouts: for each kind of layer in use.
     event_rotary, summary_rotary: of the new events and the new summaries.
     summary_slot: int64 [S], the learned input each new summary starts from.
-    event_merge: for each kind of layer, and summary_merge: int64 [earlier + new], puts earlier rows and new rows,
-        given one after the other, in the layout's order; None where they already are.
+    new_events, new_summaries: how many of them each user has.
     """
 
     layouts: Mapping[LayerKind, ChunkLayout]
     event_rotary: Rotary
     summary_rotary: Rotary
     summary_slot: Tensor
-    event_merge: Mapping[LayerKind, Tensor | None]
-    summary_merge: Tensor | None
+    new_events: Sequence[int]
+    new_summaries: Sequence[int]
 
 
 def num_summaries(config: ModelConfig) -> int:
@@ -70,7 +70,7 @@ def place_histories(
     layouts: dict[LayerKind, ChunkLayout] = {
         kind: chunk_layout(config, kind, offsets).to(device) for kind in dict.fromkeys(config.layer_kinds)
     }
-    return _place(config, layouts, first_position.to(device), {}, None, dtype)
+    return _place(config, layouts, first_position.to(device), dtype)
 
 
 def place_arrivals(
@@ -88,69 +88,39 @@ def place_arrivals(
         num_new: events that arrive, at least 1 each.
         key_start: for each kind of layer, the first event whose row the state still holds.
     """
-    offsets = [0]
-    for had, new in zip(num_events, num_new):
-        offsets.append(offsets[-1] + had + new)
+    offsets = [0, *accumulate(had + new for had, new in zip(num_events, num_new, strict=True))]
     layouts: dict[LayerKind, ChunkLayout] = {
         kind: chunk_layout(config, kind, offsets, num_events, key_start[kind]).to(device)
         for kind in dict.fromkeys(config.layer_kinds)
     }
-    event_merge: dict[LayerKind, Tensor | None] = {
-        kind: _merge([had - start for had, start in zip(num_events, key_start[kind])], num_new, device)
-        for kind in layouts
-    }
-    summary_merge = None
-    if len(num_new) > 1 and (layout := layouts.get("summary")) is not None and num_summaries(config):
-        new = layout.summary_query_offsets.diff().tolist()
-        whole = layout.summary_key_offsets.diff().tolist()
-        summary_merge = _merge([total - count for total, count in zip(whole, new)], new, device)
-    return _place(config, layouts, None, event_merge, summary_merge, dtype)
+    return _place(config, layouts, None, dtype)
 
 
 def _place(
-    config: ModelConfig,
-    layouts: Mapping[LayerKind, ChunkLayout],
-    first_position: Tensor | None,
-    event_merge: Mapping[LayerKind, Tensor | None],
-    summary_merge: Tensor | None,
-    dtype: torch.dtype,
+    config: ModelConfig, layouts: Mapping[LayerKind, ChunkLayout], first_position: Tensor | None, dtype: torch.dtype
 ) -> Place:
     layout = next(iter(layouts.values()))
     position = layout.event_query_index
     if first_position is not None:
         position = position + torch.repeat_interleave(first_position, layout.event_query_offsets.diff())
-    summary_layout = layouts.get("summary") if num_summaries(config) else None
-    if summary_layout is None:
-        slot = position.new_zeros(0)
-        summary = slot
-    else:
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    event_rotary = rotary_table(position, config.head_dim, table_dtype)
+    slot, summary_rotary = position[:0], event_rotary  # without summaries nothing reads it
+    summary_layout = layouts.get("summary", layout)
+    if summary_layout.num_query_summaries:
         slot = summary_layout.summary_query_slot
-        summary = summary_position(
+        position = summary_position(
             summary_layout.summary_query_chunk, slot, config.chunk_size, config.summaries_per_chunk
         )
         if first_position is not None:
             counts = summary_layout.summary_query_offsets.diff()
-            summary = summary + torch.repeat_interleave(first_position, counts)
-    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    event_rotary = rotary_table(position, config.head_dim, table_dtype)
+            position = position + torch.repeat_interleave(first_position, counts)
+        summary_rotary = rotary_table(position, config.head_dim, table_dtype)
     return Place(
         layouts=layouts,
         event_rotary=event_rotary,
-        summary_rotary=rotary_table(summary, config.head_dim, table_dtype) if len(summary) else event_rotary,
+        summary_rotary=summary_rotary,
         summary_slot=slot,
-        event_merge=event_merge,
-        summary_merge=summary_merge,
+        new_events=[span.num_query_events for span in layout.spans],
+        new_summaries=[summary_layout.summaries_per_chunk * span.num_query_chunks for span in summary_layout.spans],
     )
-
-
-def _merge(earlier: Sequence[int], new: Sequence[int], device: torch.device) -> Tensor | None:
-    """Return the order that puts each user's earlier rows before its new ones; None where nothing moves."""
-    if len(new) == 1 or not any(earlier):
-        return None
-    order: list[Tensor] = []
-    earlier_at, new_at = 0, sum(earlier)
-    for had, count in zip(earlier, new):
-        order += [torch.arange(earlier_at, earlier_at + had), torch.arange(new_at, new_at + count)]
-        earlier_at += had
-        new_at += count
-    return torch.cat(order).to(device)

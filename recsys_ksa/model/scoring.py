@@ -5,6 +5,7 @@ What lies between the inputs and the hidden rows is the architecture's (`Network
 that a comparison compares architectures and nothing else.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,7 +61,9 @@ class ScoringNetwork(nn.Module):
         """Return one user vector a question, [Q, E] ([Q, E + 1] with an item bias); score = user . item."""
         raise NotImplementedError
 
-    def embed(self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor) -> Tensor:
+    def embed(
+        self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor | Sequence[int]
+    ) -> Tensor:
         """Return event inputs [T, E]; see `EventEmbedding.forward`. In training some items are hidden."""
         if self.training and self.config.item_dropout:
             hidden = torch.rand(item_index.shape, device=item_index.device) < self.config.item_dropout

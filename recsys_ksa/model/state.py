@@ -36,9 +36,18 @@ class SharedRows:
         """Bytes of the rows held."""
         return sum(part.numel() * part.element_size() for part in (*self.segments, self.tail))
 
+    def parts(self, skip: int = 0) -> list[Tensor]:
+        """Return the tensors that hold the rows, in order, without the first `skip` rows."""
+        parts = [*self.segments, self.tail]
+        while skip and skip >= len(parts[0]) and len(parts) > 1:
+            skip -= len(parts.pop(0))
+        if skip:
+            parts[0] = parts[0][skip:]
+        return parts
+
     def whole(self) -> Tensor:
         """Return all rows in one tensor."""
-        return torch.cat((*self.segments, self.tail)) if self.segments else self.tail
+        return torch.cat(self.parts()) if self.segments else self.tail
 
     def extend(self, rows: Tensor) -> "SharedRows":
         """Return these rows and `rows` behind them."""
@@ -50,15 +59,13 @@ class SharedRows:
 
     def drop(self, count: int) -> "SharedRows":
         """Return the rows without the first `count`."""
-        segments = list(self.segments)
-        while segments and count >= len(segments[0]):
-            count -= len(segments.pop(0))
         if not count:
-            return SharedRows(tuple(segments), self.tail)
-        if segments:
-            segments[0] = segments[0][count:].clone()
-            return SharedRows(tuple(segments), self.tail)
-        return SharedRows((), self.tail[count:].clone())
+            return self
+        first, *others = self.parts(count)
+        if not any(first is part for part in (*self.segments, self.tail)):
+            first = first.clone()  # a view would keep what is dropped
+        *segments, tail = first, *others
+        return SharedRows(tuple(segments), tail)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ small product of matrices and no mask. Plain autograd where gradients are wanted
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ksa_kernels.layout import ChunkLayout, UserSpan
+from ksa_kernels.layout import ChunkLayout
 from ksa_kernels.summary_attention import fused_cpu
 
 if TYPE_CHECKING:
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 
 MAX_PIECES = 4
 """Pieces (chunks of users) up to which going one by one is faster than building blocks."""
+
+
+class Piece(NamedTuple):
+    """Queries that see one range of event rows and one of summary rows; each range is (first, stop).
+
+    The last keys of the queries' own kind are the queries' own, and causal.
+    """
+
+    are_events: bool
+    query: tuple[int, int]
+    events: tuple[int, int]
+    summaries: tuple[int, int]
 
 
 def is_small(layout: ChunkLayout) -> bool:
@@ -34,37 +47,48 @@ def is_small(layout: ChunkLayout) -> bool:
 
 def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
-    event_parts: list[tuple[Tensor, Tensor]] = []
-    summary_parts: list[tuple[Tensor, Tensor]] = []
-    row = event_row = summary_query_row = summary_row = 0
-    m = layout.summaries_per_chunk
-    for span in layout.spans:
-        key_shift = event_row - span.key_start
-        summary_shift = summary_row - span.first_key_chunk * m
-        event = span.query_start
-        while event < span.num_events:
-            chunk = event // layout.chunk_size
-            stop = min((chunk + 1) * layout.chunk_size, span.num_events)
-            count = stop - event
-            first, old = _ranges(chunk, layout, span)
-            keys = slice(first + key_shift, stop + key_shift)
-            remembered = slice(old[0] + summary_shift, old[1] + summary_shift)
-            event_parts.append(_attend(events.query[row : row + count], events, keys, summaries, remembered, count, 0))
-            if stop == (chunk + 1) * layout.chunk_size and m:
-                keys = slice(chunk * layout.chunk_size + key_shift, stop + key_shift)
-                own = slice(chunk * m + summary_shift, (chunk + 1) * m + summary_shift)
-                asking = summaries.query[summary_query_row : summary_query_row + m]
-                summary_parts.append(_attend(asking, events, keys, summaries, own, 0, m))
-                summary_query_row += m
-            row, event = row + count, stop
-        event_row += span.num_key_events
-        summary_row += span.num_key_chunks * m
+    pieces = layout.plans.get("small")
+    if pieces is None:
+        pieces = layout.plans["small"] = list(_pieces(layout))
+    found = [_attend(piece, events, summaries) for piece in pieces]
+    event_parts = [part for piece, part in zip(pieces, found) if piece.are_events]
+    summary_parts = [part for piece, part in zip(pieces, found) if not piece.are_events]
     events_out, events_lse = _join(event_parts, events.query)
     summaries_out, summaries_lse = _join(summary_parts, summaries.query)
     return events_out, summaries_out, events_lse, summaries_lse
 
 
-def _ranges(chunk: int, layout: ChunkLayout, span: UserSpan) -> tuple[int, tuple[int, int]]:
+def _pieces(layout: ChunkLayout) -> Iterator[Piece]:
+    k, m = layout.chunk_size, layout.summaries_per_chunk
+    row = event_row = summary_query_row = summary_row = 0
+    for span in layout.spans:
+        key_shift = event_row - span.key_start
+        summary_shift = summary_row - span.first_key_chunk * m
+        event = span.query_start
+        while event < span.num_events:
+            chunk = event // k
+            stop = min((chunk + 1) * k, span.num_events)
+            first, old = _ranges(chunk, layout)
+            yield Piece(
+                True,
+                (row, row + stop - event),
+                (first + key_shift, stop + key_shift),
+                (old[0] + summary_shift, old[1] + summary_shift),
+            )
+            if stop == (chunk + 1) * k and m:
+                yield Piece(
+                    False,
+                    (summary_query_row, summary_query_row + m),
+                    (chunk * k + key_shift, stop + key_shift),
+                    (chunk * m + summary_shift, (chunk + 1) * m + summary_shift),
+                )
+                summary_query_row += m
+            row, event = row + stop - event, stop
+        event_row += span.num_key_events
+        summary_row += span.num_key_chunks * m
+
+
+def _ranges(chunk: int, layout: ChunkLayout) -> tuple[int, tuple[int, int]]:
     """Return the first event that a chunk's events see, and the range of summaries that they see."""
     if layout.window_chunks is None:
         return 0, (0, 0)
@@ -74,29 +98,21 @@ def _ranges(chunk: int, layout: ChunkLayout, span: UserSpan) -> tuple[int, tuple
     return before * layout.chunk_size, (first * m, before * m)
 
 
-def _attend(
-    query: Tensor, events: QKV, keys: slice, summaries: QKV, old: slice, causal_events: int, causal_summaries: int
-) -> tuple[Tensor, Tensor]:
-    """Attend over one range of events and one of summaries; the last rows of one range may be causal.
-
-    Returns out [rows, H, D] in the query's dtype and lse [rows, H].
-    """
+def _attend(piece: Piece, events: QKV, summaries: QKV) -> tuple[Tensor, Tensor]:
+    """Return out [rows, H, D] in the queries' dtype and lse [rows, H]."""
+    query = _rows((events if piece.are_events else summaries).query, piece.query)
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads = events.key.shape[1]
+    key, value = _rows(events.key, piece.events), _rows(events.value, piece.events)
+    if piece.summaries[0] < piece.summaries[1]:
+        old_key, old_value = _rows(summaries.key, piece.summaries), _rows(summaries.value, piece.summaries)
+        order = 1 if piece.are_events else -1  # what is causal goes last
+        key, value = torch.cat((old_key, key)[::order]), torch.cat((old_value, value)[::order])
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    q = q.reshape(num_kv_heads, -1, head_dim)
-    key, value = events.key[keys], events.value[keys]
-    causal = causal_events
-    if old.stop > old.start:
-        # what is causal goes last
-        if causal_summaries:
-            causal = causal_summaries
-            key, value = torch.cat([key, summaries.key[old]]), torch.cat([value, summaries.value[old]])
-        else:
-            key, value = torch.cat([summaries.key[old], key]), torch.cat([summaries.value[old], value])
+    # [J, rows * G, D], the G query heads of a key head side by side
+    q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
     key, value = key.to(dtype).transpose(0, 1), value.to(dtype).transpose(0, 1)
-    bias = _hide_later(causal, q.shape[1], key) if causal > 1 else None
+    bias = _hide_later(num_rows, q.shape[1], key) if num_rows > 1 else None
     if query.device.type == "cpu" and not (torch.is_grad_enabled() and _any_needs_grad(q, key, value)):
         out, lse = fused_cpu.attend_rows(q, key, value, bias)
     else:
@@ -104,8 +120,13 @@ def _attend(
         scores = scores if bias is None else scores + bias
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ value
-    out = out.reshape(num_kv_heads, -1, num_rows, head_dim).permute(2, 0, 1, 3).reshape(query.shape)
-    return out.to(query.dtype), lse.reshape(num_heads, num_rows).T
+    out = out.reshape(num_kv_heads, num_rows, -1, head_dim).transpose(0, 1).reshape(query.shape)
+    lse = lse.reshape(num_kv_heads, num_rows, -1).transpose(0, 1).reshape(num_rows, num_heads)
+    return out.to(query.dtype), lse
+
+
+def _rows(whole: Tensor, bounds: tuple[int, int]) -> Tensor:
+    return whole if bounds == (0, len(whole)) else whole[bounds[0] : bounds[1]]
 
 
 def _any_needs_grad(*tensors: Tensor) -> bool:
@@ -115,18 +136,17 @@ def _any_needs_grad(*tensors: Tensor) -> bool:
 def _hide_later(count: int, num_rows: int, key: Tensor) -> Tensor:
     """Return a bias that hides from each of `count` rows the keys that come after it among the last `count` ones.
 
-    Shape [num_rows, keys]: a group's heads repeat the rows.
+    Shape [num_rows, keys]: a group's heads repeat each row.
     """
     bias = key.new_zeros(count, key.shape[1])
     bias[:, -count:] = torch.full((count, count), -torch.inf, dtype=key.dtype, device=key.device).triu_(1)
-    return bias.repeat(num_rows // count, 1)
+    return bias.repeat_interleave(num_rows // count, 0)
 
 
 def _join(parts: list[tuple[Tensor, Tensor]], query: Tensor) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-        return query[:0], query[:0, :, 0].to(dtype)
+        return query, query[:, :, 0].to(torch.float64 if query.dtype is torch.float64 else torch.float32)
     out, lse = zip(*parts)
     return torch.cat(out), torch.cat(lse)

@@ -22,14 +22,16 @@ def test_equal_networks_have_equal_fingerprints() -> None:
 def test_any_weight_that_rows_depend_on_changes_the_state_fingerprint() -> None:
     base, release = state_fingerprint(build()), release_hash(build())
     # The last block answers: of it, only keys, values and what they read matter to a state.
-    answers_only = ("start", "norm.", "head.", "log_temperature", "request.", "blocks.1.output", "blocks.1.norm")
-    answers_only += ("blocks.1.up", "blocks.1.down", "blocks.1.event.query")
+    answers_only = ("start", "norm.", "head.", "log_temperature", "request.", "blocks.1.output", "blocks.1.gain")
+    answers_only += ("blocks.1.up", "blocks.1.down", "blocks.1.event.query_gain", "blocks.1.summary.query_gain")
     for name, _ in build().named_parameters():
-        network = build()
-        with torch.no_grad():
-            network.get_parameter(name).view(-1)[0] += 1e-3
-        assert release_hash(network) != release, name
-        assert (state_fingerprint(network) == base) is name.startswith(answers_only), name
+        for at in (0, -1):
+            network = build()
+            with torch.no_grad():
+                network.get_parameter(name).view(-1)[at] += 1e-3
+            assert release_hash(network) != release, name
+            of_queries = at == -1 and name in ("blocks.1.event.weight", "blocks.1.summary.weight")
+            assert (state_fingerprint(network) == base) is (of_queries or name.startswith(answers_only)), (name, at)
 
 
 def test_config_and_precision_change_the_state_fingerprint() -> None:

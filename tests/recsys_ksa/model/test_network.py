@@ -96,7 +96,7 @@ def test_gradients_reach_every_parameter() -> None:
     # The last block's summaries only give keys and values; their queries have no reader.
     scores = net.user_vectors(hidden) @ net.item_vectors().T
     (scores.logsumexp(-1).sum() + own).backward()
-    unread = {"blocks.2.summary.query_gate.weight", "blocks.2.summary.query_norm.weight"}
+    unread = {"blocks.2.summary.query_gain"}
     missing = {name for name, value in net.named_parameters() if value.grad is None or not value.grad.abs().any()}
     assert missing <= unread | {"own_items.hidden.weight", "own_items.hidden.bias"}  # behind a zero output at first
 
