@@ -1,7 +1,9 @@
 """What may come in: the one place that says why a user id, an event or a question is refused. Pure functions."""
 
+from collections.abc import Sequence
+
 from ksa_serving.errors import InvalidRequestError
-from ksa_serving.messages import EventMessage, RecommendRequest
+from ksa_serving.messages import EventMessage, ExplainRequest, RecommendRequest
 from ksa_serving.release import Clock
 from ksa_serving.settings import Limits
 
@@ -65,13 +67,9 @@ def check_recommend(request: RecommendRequest, limits: Limits, clock: Clock, now
     """
     if not 1 <= request.k <= limits.k:
         raise InvalidRequestError(f"k: expected 1 to {limits.k}, got {request.k}. Ask for fewer items.", "invalid-k")
-    if isinstance(request.request_time, int):
-        if not 0 <= request.request_time < MAX_TIME:
-            expected = "expected seconds from 0 to 2^53"
-            raise InvalidRequestError(f"request_time: {expected}, got {request.request_time}.", "invalid-request-time")
-        if clock == "ordinal":
-            reason = "this run's data set has an order but no clock"
-            raise InvalidRequestError(f"request_time: {reason}. Leave it out or send null.", "invalid-request-time")
+    check_request_time(request.request_time, clock)
+    check_candidates("allow", request.allow or [], limits)
+    check_candidates("deny", request.deny, limits)
     if (request.which, request.exclude_seen) in (("again", True), ("new", False)):
         contradiction = f"list {request.which!r} contradicts exclude_seen {str(request.exclude_seen).lower()}"
         raise InvalidRequestError(f"list: {contradiction}. Leave exclude_seen out.", "contradiction")
@@ -80,6 +78,55 @@ def check_recommend(request: RecommendRequest, limits: Limits, clock: Clock, now
         fault = event_fault(event, limits, clock, now)
         if fault is not None:
             raise InvalidRequestError(f"events[{number}]: {fault}. Mend or leave out this event.", "invalid-event")
+
+
+def check_request_time(request_time: object, clock: Clock) -> None:
+    """Refuse a request time that is out of range, or where there is no clock.
+
+    Raises:
+        InvalidRequestError: code `invalid-request-time`.
+    """
+    if not isinstance(request_time, int):
+        return
+    if not 0 <= request_time < MAX_TIME:
+        expected = "expected seconds from 0 to 2^53"
+        raise InvalidRequestError(f"request_time: {expected}, got {request_time}.", "invalid-request-time")
+    if clock == "ordinal":
+        reason = "this run's data set has an order but no clock"
+        raise InvalidRequestError(f"request_time: {reason}. Leave it out or send null.", "invalid-request-time")
+
+
+def check_candidates(name: str, item_ids: Sequence[str], limits: Limits) -> None:
+    """Refuse more items than one call may name.
+
+    Raises:
+        InvalidRequestError: code `too-many-items`.
+    """
+    if len(item_ids) > limits.candidates:
+        expected = f"expected at most {limits.candidates} items, got {len(item_ids)}"
+        raise InvalidRequestError(f"{name}: {expected}. Send fewer.", "too-many-items")
+
+
+def check_num_users(num_users: int, limits: Limits) -> None:
+    """Refuse more users than one batch call may have.
+
+    Raises:
+        InvalidRequestError: code `too-many-users`.
+    """
+    if num_users > limits.users_per_call:
+        expected = f"expected at most {limits.users_per_call} in one call, got {num_users}"
+        raise InvalidRequestError(f"users: {expected}. Send several calls.", "too-many-users")
+
+
+def check_explain(request: ExplainRequest, limits: Limits) -> None:
+    """Refuse to explain by more chunks than one call may.
+
+    Raises:
+        InvalidRequestError: code `invalid-chunks`.
+    """
+    if not 1 <= request.chunks <= limits.explained_chunks:
+        expected = f"expected 1 to {limits.explained_chunks}, got {request.chunks}"
+        raise InvalidRequestError(f"chunks: {expected}.", "invalid-chunks")
 
 
 def _is_plain(text: str) -> bool:

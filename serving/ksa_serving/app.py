@@ -1,44 +1,61 @@
-"""HTTP around the service: routes, decoding, limits. Everything else is in `service.py`.
+"""HTTP around the service: routes and decoding. The guards before it are in `guards.py`, all else in `service.py`.
 
 Paths are routed as they were sent, percent-encoded, so a user id may hold any character, also a slash; it is decoded
-here, once, as strict UTF-8. Bodies are decoded strictly by msgspec whatever their content type says. A browser's
-request that comes from another site is refused: the service listens on loopback, where any web page could reach it.
+here, once, as strict UTF-8. Bodies are decoded strictly by msgspec whatever their content type says.
 """
 
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar, cast
-from urllib.parse import unquote_to_bytes, urlsplit
+from importlib.resources import files
+from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import msgspec
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, delete, get, post, put
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.params import FromPath
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp
 
+from ksa_serving.auth import Tokens
 from ksa_serving.errors import InvalidRequestError, ServiceError
-from ksa_serving.messages import EventsRequest, HealthAnswer, RecommendRequest
-from ksa_serving.metrics import metrics_text
+from ksa_serving.guards import guard
+from ksa_serving.messages import (
+    EventMessage,
+    EventsBatchRequest,
+    EventsRequest,
+    ExplainRequest,
+    HealthAnswer,
+    LoadRequest,
+    RecommendBatchRequest,
+    RecommendRequest,
+    ScoreRequest,
+    TitlesRequest,
+)
 from ksa_serving.openapi import openapi_document
-from ksa_serving.problems import on_any_error, on_http_error, on_service_error, problem
-from ksa_serving.service import Service
+from ksa_serving.problems import on_any_error, on_http_error, on_service_error
+from ksa_serving.service import Context, Service
 from recsys_ksa import __version__
 
 Asked = TypeVar("Asked")
 AnyRequest = Request[Any, Any, State]
-ROUTES = ("events", "recommend", "state", "livez", "readyz", "metrics", "openapi.json")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
 
 
-def create_app(service: Service, host: str = "127.0.0.1") -> ASGIApp:
+def create_app(
+    service: Service, host: str = "127.0.0.1", tokens: Tokens | None = None, admin_port: int | None = None
+) -> ASGIApp:
     """Return the ASGI application of one service; its lifespan ends with the service closed.
 
     Args:
         host: where it listens; pages of this host and of loopback may call it from a browser.
+        tokens: who may do what; None: whoever reaches it, as is right on loopback only.
+        admin_port: the listener on which alone releases are changed; None: nowhere.
     """
-    requests: Counter[tuple[str, int]] = Counter()
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -46,8 +63,12 @@ def create_app(service: Service, host: str = "127.0.0.1") -> ASGIApp:
         await service.close()
 
     app = Litestar(
-        [post_events, recommend, state, livez, readyz, metrics, openapi],
-        state=State({"service": service, "requests": requests}),
+        [
+            *(post_events, get_events, put_event, delete_event, recommend, score, explain, state, delete_user),
+            *(post_events_batch, recommend_batch, find_items, titles, livez, readyz, metrics, openapi, page),
+            *(releases, load, activate, rollback, drain),
+        ],
+        state=State({"service": service}),
         lifespan=[lifespan],
         openapi_config=None,
         logging_config=None,
@@ -58,29 +79,96 @@ def create_app(service: Service, host: str = "127.0.0.1") -> ASGIApp:
             Exception: on_any_error,
         },
     )
-    bounded = _bound(_route_as_sent(cast(ASGIApp, app)), service.settings.concurrent_requests)
-    guarded = _guard(bounded, (*LOOPBACK, host), service.settings.limits.header_bytes)
-    return _count_requests(guarded, requests)
+    return guard(app, service, host, tokens, admin_port)
 
 
 @post("/v1/users/{segment:str}/events", status_code=200)
 async def post_events(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Keep events."""
     asked = await _body(request, EventsRequest)
-    return _json(await _service(request).post_events(_user_id(segment), asked))
+    return _json(await _service(request).post_events(_text(segment), asked, _context(request)))
+
+
+@get("/v1/users/{segment:str}/events")
+async def get_events(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
+    """Return a user's newest events."""
+    limit, before = _number(request, "limit", 1000), _number(request, "before", None)
+    history = await _service(request).history(_text(segment), limit or 0, before, _context(request))
+    return _json(history)
+
+
+@put("/v1/users/{segment:str}/events/{event_id:str}", status_code=200)
+async def put_event(request: AnyRequest, segment: FromPath[str], event_id: FromPath[str]) -> Response[bytes]:
+    """Correct an event."""
+    asked = await _body(request, EventMessage)
+    service = _service(request)
+    return _json(await service.correct_event(_text(segment), _text(event_id), asked, _context(request)))
+
+
+@delete("/v1/users/{segment:str}/events/{event_id:str}", status_code=200)
+async def delete_event(request: AnyRequest, segment: FromPath[str], event_id: FromPath[str]) -> Response[bytes]:
+    """Take an event back."""
+    return _json(await _service(request).retract_event(_text(segment), _text(event_id), _context(request)))
 
 
 @post("/v1/users/{segment:str}/recommend", status_code=200)
 async def recommend(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Answer "what next?"."""
     asked = await _body(request, RecommendRequest)
-    return _json(await _service(request).recommend(_user_id(segment), asked))
+    return _json(await _service(request).recommend(_text(segment), asked, _context(request)))
+
+
+@post("/v1/users/{segment:str}/score", status_code=200)
+async def score(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
+    """Score given items."""
+    asked = await _body(request, ScoreRequest)
+    return _json(await _service(request).score(_text(segment), asked, _context(request)))
+
+
+@post("/v1/users/{segment:str}/explain", status_code=200)
+async def explain(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
+    """Tell what carried an item's score."""
+    asked = await _body(request, ExplainRequest)
+    return _json(await _service(request).explain(_text(segment), asked, _context(request)))
 
 
 @get("/v1/users/{segment:str}/state")
 async def state(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Tell what is kept of a user."""
-    return _json(await _service(request).state(_user_id(segment)))
+    return _json(await _service(request).state(_text(segment), _context(request)))
+
+
+@delete("/v1/users/{segment:str}", status_code=200)
+async def delete_user(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
+    """Delete a user."""
+    return _json(await _service(request).forget(_text(segment), _context(request)))
+
+
+@post("/v1/events:batch", status_code=200)
+async def post_events_batch(request: AnyRequest) -> Response[bytes]:
+    """Keep events of several users."""
+    asked = await _body(request, EventsBatchRequest)
+    return _json(await _service(request).post_events_batch(asked, _context(request)))
+
+
+@post("/v1/recommend:batch", status_code=200)
+async def recommend_batch(request: AnyRequest) -> Response[bytes]:
+    """Answer "what next?" for several users."""
+    asked = await _body(request, RecommendBatchRequest)
+    return _json(await _service(request).recommend_batch(asked, _context(request)))
+
+
+@get("/v1/items")
+async def find_items(request: AnyRequest) -> Response[bytes]:
+    """Find items by id or title."""
+    text = request.query_params.get("text", "")
+    return _json(await _service(request).find_items(text, _number(request, "most", 10) or 0))
+
+
+@post("/v1/items:titles", status_code=200)
+async def titles(request: AnyRequest) -> Response[bytes]:
+    """Return items' titles."""
+    return _json(_service(request).titles((await _body(request, TitlesRequest)).item_ids))
 
 
 @get("/livez")
@@ -97,10 +185,9 @@ async def readyz(request: AnyRequest) -> Response[bytes]:
 
 
 @get("/metrics")
-async def metrics(request: AnyRequest) -> Response[str]:
+async def metrics(request: AnyRequest) -> Response[bytes]:
     """Tell counters to Prometheus."""
-    text = metrics_text(_service(request), request.app.state.requests)
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(_service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @get("/openapi.json")
@@ -109,8 +196,60 @@ async def openapi() -> Response[bytes]:
     return _json(openapi_document(__version__))
 
 
+@get(list(PAGE))
+async def page(request: AnyRequest) -> Response[bytes]:
+    """Show the page for people; it loads nothing from elsewhere."""
+    name, kind = PAGE[request.scope["path"]]
+    headers = {
+        "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "cache-control": "no-cache",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+    content = (files("ksa_serving") / "page" / name).read_bytes()
+    return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
+
+
+@get("/admin/releases")
+async def releases(request: AnyRequest) -> Response[bytes]:
+    """List the releases loaded."""
+    return _json(_service(request).list_releases())
+
+
+@post("/admin/load", status_code=200)
+async def load(request: AnyRequest) -> Response[bytes]:
+    """Load a release and warm it."""
+    return _json(await _service(request).load_release((await _body(request, LoadRequest)).run))
+
+
+@post("/admin/activate", status_code=200)
+async def activate(request: AnyRequest) -> Response[bytes]:
+    """Serve a loaded release."""
+    return _json(await _service(request).activate_release((await _body(request, LoadRequest)).run))
+
+
+@post("/admin/rollback", status_code=200)
+async def rollback(request: AnyRequest) -> Response[bytes]:
+    """Serve the previous release again."""
+    return _json(await _service(request).roll_back())
+
+
+@post("/admin/drain", status_code=200)
+async def drain(request: AnyRequest) -> Response[bytes]:
+    """Turn unready, so that a proxy sends no more; requests are still answered."""
+    service = _service(request)
+    service.draining = True
+    return _json(service.list_releases())
+
+
 def _service(request: AnyRequest) -> Service:
     return request.app.state.service
+
+
+def _context(request: AnyRequest) -> Context:
+    """Return what `guards.py` found out about the caller and the deadline."""
+    return request.scope["ksa"]  # type: ignore[typeddict-item]
 
 
 def _json(answer: object, status: int = 200) -> Response[bytes]:
@@ -127,96 +266,18 @@ async def _body(request: AnyRequest, kind: type[Asked]) -> Asked:
         raise InvalidRequestError(f"body: expected JSON in UTF-8, got: {error}.", "invalid-json") from error
 
 
-def _user_id(segment: FromPath[str]) -> str:
+def _number(request: AnyRequest, name: str, default: int | None) -> int | None:
+    value = request.query_params.get(name)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdecimal() and len(value) < 16):
+        raise InvalidRequestError(f"{name}: expected a whole number, got another text.", f"invalid-{name}")
+    return int(value)
+
+
+def _text(segment: str) -> str:
     try:
         return unquote_to_bytes(segment).decode()
     except UnicodeDecodeError:
-        detail = "user id: expected percent-encoded UTF-8 in the path, got other bytes. Encode it again."
+        detail = "path: expected percent-encoded UTF-8, got other bytes. Encode it again."
         raise InvalidRequestError(detail, "invalid-user-id") from None
-
-
-def _route_as_sent(app: ASGIApp) -> ASGIApp:
-    """Route by the path as it was sent: servers give it decoded, where an encoded slash looks like a real one."""
-
-    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path = cast(dict[str, Any], scope).get("raw_path") or scope["path"].encode()
-            scope = cast(Scope, {**scope, "path": path.decode("latin-1")})
-        await app(scope, receive, send)
-
-    return routed
-
-
-def _guard(app: ASGIApp, hosts: tuple[str, ...], header_bytes: int) -> ASGIApp:
-    """Refuse too large headers, and what a browser sends for a page of another site; only browsers send `Origin`."""
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            origin = dict(scope["headers"]).get(b"origin")
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > header_bytes:
-                detail = f"headers: expected at most {header_bytes} bytes in all. Send fewer."
-                await _send(problem(431, "headers-too-large", detail), send)
-            elif origin is not None and _host(origin) not in hosts:
-                await _send(problem(403, "foreign-origin", "A page of another site may not call this service."), send)
-            else:
-                await app(scope, receive, send)
-        else:
-            await app(scope, receive, send)
-
-    return guarded
-
-
-def _bound(app: ASGIApp, most: int) -> ASGIApp:
-    """Refuse users' requests beyond `most` at once, with a word on when to come back; health is always told."""
-    under_way = 0
-
-    async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal under_way
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            await app(scope, receive, send)
-        elif under_way >= most:
-            detail = f"requests: at most {most} are answered at once. Try again in a second."
-            await _send(problem(503, "overloaded", detail, {"retry-after": "1"}), send)
-        else:
-            under_way += 1
-            try:
-                await app(scope, receive, send)
-            finally:
-                under_way -= 1
-
-    return bounded
-
-
-def _host(origin: bytes) -> str | None:
-    try:
-        return urlsplit(origin.decode("latin-1")).hostname
-    except ValueError:
-        return None
-
-
-async def _send(response: Response[bytes], send: Callable[[Message], Awaitable[None]]) -> None:
-    headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(response.content))]
-    headers += [(name.encode(), value.encode()) for name, value in response.headers.items()]
-    start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-    await send(cast(Message, start))
-    await send(cast(Message, {"type": "http.response.body", "body": response.content, "more_body": False}))
-
-
-def _count_requests(app: ASGIApp, requests: Counter[tuple[str, int]]) -> ASGIApp:
-    """Count answers by route and status; the route is its last word, never the path, which holds a user id."""
-
-    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        last = scope["path"].rstrip("/").rsplit("/", 1)[-1]
-        route = last if last in ROUTES else "other"
-
-        async def counting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                requests[route, message["status"]] += 1
-            await send(message)
-
-        await app(scope, receive, counting)
-
-    return counted

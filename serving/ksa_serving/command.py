@@ -11,7 +11,11 @@ from recsys_ksa.cli import Verb
 from recsys_ksa.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ksa_serving.models import Model
     from ksa_serving.settings import ServeSettings
+    from ksa_serving.state_store import StateStore
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -22,6 +26,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, required=True, metavar="P", help="TCP port; 0 takes a free one")
     parser.add_argument("--state-dir", type=Path, required=True, metavar="DIR", help="where events are kept")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="TOML file of bearer tokens and their scopes")
+    parser.add_argument(
+        "--store",
+        default="lmdb",
+        metavar="lmdb|memory|URL",
+        help="where long users' summaries are kept: a file in DIR, nowhere, or redis://HOST:PORT/DB "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--releases", type=Path, metavar="DIR", help="folder of further runs that may be activated")
+    parser.add_argument("--admin-port", type=int, metavar="P", help="loopback port for releases; 0 takes a free one")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings (settings.py lists them)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting, as state_bytes=1000000 or limits.k=50",
+    )
     parser.add_argument(
         "--insecure-no-auth",
         action="store_true",
@@ -31,15 +53,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT; print one line when ready."""
-    check_host(args.host, args.insecure_no_auth)
+    check_host(args.host, args.insecure_no_auth or args.tokens is not None)
     # Before torch loads its threads' runtime: beside another busy process, spinning threads were 15-20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    listener = listen(args.host, args.port)
+    listeners = [listen(args.host, args.port)]
     try:
-        serve(args.run, args.state_dir, args.host, listener)
+        if args.admin_port is not None:
+            listeners.append(listen("127.0.0.1", args.admin_port))
+        serve(args, listeners)
     finally:
-        listener.close()
+        for listener in listeners:
+            listener.close()
 
 
 verb = Verb(
@@ -51,15 +76,15 @@ verb = Verb(
 
 
 def check_host(host: str, insecure_no_auth: bool) -> None:
-    """Refuse to listen beyond loopback: there is no authentication.
+    """Refuse to listen beyond loopback where nobody has to say who they are.
 
     Raises:
         UsageError: the flag that accepts it is missing.
     """
     if host not in LOOPBACK and not insecure_no_auth:
         raise UsageError(
-            f"ksa serve: --host {host} would let anyone who reaches it read and write users' events, for there is no "
-            "authentication. Leave --host out, or put a proxy before it, or add --insecure-no-auth."
+            f"ksa serve: --host {host} would let anyone who reaches it read and write users' events. Name a file of "
+            "tokens with --tokens, or leave --host out, or add --insecure-no-auth."
         )
 
 
@@ -98,37 +123,80 @@ def prepare_state_dir(path: Path) -> Path:
     return path
 
 
-def serve(
-    run: Path, state_dir: Path, host: str, listener: socket.socket, settings: "ServeSettings | None" = None
-) -> None:
+def open_store(
+    kind: str, state_dir: Path, models: "Mapping[str, Model]", salt: bytes, settings: "ServeSettings"
+) -> "StateStore":
+    """Return the store that `--store` names.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    from ksa_serving.cold_store import ColdStateStore, EngineError
+    from ksa_serving.state_store import MemoryStateStore, TieredStateStore
+
+    if kind == "memory":
+        return MemoryStateStore(settings.state_bytes)
+    try:
+        if kind == "lmdb":
+            from ksa_serving.lmdb_engine import LmdbEngine
+
+            engine = LmdbEngine(state_dir, settings.cold_bytes)
+        elif kind.startswith(("redis://", "rediss://", "unix://")):
+            from ksa_serving.redis_engine import RedisEngine
+
+            engine = RedisEngine(kind)
+        else:
+            raise UsageError(f"--store: expected lmdb, memory or redis://HOST:PORT/DB, got {kind!r}.")
+    except (EngineError, ValueError) as error:
+        raise UsageError(f"--store {kind}: cannot be opened: {error}.") from error
+    cold = ColdStateStore(engine, models, salt)
+    cold.purge()  # what a crash left of deletions
+
+    def worth_keeping(num_events: int) -> bool:
+        return any(model.replay_start(num_events) > 0 for model in models.values())
+
+    return TieredStateStore(settings.state_bytes, cold, worth_keeping, settings.spill_events, settings.largest_share)
+
+
+def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     """Load the run, open the event log, serve until told to stop. States are rebuilt when first asked for."""
     from ksa_serving.app import create_app
+    from ksa_serving.auth import Tokens
     from ksa_serving.event_log import EventLog
     from ksa_serving.release import load_release
     from ksa_serving.server import ReadyServer, server_config
     from ksa_serving.service import Service
     from ksa_serving.settings import ServeSettings
-    from ksa_serving.state_store import MemoryStateStore
+    from recsys_ksa.config import load_config
 
-    settings = settings or ServeSettings()
+    settings = load_config(ServeSettings, args.config or Path(os.devnull), args.set)
+    tokens = None if args.tokens is None else Tokens(args.tokens)
     # Also before torch: several model threads share the cores, so each gets its part of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.model_threads)))
-    release = load_release(run)
+    release = load_release(args.run)
+    state_dir = prepare_state_dir(args.state_dir)
     log = EventLog(
-        prepare_state_dir(state_dir),
+        state_dir,
         release.tie,
         group_events=settings.group_events,
         waiting_calls=settings.waiting_calls,
+        late_horizon=settings.inline_events,
     )
     try:
+        models: dict[str, Model] = {release.state_fingerprint: release.model}
+        store = open_store(args.store, state_dir, models, log.salt, settings)
         num_users, num_events = log.counts()
-        service = Service(release, log, MemoryStateStore(settings.state_bytes), settings)
-        name = f"[{host}]" if ":" in host else host
+        service = Service(release, log, store, settings, models=models, releases=args.releases)
+        ports = [listener.getsockname()[1] for listener in listeners]
+        name = f"[{args.host}]" if ":" in args.host else args.host
         ready = (
-            f"ready: http://{name}:{listener.getsockname()[1]}  model {release.model_version[:12]}  "
+            f"ready: http://{name}:{ports[0]}  model {release.model_version[:12]}  "
             f"index: {release.index_source}  events kept: {num_events} of {num_users} users"
         )
-        server = ReadyServer(server_config(create_app(service, host), settings), service, ready)
-        server.run(sockets=[listener])
+        if ports[1:]:
+            ready += f"  admin: http://127.0.0.1:{ports[1]}"
+        app = create_app(service, args.host, tokens, ports[1] if ports[1:] else None)
+        server = ReadyServer(server_config(app, settings), service, ready)
+        server.run(sockets=listeners)
     finally:
         log.close()

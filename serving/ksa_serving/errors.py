@@ -32,3 +32,28 @@ class EventLogError(ServiceError):
 
     status = 503
     code = "event-log-unavailable"
+
+
+class UnknownEventError(ServiceError):
+    """The user has no event of this id."""
+
+    status = 404
+    code = "unknown-event"
+
+
+class DeadlineError(ServiceError):
+    """The request's deadline passed before its work began; nothing was computed."""
+
+    status = 504
+    code = "deadline-exceeded"
+
+
+class ReleaseError(ServiceError):
+    """A release cannot be loaded, activated or rolled back to; what was served goes on."""
+
+    status = 409
+    code = "release-refused"
+
+
+class ClientError(RecsysKsaError):
+    """The service refused a request of the client, or cannot be reached."""

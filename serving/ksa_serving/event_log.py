@@ -6,11 +6,14 @@ What it promises:
 - *Sending again is harmless.* Events are known by (user, event id), or by (user, item, time, type) where no id came.
   The same id with another payload is a conflict and changes nothing.
 - *Sequence numbers* rise by commit and are never used twice. They are the arrival order of the log.
-- *One order.* Events are read by `recsys_ksa.order`, arrival being the sequence number.
+- *Retracting* an event writes a tombstone with a sequence number of its own and wipes the event's payload; its id
+  stays known, so a sender that tries again does not bring it back. *Correcting* one retracts it and keeps the new
+  payload under the same id, as a new arrival.
+- *Forgetting* a user starts a new generation at once; rows of older ones are overwritten in the background, also after
+  a crash, and the write-ahead log is emptied behind them.
+- *A rolling hash* over a user's entries is kept with each, so whoever remembers one can prove it came from this log.
 - *One writer.* A thread commits all calls that wait as one transaction (group commit); the directory is locked, so
   a second process is refused.
-
-Tenant and generation (the number of a user's lives; a deletion will start a new one) are in the schema and the keys.
 """
 
 import contextlib
@@ -21,26 +24,28 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import apsw
 
 from ksa_serving.errors import EventLogError, OverloadedError
-from ksa_serving.events import NewEvent, Order, Owner, StoredEvent, is_late, sort_events
-from ksa_serving.sqlite_file import FORMAT, check_sqlite_version, connect, lock_directory, open_writer, transaction
+from ksa_serving.events import NewEvent, Order, Owner, StoredEvent, chain_after, is_late
+from ksa_serving.sqlite_file import (
+    FORMAT,
+    check_sqlite_version,
+    connect,
+    lock_directory,
+    open_writer,
+    salt_of,
+    transaction,
+)
+from ksa_serving.user_view import COLUMNS, UserHead, UserView, read_user, stored_event
 from recsys_ksa.order import TieKind
 
-Outcome = Literal["accepted", "late", "duplicate", "conflict"]
-COLUMNS = "seq, item_id, timestamp, event_id, event_type, value"
-
-
-@dataclass(frozen=True)
-class UserHead:
-    """How far the log is with a user: all zero for one it does not know."""
-
-    generation: int = 0
-    num_events: int = 0
-    last_seq: int = 0
+Outcome = Literal["accepted", "late", "late-far", "duplicate", "conflict", "unknown"]
+T = TypeVar("T")
+PURGE_ROWS = 2000
+"""Rows of forgotten users overwritten in one transaction, so that senders hardly wait."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,16 @@ class AppendResult:
 
 
 @dataclass(frozen=True)
-class _Call:
-    owner: Owner
-    events: Sequence[NewEvent]
-    future: "Future[AppendResult]"
+class _Call(Generic[T]):
+    """Work for the writer, done inside its transaction."""
+
+    work: Callable[[], T]
+    num_events: int
+    future: "Future[T]"
 
 
 class EventLog:
-    """An open event log. `submit` may be called from any thread; so may the readers."""
+    """An open event log. `submit`, `retract`, `correct` and `forget` may be called from any thread; so may readers."""
 
     def __init__(
         self,
@@ -68,7 +75,9 @@ class EventLog:
         *,
         group_events: int = 4096,
         waiting_calls: int = 4096,
+        late_horizon: int | None = None,
         clock: Callable[[], float] = time.time,
+        on_commit: Callable[[float, int], None] = lambda seconds, num_calls: None,
     ):
         """Open or create the log in `directory`, which exists.
 
@@ -76,6 +85,8 @@ class EventLog:
             tie: the data set's tie kind; decides the order in which events are read and which are late.
             group_events: most events in one transaction.
             waiting_calls: calls that may wait before others are refused.
+            late_horizon: an event before more than so many others is `late-far`; None: there is no such thing.
+            on_commit: told how long each commit took, fsync included, and how many calls it held.
 
         Raises:
             EventLogError: another process has it open, it is no event log, or SQLite is too old.
@@ -83,22 +94,26 @@ class EventLog:
         check_sqlite_version()
         self.tie: TieKind = tie
         self.healthy = True
+        self.on_commit = on_commit
         self._path = Path(directory) / "events.sqlite"
         self._group_events = group_events
+        self._late_horizon = late_horizon
         self._clock = clock
         self._lock_file = lock_directory(Path(directory))
-        self._waiting: queue.Queue[_Call | None] = queue.Queue(waiting_calls)
+        self._waiting: queue.Queue[_Call[Any] | None] = queue.Queue(waiting_calls)
         self._readers: queue.LifoQueue[apsw.Connection] = queue.LifoQueue()
         self._closing = threading.Lock()
         self._closed = False
         try:
             self._connection = open_writer(self._path)
+            self.salt = salt_of(self._connection)
         except apsw.Error as error:
             self._lock_file.close()
             raise EventLogError(f"{self._path}: expected an event log, got: {error}. Check --state-dir.") from error
         except EventLogError:
             self._lock_file.close()
             raise
+        self._purging = bool(self._connection.execute("SELECT 1 FROM purges").fetchone())
         self._writer = threading.Thread(target=self._write_calls, name="event-log", daemon=True)
         self._writer.start()
 
@@ -111,24 +126,38 @@ class EventLog:
             OverloadedError: too many calls wait already.
             EventLogError: the log is closed. From the future: it could not be written; nothing of it was kept.
         """
-        call = _Call(owner, events, Future())
-        with self._closing:
-            if self._closed:
-                raise EventLogError("event log: expected an open log, got a closed one. The service is stopping.")
-            try:
-                self._waiting.put_nowait(call)
-            except queue.Full:
-                raise OverloadedError("event log: too many calls wait to be written. Try again in a second.") from None
-        return call.future
+        return self._submit(lambda: self._insert(owner, events), len(events))
+
+    def retract(self, owner: Owner, event_id: str) -> "Future[AppendResult]":
+        """Ask for the event of this id to be taken back: accepted, duplicate (it was already) or unknown."""
+        return self._submit(lambda: self._retract(owner, event_id), 1)
+
+    def correct(self, owner: Owner, event: NewEvent) -> "Future[AppendResult]":
+        """Ask for `event` to take the place of the one that has its id; kept as new where none has."""
+        return self._submit(lambda: self._correct(owner, event), 1)
+
+    def forget(self, owner: Owner) -> "Future[int]":
+        """Ask for all of a user to be deleted; the future tells how many events went."""
+        return self._submit(lambda: self._forget(owner), 1)
 
     def append(self, owner: Owner, events: Sequence[NewEvent]) -> AppendResult:
         """Keep `events` and return when they are on disk."""
         return self.submit(owner, events).result()
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait for the writer."""
+        return self._waiting.qsize()
+
+    @property
+    def purging(self) -> bool:
+        """Whether rows of forgotten users are still to be overwritten."""
+        return self._purging
+
     def probe(self) -> None:
         """Try to write without keeping anything, so that `healthy` tells of recovery also when no events come."""
         with contextlib.suppress(OverloadedError, EventLogError):
-            self.submit(Owner(""), [])
+            self._submit(lambda: self._connection.pragma("user_version", FORMAT), 0)  # a page is written
 
     def close(self) -> None:
         """Write what waits, then close. Safe to call twice."""
@@ -143,22 +172,38 @@ class EventLog:
         self._connection.close()
         self._lock_file.close()
 
+    def _submit(self, work: Callable[[], T], num_events: int) -> "Future[T]":
+        call = _Call(work, num_events, Future())
+        with self._closing:
+            if self._closed:
+                raise EventLogError("event log: expected an open log, got a closed one. The service is stopping.")
+            try:
+                self._waiting.put_nowait(call)
+            except queue.Full:
+                raise OverloadedError("event log: too many calls wait to be written. Try again in a second.") from None
+        return call.future
+
     def _write_calls(self) -> None:
         open_ = True
         while open_:
             group, open_ = self._next_group()
             if group:
                 self._commit(group)
+            elif self._purging:
+                self._purge()
 
-    def _next_group(self) -> tuple[list[_Call], bool]:
+    def _next_group(self) -> tuple[list[_Call[Any]], bool]:
         """Return all calls that wait, up to the size of one transaction, and whether more may come."""
-        group: list[_Call] = []
+        group: list[_Call[Any]] = []
         num_events = 0
-        call = self._waiting.get()
+        try:
+            call = self._waiting.get(block=not self._purging)
+        except queue.Empty:
+            return group, True
         while call is not None:
             if call.future.set_running_or_notify_cancel():
                 group.append(call)
-                num_events += len(call.events)
+                num_events += call.num_events
             if num_events >= self._group_events:
                 return group, True
             try:
@@ -167,10 +212,11 @@ class EventLog:
                 return group, True
         return group, False
 
-    def _commit(self, group: list[_Call]) -> None:
+    def _commit(self, group: list[_Call[Any]]) -> None:
+        began = time.perf_counter()
         try:
             with transaction(self._connection):
-                results = [self._insert(call) for call in group]
+                results = [call.work() for call in group]
         except Exception as error:
             if len(group) > 1:  # one call must not fail its neighbours
                 for call in group:
@@ -182,46 +228,144 @@ class EventLog:
             group[0].future.set_exception(reason)
         else:
             self.healthy = True
+            self.on_commit(time.perf_counter() - began, len(group))
             for call, result in zip(group, results):
                 call.future.set_result(result)
 
-    def _insert(self, call: _Call) -> AppendResult:
-        if not call.events:
-            self._connection.pragma("user_version", FORMAT)  # a page is written, nothing changes
-            user = _read_user(self._connection, call.owner)
-            return AppendResult([], UserHead() if user is None else user[1])
-        user_key, head = self._writer_user(call.owner)
-        last = self._last_key(user_key, head)
+    # -- the writer's work, inside its transaction ------------------------------------------------------------
+
+    def _insert(self, owner: Owner, events: Sequence[NewEvent]) -> AppendResult:
+        user_key, head = self._writer_user(owner)
+        last = self._last_order(user_key, head)
         outcomes: list[Outcome] = []
-        num_events, last_seq = head.num_events, head.last_seq
-        for event in call.events:
-            seq = self._insert_event(user_key, head.generation, event)
-            if seq is None:
+        before = head
+        for event in events:
+            kept = self._insert_event(user_key, head, event)
+            if kept is None:
                 outcomes.append(self._compare(user_key, head.generation, event))
                 continue
-            num_events, last_seq = num_events + 1, seq
+            seq, chain = kept
+            head = UserHead(head.generation, head.num_events + 1, seq, chain)
             stored = StoredEvent(seq, event.item_id, event.timestamp, event.event_id, event.event_type, event.value)
-            outcomes.append("late" if last is not None and is_late(stored, last, self.tie) else "accepted")
-        if num_events > head.num_events:
-            self._connection.execute(
-                "UPDATE users SET num_events = ?, last_seq = ? WHERE user_key = ?", (num_events, last_seq, user_key)
-            )
-        return AppendResult(outcomes, UserHead(head.generation, num_events, last_seq))
+            late = last is not None and is_late(stored, last, self.tie)
+            outcomes.append(self._how_late(user_key, head, stored) if late else "accepted")
+        if head != before:
+            self._save_head(user_key, head)
+        return AppendResult(outcomes, head)
+
+    def _retract(self, owner: Owner, event_id: str) -> AppendResult:
+        user_key, head = self._writer_user(owner)
+        found = self._find(user_key, head.generation, event_id)
+        if found is None:
+            return AppendResult(["unknown"], head)
+        if not found[1]:
+            return AppendResult(["duplicate"], head)
+        head = self._bury(user_key, head, found[0], b"i" + event_id.encode())
+        return AppendResult(["accepted"], head)
+
+    def _correct(self, owner: Owner, event: NewEvent) -> AppendResult:
+        assert event.event_id is not None
+        user_key, head = self._writer_user(owner)
+        found = self._find(user_key, head.generation, event.event_id)
+        if found is None:
+            return self._insert(owner, [event])
+        old, live = found
+        if live and old.has_payload(event):
+            return AppendResult(["duplicate"], head)
+        freed = b"x" + old.seq.to_bytes(8, "big")
+        if live:
+            self._bury(user_key, head, old, freed)
+        else:
+            self._connection.execute("UPDATE events SET identity = ? WHERE seq = ?", (freed, old.seq))
+        return self._insert(owner, [event])
+
+    def _bury(self, user_key: int, head: UserHead, event: StoredEvent, identity: bytes) -> UserHead:
+        """Write a tombstone for a live event, wipe its payload, and return the head after it."""
+        chain = chain_after(head.chain, "retract", event.seq)
+        row = self._connection.execute(
+            "INSERT INTO events (user_key, generation, identity, live, retracts, item_id, timestamp, received, chain)"
+            " VALUES (?, ?, ?, 0, ?, '', ?, ?, ?) RETURNING seq",
+            (
+                user_key,
+                head.generation,
+                b"t" + event.seq.to_bytes(8, "big"),
+                event.seq,
+                event.timestamp,
+                int(self._clock()),
+                chain,
+            ),
+        ).fetchone()
+        assert row is not None
+        self._connection.execute(
+            "UPDATE events SET live = 0, item_id = '', event_type = NULL, value = NULL, identity = ? WHERE seq = ?",
+            (identity, event.seq),
+        )
+        head = UserHead(head.generation, head.num_events - 1, row[0], chain)
+        self._save_head(user_key, head)
+        return head
+
+    def _forget(self, owner: Owner) -> int:
+        user = read_user(self._connection, owner.key(self.salt))
+        if user is None:
+            return 0
+        user_key, head = user
+        self._connection.execute(
+            "UPDATE users SET tenant = NULL, user_id = NULL, generation = generation + 1, num_events = 0,"
+            " last_seq = 0, chain = x'' WHERE user_key = ?",
+            (user_key,),
+        )
+        self._connection.execute("INSERT INTO purges VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
+        self._purging = True
+        return head.num_events
+
+    def _purge(self) -> None:
+        """Overwrite some rows of forgotten users; when none are left, empty the write-ahead log too."""
+        try:
+            with transaction(self._connection):
+                row = self._connection.execute("SELECT user_key FROM purges LIMIT 1").fetchone()
+                if row is not None:
+                    self._connection.execute(
+                        "DELETE FROM events WHERE seq IN (SELECT e.seq FROM events e JOIN users u USING (user_key)"
+                        f" WHERE e.user_key = ? AND e.generation < u.generation LIMIT {PURGE_ROWS})",
+                        row,
+                    )
+                    if self._connection.changes() < PURGE_ROWS:
+                        self._connection.execute("DELETE FROM purges WHERE user_key = ?", row)
+            if row is None:
+                self._connection.pragma("wal_checkpoint(TRUNCATE)")
+                self._purging = False
+        except apsw.BusyError:
+            time.sleep(0.05)  # a reader still looks at the old pages
+        except apsw.Error:
+            self.healthy = False
+            time.sleep(0.5)
+
+    def _save_head(self, user_key: int, head: UserHead) -> None:
+        self._connection.execute(
+            "UPDATE users SET num_events = ?, last_seq = ?, chain = ? WHERE user_key = ?",
+            (head.num_events, head.last_seq, head.chain, user_key),
+        )
 
     def _writer_user(self, owner: Owner) -> tuple[int, UserHead]:
-        insert = "INSERT INTO users (tenant, user_id) VALUES (?, ?) ON CONFLICT DO NOTHING"
-        self._connection.execute(insert, (owner.tenant, owner.user_id))
-        user = _read_user(self._connection, owner)
+        key = owner.key(self.salt)
+        self._connection.execute(
+            "INSERT INTO users (owner_key, tenant, user_id) VALUES (?, ?, ?) ON CONFLICT (owner_key) DO UPDATE SET"
+            " tenant = excluded.tenant, user_id = excluded.user_id WHERE user_id IS NULL",
+            (key, owner.tenant, owner.user_id),
+        )
+        user = read_user(self._connection, key)
         assert user is not None
         return user
 
-    def _insert_event(self, user_key: int, generation: int, event: NewEvent) -> int | None:
+    def _insert_event(self, user_key: int, head: UserHead, event: NewEvent) -> tuple[int, bytes] | None:
+        """Return the sequence number and rolling hash of a new row, or None where its identity is known."""
+        chain = chain_after(head.chain, event.identity, event.item_id, event.timestamp, event.event_type, event.value)
         row = self._connection.execute(
             "INSERT INTO events (user_key, generation, identity, item_id, timestamp, event_id, event_type, value,"
-            " received) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING seq",
+            " received, chain) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING seq",
             (
                 user_key,
-                generation,
+                head.generation,
                 event.identity,
                 event.item_id,
                 event.timestamp,
@@ -229,68 +373,78 @@ class EventLog:
                 event.event_type,
                 event.value,
                 int(self._clock()),
+                chain,
             ),
         ).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else (row[0], chain)
 
     def _compare(self, user_key: int, generation: int, event: NewEvent) -> Outcome:
         """Return what an event is whose identity the log already has."""
         if event.event_id is None:
             return "duplicate"
-        row = self._connection.execute(
-            f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND identity = ?",
-            (user_key, generation, event.identity),
-        ).fetchone()
-        assert row is not None
-        return "duplicate" if _stored(row).has_payload(event) else "conflict"
+        found = self._find(user_key, generation, event.event_id)
+        assert found is not None
+        old, live = found
+        return "duplicate" if not live or old.has_payload(event) else "conflict"
 
-    def _last_key(self, user_key: int, head: UserHead) -> Order | None:
+    def _how_late(self, user_key: int, head: UserHead, event: StoredEvent) -> Outcome:
+        if self._late_horizon is None:
+            return "late"
+        after = self._connection.execute(
+            "SELECT count(*) FROM (SELECT 1 FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " AND timestamp > ? LIMIT ?)",
+            (user_key, head.generation, event.timestamp, self._late_horizon + 1),
+        ).fetchone()
+        return "late-far" if after is not None and after[0] > self._late_horizon else "late"
+
+    def _find(self, user_key: int, generation: int, event_id: str) -> tuple[StoredEvent, bool] | None:
+        """Return the event of this id and whether it is live."""
+        row = self._connection.execute(
+            f"SELECT live, {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND identity = ?",
+            (user_key, generation, b"i" + event_id.encode()),
+        ).fetchone()
+        return None if row is None else (stored_event(row[1:]), bool(row[0]))
+
+    def _last_order(self, user_key: int, head: UserHead) -> Order | None:
         if not head.num_events:
             return None
         rows = self._connection.execute(
-            f"SELECT {COLUMNS} FROM events WHERE user_key = ?1 AND generation = ?2 AND timestamp ="
-            " (SELECT max(timestamp) FROM events WHERE user_key = ?1 AND generation = ?2)",
+            f"SELECT {COLUMNS} FROM events WHERE user_key = ?1 AND generation = ?2 AND live = 1 AND timestamp ="
+            " (SELECT max(timestamp) FROM events WHERE user_key = ?1 AND generation = ?2 AND live = 1)",
             (user_key, head.generation),
         ).fetchall()
-        return max(_stored(row).order(self.tie) for row in rows)
+        return max(stored_event(row).order(self.tie) for row in rows)
 
     # -- reading ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def view(self, owner: Owner) -> Iterator[UserView]:
+        """Look at one user's events at one instant."""
+        with self._reader() as connection, transaction(connection, "DEFERRED"):
+            yield UserView(connection, read_user(connection, owner.key(self.salt)), self.tie)
 
     def head(self, owner: Owner) -> UserHead:
         """Return how far the log is with a user."""
         with self._reader() as connection:
-            user = _read_user(connection, owner)
+            user = read_user(connection, owner.key(self.salt))
         return UserHead() if user is None else user[1]
 
-    def read(self, owner: Owner, after_seq: int = 0) -> tuple[UserHead, list[StoredEvent]]:
-        """Return a user's head and their events with seq > `after_seq` in the one order, both of one instant."""
-        with self._reader() as connection, transaction(connection, "DEFERRED"):
-            user = _read_user(connection, owner)
-            if user is None:
-                return UserHead(), []
-            user_key, head = user
-            rows = connection.execute(
-                f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND seq > ?",
-                (user_key, head.generation, after_seq),
-            )
-            events = [_stored(row) for row in rows]
-        return head, sort_events(events, self.tie)
+    def read(self, owner: Owner) -> tuple[UserHead, list[StoredEvent]]:
+        """Return a user's head and all their events in the one order, both of one instant."""
+        with self.view(owner) as view:
+            return view.head, view.newest(view.head.num_events)
 
-    def known(self, owner: Owner, events: Sequence[NewEvent], up_to_seq: int) -> list[bool]:
-        """Return for each event whether the log has one of its identity, no newer than `up_to_seq`."""
+    def owners(self) -> list[Owner]:
+        """Return everyone who has events."""
         with self._reader() as connection:
-            user = _read_user(connection, owner)
-            if user is None:
-                return [False] * len(events)
-            user_key, head = user
-            query = "SELECT 1 FROM events WHERE user_key = ? AND generation = ? AND identity = ? AND seq <= ?"
-            keys = ((user_key, head.generation, event.identity, up_to_seq) for event in events)
-            return [connection.execute(query, key).fetchone() is not None for key in keys]
+            rows = connection.execute("SELECT user_id, tenant FROM users WHERE num_events > 0 ORDER BY user_key")
+            return [Owner(user_id, tenant) for user_id, tenant in rows]
 
     def counts(self) -> tuple[int, int]:
         """Return the number of users and of events."""
         with self._reader() as connection:
-            return connection.execute("SELECT count(*), coalesce(sum(num_events), 0) FROM users").get
+            query = "SELECT count(*), coalesce(sum(num_events), 0) FROM users WHERE user_id IS NOT NULL"
+            return connection.execute(query).get
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[apsw.Connection]:
@@ -304,15 +458,3 @@ class EventLog:
             raise EventLogError(f"event log: cannot be read: {error}. See the service's log.") from error
         finally:
             self._readers.put(connection)
-
-
-def _read_user(connection: apsw.Connection, owner: Owner) -> tuple[int, UserHead] | None:
-    row = connection.execute(
-        "SELECT user_key, generation, num_events, last_seq FROM users WHERE tenant = ? AND user_id = ?",
-        (owner.tenant, owner.user_id),
-    ).fetchone()
-    return None if row is None else (row[0], UserHead(*row[1:]))
-
-
-def _stored(row: Any) -> StoredEvent:
-    return StoredEvent(*row)

@@ -18,6 +18,11 @@ class Owner:
     user_id: str
     tenant: str = ""
 
+    def key(self, salt: bytes) -> bytes:
+        """Return 16 bytes that name this owner without telling who it is."""
+        named = len(self.tenant.encode()).to_bytes(4, "big") + self.tenant.encode() + self.user_id.encode()
+        return hashlib.blake2b(named, digest_size=16, key=salt).digest()
+
 
 @dataclass(frozen=True)
 class NewEvent:
@@ -72,6 +77,11 @@ def sort_events(events: list[StoredEvent], tie: TieKind) -> list[StoredEvent]:
                 events[start:stop] = sorted(events[start:stop], key=lambda event: event.order(tie))
             start = stop
     return events
+
+
+def chain_after(chain: bytes, *parts: object) -> bytes:
+    """Return the rolling hash of a user's log after one more entry, 16 bytes: what was kept, in order of arrival."""
+    return hashlib.sha256(chain + msgspec.msgpack.encode(parts)).digest()[:16]
 
 
 def is_late(event: StoredEvent, last: Order, tie: TieKind) -> bool:

@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 EventStatus = Literal["accepted", "duplicate", "late-applied", "late-queued", "rejected"]
 ItemList = Literal["all", "again", "new"]
-StateSource = Literal["host", "rebuilt", "none"]
+StateSource = Literal["gpu", "host", "store", "rebuilt", "none", "degraded"]
 
 
 class EventMessage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,19 +46,71 @@ class EventsAnswer(Struct, frozen=True):
     seq: int
 
 
+class UserEvents(Struct, frozen=True, forbid_unknown_fields=True):
+    """Events of one user of several."""
+
+    user_id: str
+    events: list[EventMessage]
+
+
+class EventsBatchRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Events of several users."""
+
+    users: list[UserEvents]
+
+
+class EventsBatchAnswer(Struct, frozen=True):
+    """One answer a user, in the order sent."""
+
+    answers: list[EventsAnswer]
+
+
+class KeptEvent(Struct, frozen=True):
+    """An event as the log has it. `index` counts from the user's first event; `chunk` is index // chunk_size."""
+
+    index: int
+    chunk: int
+    item_id: str
+    timestamp: int
+    event_id: str | None
+    event_type: str | None
+    value: float | None
+    title: str | None
+
+
+class HistoryAnswer(Struct, frozen=True):
+    """The newest events of a user, in order, and how the model's state divides the history."""
+
+    events: list[KeptEvent]
+    num_events: int
+    seq: int
+    chunk_size: int
+    window_chunks: int
+
+
+RequestTime = Annotated[
+    int | UnsetType | None,
+    Meta(description="Unix seconds; missing: the server's clock where the data set's clock is unix; null: none."),
+]
+MinSeq = Annotated[
+    int,
+    Meta(description="Wait, up to the deadline, until this sequence number is kept; `stale` tells if it was not."),
+]
+
+
 class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """What to recommend. `events` serve this answer only and are not kept."""
 
     k: Annotated[int, Meta(description="Items wanted.")] = 10
-    request_time: Annotated[
-        int | UnsetType | None,
-        Meta(description="Unix seconds; missing: the server's clock where the data set's clock is unix; null: none."),
-    ] = UNSET
+    request_time: RequestTime = UNSET
     exclude_seen: Annotated[bool | None, Meta(description="Leave out items the user had; missing: as the run.")] = None
     which: Annotated[ItemList, Meta(description="again: only items the user had; new: only others.")] = field(
         default="all", name="list"
     )
     events: list[EventMessage] = []
+    allow: Annotated[list[str] | None, Meta(description="Only these items; null: any.")] = None
+    deny: Annotated[list[str], Meta(description="None of these items.")] = []
+    min_seq: MinSeq = 0
 
 
 class ScoredItem(Struct, frozen=True):
@@ -68,25 +120,107 @@ class ScoredItem(Struct, frozen=True):
     score: float
 
 
-class RecommendAnswer(Struct, frozen=True):
-    """Recommended items, best first, and exactly which model, index and state they come from."""
+class Provenance(Struct, frozen=True, kw_only=True):
+    """Exactly which model, index and state an answer comes from."""
 
-    items: list[ScoredItem]
     num_events: Annotated[int, Meta(description="Events this answer knows, those of the request included.")]
     model_version: str
     index_version: str
     seq: Annotated[int, Meta(description="Last sequence number kept for this user.")]
     state_seq: Annotated[int, Meta(description="Last sequence number this answer knows.")]
     state_source: Annotated[
-        StateSource, Meta(description="host: held in memory; rebuilt: from the event log; none: no events kept.")
+        StateSource,
+        Meta(
+            description="gpu, host: held in memory; store: from the cold store; rebuilt: from the event log; "
+            "none: no events kept; degraded: what could be had in time."
+        ),
     ]
     request_time: int | None
     beyond_trained_length: Annotated[bool, Meta(description="The history is longer than any the model trained on.")]
-    degraded: bool = False
+    degraded: Annotated[bool, Meta(description="Not all events are known to this answer; a later one will be whole.")]
+    stale: Annotated[bool, Meta(description="The sequence number asked for was not reached in time.")]
+
+
+class RecommendAnswer(Provenance, frozen=True, kw_only=True):
+    """Recommended items, best first."""
+
+    items: list[ScoredItem]
+
+
+class RecommendBatchRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """One question about several users."""
+
+    user_ids: list[str]
+    k: int = 10
+    request_time: RequestTime = UNSET
+    exclude_seen: bool | None = None
+    which: ItemList = field(default="all", name="list")
+    allow: list[str] | None = None
+    deny: list[str] = []
+
+
+class RecommendBatchAnswer(Struct, frozen=True):
+    """One answer a user, in the order asked."""
+
+    answers: list[RecommendAnswer]
+
+
+class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which items to score."""
+
+    item_ids: list[str]
+    request_time: RequestTime = UNSET
+    min_seq: MinSeq = 0
+
+
+class ItemScore(Struct, frozen=True):
+    """An item's score; null where the model does not know the item."""
+
+    item_id: str
+    score: float | None
+
+
+class ScoreAnswer(Provenance, frozen=True, kw_only=True):
+    """Scores, in the order asked; those `recommend` would give."""
+
+    scores: list[ItemScore]
+
+
+class ExplainRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which item's score to explain. `chunks`: how many chunks to leave out in turn, and to list."""
+
+    item_id: str
+    chunks: int = 5
+    request_time: RequestTime = UNSET
+    min_seq: MinSeq = 0
+
+
+class ChunkExplanation(Struct, frozen=True):
+    """What one chunk gave."""
+
+    chunk: int
+    seen_as: Literal["summary", "events"]
+    attention: Annotated[float, Meta(description="Share of the last block's attention, mean over heads.")]
+    score_change: Annotated[
+        float | None, Meta(description="What the score loses when the last block does not see this chunk.")
+    ]
+    first_time: int
+    last_time: int
+    events: list[KeptEvent]
+
+
+class ExplainAnswer(Provenance, frozen=True, kw_only=True):
+    """The chunks that carried a score, most attended first."""
+
+    item_id: str
+    score: float
+    own_item_bias: Annotated[float, Meta(description="Part of the score that comes from having had the item before.")]
+    summary_attention: Annotated[float, Meta(description="Share of the attention on summaries: on the far past.")]
+    chunks: list[ChunkExplanation]
 
 
 class StateAnswer(Struct, frozen=True):
-    """What is kept of a user: `num_events` and `seq` from the event log, the rest from the state held in memory."""
+    """What is kept of a user: `num_events` and `seq` from the event log, the rest from the state held."""
 
     num_events: int
     seq: int
@@ -100,11 +234,61 @@ class StateAnswer(Struct, frozen=True):
     state_fingerprint: str
 
 
+class ForgottenAnswer(Struct, frozen=True):
+    """A user was deleted. From each tier the bytes are overwritten or gone within `purged_within_seconds`."""
+
+    num_events: int
+    tiers: list[str]
+    purged_within_seconds: int = 60
+
+
+class TitlesRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose titles are wanted."""
+
+    item_ids: list[str]
+
+
+class ItemTitle(Struct, frozen=True):
+    """What people call an item; null where it has no title."""
+
+    item_id: str
+    title: str | None
+
+
+class ItemsAnswer(Struct, frozen=True):
+    """Items with titles."""
+
+    items: list[ItemTitle]
+
+
 class HealthAnswer(Struct, frozen=True):
     """Whether this process lives, or is ready, and if not why."""
 
     status: Literal["ok", "unready"]
     reason: str | None = None
+
+
+class LoadRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which run under the releases' folder to load; a name, never a path."""
+
+    run: str
+
+
+class ReleaseInfo(Struct, frozen=True):
+    """A release this process has loaded."""
+
+    model_version: str
+    index_version: str
+    state_fingerprint: str
+    run: str
+    role: Literal["active", "previous", "loaded"]
+
+
+class ReleasesAnswer(Struct, frozen=True):
+    """All releases loaded."""
+
+    releases: list[ReleaseInfo]
+    draining: bool = False
 
 
 class Problem(Struct, frozen=True):

@@ -1,30 +1,77 @@
-"""`/metrics`: counters in Prometheus's text format. Labels come from fixed sets; no user is in them."""
+"""`/metrics`: Prometheus names in one place. Labels come from fixed sets; no user is in them."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from ksa_serving.service import Service
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+if TYPE_CHECKING:
+    from ksa_serving.service import Service
 
-def metrics_text(service: Service, requests: Mapping[tuple[str, int], int]) -> str:
-    """Return all metrics. `requests`: count by (route, status)."""
-    lines: list[str] = []
-    _add(lines, "requests_total", "Requests", {f'route="{r}",status="{s}"': n for (r, s), n in requests.items()})
-    _add(lines, "events_total", "Events by outcome", _labelled("status", service.event_counts))
-    _add(lines, "state_rebuilds_total", "States built from the log", _labelled("cause", service.states.rebuilds))
-    _add(lines, "state_misses_total", "States not used", _labelled("cause", service.store.misses))
-    _add(lines, "states_held", "States in memory", {"": len(service.store)}, "gauge")
-    _add(lines, "state_bytes", "Bytes of states in memory", {"": service.store.nbytes}, "gauge")
-    _add(lines, "ready", "1 when ready", {"": int(service.unready() is None)}, "gauge")
-    return "\n".join(lines) + "\n"
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
-def _labelled(label: str, counts: Counter[str]) -> dict[str, int]:
-    return {f'{label}="{name}"': count for name, count in sorted(counts.items())}
+class Metrics:
+    """The counters of one service."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "Requests", "route", "status")
+        self.seconds = self._histogram("request_seconds", "Time to answer", SECONDS, "route")
+        self.events = self._counter("events", "Events by outcome", "status")
+        self.batch_size = self._histogram("batch_questions", "Questions in one pass", (1, 2, 4, 8, 16, 32, 64, 128))
+        self.batch_wait = self._histogram("batch_wait_seconds", "How long a batch's first question waited", SECONDS)
+        self.commit = self._histogram("commit_seconds", "Commits of the event log, fsync included", SECONDS)
+        self.commit_calls = self._histogram("commit_calls", "Calls in one commit", (1, 2, 4, 8, 16, 64, 256, 1024))
+        self.refused = self._counter("refused", "Requests refused for want of room or time", "code")
+        self.forgotten = self._counter("forgotten_users", "Users deleted")
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+    def watch(self, service: "Service") -> None:
+        """Also tell, at each scrape, what the service's parts count themselves."""
+        self.registry.register(_ServiceCollector(service))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"ksa_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"ksa_{name}", text, labels, buckets=buckets, registry=self.registry)
 
 
-def _add(lines: list[str], name: str, text: str, values: Mapping[str, int], kind: str = "counter") -> None:
-    lines += [f"# HELP ksa_{name} {text}.", f"# TYPE ksa_{name} {kind}"]
-    lines += [
-        f"ksa_{name}{{{labels}}} {value}" if labels else f"ksa_{name} {value}" for labels, value in values.items()
-    ]
+class _ServiceCollector:
+    def __init__(self, service: "Service"):
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        service, store = self._service, self._service.store
+        states = service.served.states
+        yield _labelled("state_rebuilds", "States built from the whole log", "cause", states.rebuilds)
+        yield _labelled("state_replays", "States rewound and replayed", "cause", states.replays)
+        yield _labelled("state_misses", "Records not used", "cause", store.misses)
+        yield _labelled("state_hits", "Records used, by tier", "tier", getattr(store, "hits", {}))
+        yield _counted("state_evictions", "Records let go for want of room", store.evictions)
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "states_held": ("States in memory", lambda: len(store)),
+            "state_bytes": ("Bytes of states in memory", lambda: store.nbytes),
+            "log_waiting_calls": ("Calls that wait for the event log", lambda: service.log.num_waiting),
+            "waiting_questions": ("Questions that wait for the model", lambda: service.served.batcher.num_waiting),
+            "settling_users": ("Users whose states are computed in the background", lambda: service.num_settling),
+            "ready": ("1 when ready", lambda: service.unready() is None),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"ksa_{name}", text, value=float(value()))
+
+
+def _labelled(name: str, text: str, label: str, counts: "dict[str, int]") -> Metric:
+    family = CounterMetricFamily(f"ksa_{name}", text, labels=[label])
+    for value, count in sorted(counts.items()):
+        family.add_metric([value], count)
+    return family
+
+
+def _counted(name: str, text: str, count: int) -> Metric:
+    return CounterMetricFamily(f"ksa_{name}", text, value=count)

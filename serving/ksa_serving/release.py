@@ -1,69 +1,29 @@
-"""What is served: one recommender with the names by which its answers can be traced.
+"""What is served: one model with the names by which its answers can be traced.
 
 Loading one imports torch; this module does not.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
+from ksa_serving.models import Model
+from recsys_ksa.errors import RunError
 from recsys_ksa.order import TieKind
 
+if TYPE_CHECKING:
+    from recsys_ksa.recommender import Recommender
+
 Clock = Literal["unix", "relative", "ordinal"]
-
-
-class SizedState(Protocol):
-    """What the service needs to know of a user state. Sizes in bytes."""
-
-    @property
-    def num_events(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def seen_nbytes(self) -> int: ...
-    @property
-    def fixed_nbytes(self) -> int: ...
-    @property
-    def history_hash(self) -> bytes: ...
-
-
-class SequenceRecommender(Protocol):
-    """The part of `recsys_ksa.Recommender` that the service calls. States are values: no call changes one."""
-
-    def new_state(self) -> Any:
-        """Return the state of a user without events."""
-        ...
-
-    def append(
-        self,
-        state: Any,
-        item_ids: Sequence[str],
-        timestamps: Sequence[int],
-        event_types: Sequence[str | None] | None = None,
-        features: Mapping[str, Sequence[object]] | None = None,
-        event_ids: Sequence[str | None] | None = None,
-    ) -> Any:
-        """Return `state` with events added."""
-        ...
-
-    def recommend(
-        self,
-        state: Any,
-        k: int = 10,
-        request_time: int | None = None,
-        exclude_seen: bool | None = None,
-        only_seen: bool = False,
-    ) -> list[tuple[str, float]]:
-        """Return at most k (item id, score), best first."""
-        ...
+EXACT_KINDS = ("exact", "FAISS flat")
+"""Kinds of index that need no recall gate."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """A recommender and what identifies it."""
+    """A model and what identifies it."""
 
-    recommender: SequenceRecommender
+    model: Model
     tie: TieKind
     clock: Clock
     model_version: str
@@ -75,6 +35,8 @@ class Release:
     """Events; longer histories are answered and flagged."""
     index_source: str = "memory"
     """Where retrieval comes from, for people."""
+    name: str = ""
+    """The run's folder, for people."""
 
 
 def load_release(run: Path) -> Release:
@@ -83,12 +45,15 @@ def load_release(run: Path) -> Release:
     Raises:
         RunError: it is damaged, or its index belongs to other weights.
     """
-    from recsys_ksa.recommender import Recommender  # imports torch
+    from ksa_serving.library_model import LibraryModel  # imports torch
+    from recsys_ksa.recommender import Recommender
 
     recommender = Recommender.load(run)
+    if not recommender.index.kind.startswith(EXACT_KINDS):
+        check_recall(recommender)
     info = recommender.run.info
     return Release(
-        recommender=recommender,
+        model=LibraryModel(recommender),
         tie=info.tie,
         clock=info.clock,
         model_version=info.release_hash,
@@ -96,4 +61,39 @@ def load_release(run: Path) -> Release:
         state_fingerprint=recommender.fingerprint,
         longest_trained_history=info.longest_trained_history,
         index_source=recommender.index.kind,
+        name=run.name,
     )
+
+
+MIN_RECALL = 0.98
+"""Of an approximate index against exact search, at 100 items; a release below it is not loaded."""
+
+
+def check_recall(recommender: "Recommender", num_queries: int = 1000, seed: int = 0) -> float:
+    """Return the index's recall@100 on user vectors drawn around item vectors.
+
+    Raises:
+        RunError: it is below `MIN_RECALL`.
+    """
+    import numpy as np
+
+    from recsys_ksa.retrieval.index import TorchIndex
+
+    vectors = recommender.network.item_vectors().detach().float().cpu()
+    exact = TorchIndex(vectors)
+    draw = np.random.default_rng(seed)
+    rows = draw.integers(1, len(vectors), num_queries)
+    near = vectors[rows].numpy() + draw.normal(0, 0.5 / vectors.shape[1] ** 0.5, (num_queries, vectors.shape[1]))
+    found = hits = 0
+    for query in near.astype(np.float32):
+        wanted, _ = exact.search(query, 100)
+        got, _ = recommender.index.search(query, 100)
+        found += len(wanted)
+        hits += len(np.intersect1d(wanted, got))
+    recall = hits / max(1, found)
+    if recall < MIN_RECALL:
+        raise RunError(
+            f"{recommender.run.path}: index: expected recall@100 of at least {MIN_RECALL} against exact search, got "
+            f"{recall:.4f}. Build it again with a wider search."
+        )
+    return recall

@@ -17,6 +17,7 @@ def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
     return uvicorn.Config(
         cast(Any, app),
         lifespan="on",
+        http="h11",  # httptools is faster, but lets headers grow without bound
         access_log=False,
         log_level="warning",
         server_header=False,

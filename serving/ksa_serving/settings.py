@@ -1,6 +1,6 @@
 """What of the service can be set, with the limits that every request meets. Sizes in bytes, times in seconds."""
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from recsys_ksa.config import Strict
 
@@ -16,6 +16,12 @@ class Limits(Strict):
     """Events in one call, kept or given for one answer."""
     k: PositiveInt = 1000
     """Items in one answer."""
+    candidates: PositiveInt = 4096
+    """Items to score, to allow or to deny in one call."""
+    users_per_call: PositiveInt = 256
+    """Users in one batch call."""
+    explained_chunks: PositiveInt = 64
+    """Chunks in one explanation."""
     user_id_bytes: PositiveInt = 256
     """Longest user id, as UTF-8."""
     item_id_bytes: PositiveInt = 256
@@ -33,11 +39,27 @@ class ServeSettings(Strict):
 
     limits: Limits = Limits()
     state_bytes: PositiveInt = 2 * 1024**3
-    """User states held in memory; the least recently used are dropped beyond it and rebuilt when asked for."""
+    """User states held in memory; the least recently used are written to the cold store and dropped beyond it."""
+    cold_bytes: PositiveInt = 32 * 1024**3
+    """Largest size of the embedded cold store's file; a sparse file, it takes what is used."""
+    largest_share: PositiveFloat = 0.25
+    """Of the memory for states, the most one user may take; a larger state is kept cold only."""
+    spill_events: PositiveInt = 256
+    """A long history's cold record is written again after so many further events."""
     model_threads: PositiveInt = 2
     """Threads that run the model, so that the event loop stays free."""
+    batch_questions: PositiveInt = 64
+    """Most questions answered in one pass of the model."""
     rebuild_step_events: PositiveInt = 8192
     """Events appended at once while a state is rebuilt; bounds its memory."""
+    inline_events: PositiveInt = 20_000
+    """An answer computes at most so many events; where more are missing it is degraded, and the rest is done after."""
+    deadline_seconds: PositiveFloat = 10.0
+    """How long a request may wait for work to begin, unless its `x-deadline-ms` header says; beyond it: 504."""
+    requests_per_second: PositiveFloat | None = None
+    """Of one client (token, else address), with bursts of twice as many; beyond it: 429. None: no bound."""
+    warm_users: NonNegativeInt = 1000
+    """Users whose states are made ready in a new release before it is activated, the last active first."""
     group_events: PositiveInt = 4096
     """Most events in one transaction of the event log."""
     waiting_calls: PositiveInt = 4096

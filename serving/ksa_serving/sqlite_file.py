@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -13,33 +14,41 @@ from ksa_serving.errors import EventLogError
 FIRST_SAFE_SQLITE = (3, 51, 3)
 """SQLite 3.7.0 to 3.51.2 can corrupt a WAL database that two connections write or checkpoint (the WAL-reset bug)."""
 APPLICATION_ID = 0x6B736131
-FORMAT = 1
+FORMAT = 2
 SCHEMA = """
 CREATE TABLE users (
     user_key   INTEGER PRIMARY KEY,
-    tenant     TEXT NOT NULL,
-    user_id    TEXT NOT NULL,
+    owner_key  BLOB NOT NULL UNIQUE,
+    tenant     TEXT,
+    user_id    TEXT,
     generation INTEGER NOT NULL DEFAULT 0,
     num_events INTEGER NOT NULL DEFAULT 0,
     last_seq   INTEGER NOT NULL DEFAULT 0,
-    UNIQUE (tenant, user_id)
+    chain      BLOB NOT NULL DEFAULT x''
 );
 CREATE TABLE events (
     seq        INTEGER PRIMARY KEY AUTOINCREMENT,
     user_key   INTEGER NOT NULL,
     generation INTEGER NOT NULL,
     identity   BLOB NOT NULL,
+    live       INTEGER NOT NULL DEFAULT 1,
+    retracts   INTEGER,
     item_id    TEXT NOT NULL,
     timestamp  INTEGER NOT NULL,
     event_id   TEXT,
     event_type TEXT,
     value      REAL,
-    received   INTEGER NOT NULL
+    received   INTEGER NOT NULL,
+    chain      BLOB NOT NULL
 );
 CREATE UNIQUE INDEX events_identity ON events (user_key, generation, identity);
 CREATE INDEX events_arrival ON events (user_key, generation, seq);
-CREATE INDEX events_time ON events (user_key, generation, timestamp);
+CREATE INDEX events_time ON events (user_key, generation, live, timestamp);
+CREATE TABLE purges (user_key INTEGER PRIMARY KEY);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
+"""`live`: 0 for tombstones and for what they retract. `user_id` is NULL while a user is deleted; `owner_key`, a salted
+hash, finds the generation again. `purges`: users of whom rows of older generations are still to be removed."""
 
 
 def check_sqlite_version(version: str | None = None) -> None:
@@ -79,12 +88,14 @@ def open_writer(path: Path) -> apsw.Connection:
     connection = connect(path, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
     mode = connection.pragma("journal_mode", "wal")
     connection.pragma("synchronous", "FULL")
+    connection.pragma("secure_delete", "ON")  # what is deleted is overwritten
     if mode != "wal" or connection.pragma("synchronous") != 2:
         raise EventLogError(f"{path}: expected WAL mode and synchronous=FULL, got {mode}. Use a local file system.")
     with transaction(connection):
         application, version = connection.pragma("application_id"), connection.pragma("user_version")
         if (application, version) == (0, 0) and not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
             connection.execute(SCHEMA)
+            connection.execute("INSERT INTO facts VALUES ('salt', ?)", (secrets.token_bytes(16),))
             connection.pragma("application_id", APPLICATION_ID)
             connection.pragma("user_version", FORMAT)
         elif (application, version) != (APPLICATION_ID, FORMAT):
@@ -92,6 +103,13 @@ def open_writer(path: Path) -> apsw.Connection:
                 f"{path}: expected an event log of format {FORMAT}, got another file. Check --state-dir."
             )
     return connection
+
+
+def salt_of(connection: apsw.Connection) -> bytes:
+    """Return the log's own random bytes, with which owners are hashed."""
+    row = connection.execute("SELECT value FROM facts WHERE name = 'salt'").fetchone()
+    assert row is not None
+    return row[0]
 
 
 def lock_directory(directory: Path) -> IO[str]:

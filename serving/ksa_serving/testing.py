@@ -1,28 +1,47 @@
-"""A recommender without a model, for tests of everything around it: fast, exact, and easy to compare.
+"""A model without a network, for tests of everything around it: fast, exact, and easy to compare.
 
 Its state is a pure function of the ordered events, so two states are equal if and only if they know the same
-history in the same order; its answers are a pure function of state and question. It refuses what the real one refuses.
+history in the same order; its answers are a pure function of state and question. As the real one it has rows that a
+cold state keeps (`hashes`, in segments) and rows that it lacks (`window`), and it refuses what the real one refuses.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import msgspec
+
+from ksa_serving.errors import InvalidRequestError
+from ksa_serving.events import StoredEvent
+from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
 from ksa_serving.release import Clock, Release
-from recsys_ksa.errors import OutOfOrderError
+from recsys_ksa.errors import OutOfOrderError, StateError
 from recsys_ksa.order import OrderKey, TieKind, order_key
 
 CATALOGUE = tuple(f"item-{number}" for number in range(200))
+SEGMENT = 8
 
 
 @dataclass(frozen=True)
 class ToyState:
-    """What the toy keeps of a history."""
+    """What the toy keeps of a history: a hash after each event, and the window's events (None: cold)."""
 
-    num_events: int = 0
+    hashes: tuple[bytes, ...] = ()
+    window: tuple[str, ...] | None = ()
     last_key: OrderKey | None = None
-    history_hash: bytes = bytes(32)
     seen: frozenset[str] = frozenset()
+    fingerprint: str = "toy-state"
+
+    @property
+    def num_events(self) -> int:
+        """Events of the history."""
+        return len(self.hashes)
+
+    @property
+    def history_hash(self) -> bytes:
+        """Rolling hash of all events."""
+        return self.hashes[-1] if self.hashes else bytes(32)
 
     @property
     def nbytes(self) -> int:
@@ -40,71 +59,157 @@ class ToyState:
         return 32
 
 
-class ToyRecommender:
+class ToyModel:
     """Scores are hashes of history, item and request time."""
 
-    def __init__(self, tie: TieKind = "arrival"):
+    chunk_size = 4
+    window_chunks = 2
+
+    def __init__(self, tie: TieKind = "arrival", fingerprint: str = "toy-state"):
         self._tie: TieKind = tie
+        self._fingerprint = fingerprint
 
     def new_state(self) -> ToyState:
         """Return the state of a user without events."""
-        return ToyState()
+        return ToyState(fingerprint=self._fingerprint)
 
-    def append(
-        self,
-        state: ToyState,
-        item_ids: Sequence[str],
-        timestamps: Sequence[int],
-        event_types: Sequence[str | None] | None = None,
-        features: Mapping[str, Sequence[object]] | None = None,
-        event_ids: Sequence[str | None] | None = None,
-    ) -> ToyState:
-        """Return the state after further events, sorted by the order.
+    def append(self, state: ToyState, events: Sequence[StoredEvent]) -> ToyState:
+        """Return the state after further events, given in order.
 
         Raises:
-            OutOfOrderError: the first, after sorting, lies before the state's last.
+            OutOfOrderError: they are not, or the first lies before the state's last.
+            StateError: the state is cold, or another model's.
         """
-        num = len(item_ids)
-        events = zip(item_ids, timestamps, event_types or [None] * num, event_ids or [None] * num)
-        keyed = [
-            (
-                order_key(self._tie, time, item, event_id=id_, event_type=kind, arrival=state.num_events + place),
-                item,
-                kind,
-            )
-            for place, (item, time, kind, id_) in enumerate(events)
-        ]
-        for key, item, kind in sorted(keyed, key=lambda event: event[0]):
-            if state.last_key is not None and key < state.last_key:
-                raise OutOfOrderError("toy: expected later events, got an earlier one. Sort them.")
-            payload = f"{key[0]}/{item}/{kind}".encode()
-            state = replace(
-                state,
-                num_events=state.num_events + 1,
-                last_key=key,
-                history_hash=hashlib.sha256(state.history_hash + payload).digest(),
-                seen=state.seen | {item},
-            )
-        return state
+        if state.window is None or state.fingerprint != self._fingerprint:
+            raise StateError("toy: expected a whole state of this model, got a cold one or another's.")
+        if not events:
+            return state
+        keys = [self._key(event, state.num_events + place) for place, event in enumerate(events)]
+        if any(b < a for a, b in pairwise([state.last_key or keys[0], *keys])):
+            raise OutOfOrderError("toy: expected later events in order, got an earlier one. Sort them.")
+        hashes, window = list(state.hashes), list(state.window)
+        for event in events:
+            hashes.append(self._hash(hashes[-1] if hashes else bytes(32), event))
+            window.append(_payload(event))
+        return replace(
+            state,
+            hashes=tuple(hashes),
+            window=tuple(window[len(window) - (len(hashes) - self.replay_start(len(hashes))) :]),
+            last_key=keys[-1],
+            seen=state.seen | {event.item_id for event in events},
+        )
 
-    def recommend(
-        self,
-        state: ToyState,
-        k: int = 10,
-        request_time: int | None = None,
-        exclude_seen: bool | None = None,
-        only_seen: bool = False,
-    ) -> list[tuple[str, float]]:
-        """Return at most k items, best first."""
-        items = [item for item in CATALOGUE if not (only_seen and item not in state.seen)]
-        items = [item for item in items if not (exclude_seen and item in state.seen)]
+    def replay_start(self, num_events: int) -> int:
+        """Return the first event of the window."""
+        return max(0, max(0, num_events - 1) // self.chunk_size - self.window_chunks) * self.chunk_size
+
+    def rewind(
+        self, state: ToyState, num_events: int, first: int, events: Sequence[StoredEvent], mark: Mark
+    ) -> ToyState:
+        """Return the state of the first `num_events` events; checks that it was given the right ones."""
+        if num_events == 0:
+            return self.new_state()
+        start = self.replay_start(num_events)
+        assert len(events) == num_events - first
+        assert first <= max(0, min(mark.num_events, start - 1))
+        rolled = mark.history_hash
+        for event in events[mark.num_events - first :]:
+            rolled = self._hash(rolled, event)
+        assert rolled == state.hashes[num_events - 1]
+        window = tuple(_payload(event) for event in events[start - first :])
+        key = self._key(events[-1], num_events - 1)
+        return replace(state, hashes=state.hashes[:num_events], window=window, last_key=key, seen=frozenset())
+
+    def with_own_items(self, state: ToyState, before: ToyState | None, added: Sequence[StoredEvent]) -> ToyState:
+        """Return `state` with the items of `before` and `added`."""
+        had = frozenset[str]() if before is None else before.seen
+        return replace(state, seen=had | {event.item_id for event in added})
+
+    def segment_names(self, state: ToyState) -> list[bytes]:
+        """Return the names of `dump`'s segments."""
+        return list(self.dump(state).segments)
+
+    def dump(self, state: ToyState) -> StateParts:
+        """Return a state as bytes, without its window."""
+        whole = state.num_events // SEGMENT * SEGMENT
+        parts = [b"".join(state.hashes[at : at + SEGMENT]) for at in range(0, whole, SEGMENT)]
+        segments = {hashlib.sha256(part).digest()[:16]: part for part in parts}
+        about = (list(segments), state.hashes[whole:], state.last_key, sorted(state.seen), state.fingerprint)
+        return StateParts(msgspec.msgpack.encode(about), segments)
+
+    def load(self, parts: StateParts) -> ToyState:
+        """Return the cold state of `dump`'s bytes."""
+        kind = tuple[list[bytes], list[bytes], tuple[int, bytes] | None, list[str], str]
+        names, tail, last_key, seen, fingerprint = msgspec.msgpack.decode(parts.about, type=kind)
+        if fingerprint != self._fingerprint:
+            raise StateError("toy: expected a state of this model, got another's.")
+        whole = b"".join(parts.segments[name] for name in names)
+        hashes = [whole[at : at + 32] for at in range(0, len(whole), 32)] + tail
+        return ToyState(tuple(hashes), None, last_key, frozenset(seen), fingerprint)
+
+    def recommend(self, questions: Sequence[Question]) -> list[Scored]:
+        """Answer each question by itself."""
+        return [self._recommend(asked) for asked in questions]
+
+    def score(self, state: ToyState, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
+        """Return hashes as numbers."""
+        return [self._score(state, item, request_time) if item in CATALOGUE else None for item in item_ids]
+
+    def explain(self, state: ToyState, item_id: str, request_time: int | None, most: int) -> list[ChunkReason]:
+        """Return equal shares for all chunks."""
+        if item_id not in CATALOGUE:
+            raise InvalidRequestError("item_id: expected an item the model knows, got another.", "unknown-item")
+        starts = range(0, state.num_events, self.chunk_size)
+        window = self.replay_start(state.num_events)
+        return [
+            ChunkReason(
+                first=start,
+                last=min(start + self.chunk_size, state.num_events) - 1,
+                seen_as="events" if start >= window else "summary",
+                attention=1 / len(starts),
+                score_change=0.0 if place < most else None,
+            )
+            for place, start in enumerate(starts)
+        ]
+
+    def title(self, item_id: str) -> str | None:
+        """Return a name for every known item."""
+        return f"Item {item_id.removeprefix('item-')}" if item_id in CATALOGUE else None
+
+    def find_items(self, text: str, most: int) -> list[str]:
+        """Return items whose id has `text` in it."""
+        return [item for item in CATALOGUE if text.casefold() in item][:most]
+
+    def _recommend(self, asked: Question) -> Scored:
+        if asked.state.window is None:
+            raise StateError("toy: expected a whole state, got a cold one.")
+        seen = asked.state.seen
+        items = [item for item in CATALOGUE if not (asked.only_seen and item not in seen)]
+        items = [item for item in items if not (asked.exclude_seen and item in seen)]
+        items = [item for item in items if asked.allow is None or item in asked.allow]
+        scores = {item: self._score(asked.state, item, asked.request_time) for item in items if item not in asked.deny}
+        return sorted(scores.items(), key=lambda pair: -pair[1])[: asked.k]
+
+    def _score(self, state: ToyState, item: str, request_time: int | None) -> float:
         last = state.last_key[0] if state.last_key else 0
         asked = b"" if request_time is None else str(max(0, request_time - last)).encode()
-        scores = {item: hashlib.sha256(state.history_hash + item.encode() + asked).digest() for item in items}
-        best = sorted(items, key=lambda item: scores[item], reverse=True)[:k]
-        return [(item, int.from_bytes(scores[item][:6], "big") / 2**48) for item in best]
+        digest = hashlib.sha256(state.history_hash + item.encode() + asked).digest()
+        return int.from_bytes(digest[:6], "big") / 2**48
+
+    def _hash(self, before: bytes, event: StoredEvent) -> bytes:
+        return hashlib.sha256(before + _payload(event).encode()).digest()
+
+    def _key(self, event: StoredEvent, place: int) -> OrderKey:
+        event_id, event_type = event.event_id, event.event_type
+        return order_key(
+            self._tie, event.timestamp, event.item_id, event_id=event_id, event_type=event_type, arrival=place
+        )
+
+
+def _payload(event: StoredEvent) -> str:
+    return f"{event.timestamp}/{event.item_id}/{event.event_type}"
 
 
 def toy_release(tie: TieKind = "arrival", clock: Clock = "unix", fingerprint: str = "toy-state") -> Release:
     """Return a release of the toy."""
-    return Release(ToyRecommender(tie), tie, clock, "toy-model", "toy-index", fingerprint, 1000, "toy")
+    return Release(ToyModel(tie, fingerprint), tie, clock, "toy-model", "toy-index", fingerprint, 1000, "toy")

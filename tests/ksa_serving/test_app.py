@@ -51,6 +51,7 @@ def test_the_life_of_a_user(client: httpx.Client):
         "request_time": NOW,
         "beyond_trained_length": False,
         "degraded": False,
+        "stale": False,
     }
     assert all(item.keys() == {"item_id", "score"} for item in known.json()["items"])
     assert known.json()["items"] != new["items"]
@@ -236,7 +237,7 @@ def test_headers_beyond_their_limit_are_refused(shared_client: httpx.Client):
 def test_unknown_paths_and_methods(shared_client: httpx.Client):
     assert_problem(shared_client.get("/v1/users"), 404, "not-found")
     assert_problem(shared_client.post("/v1/users/ann/erase", json={}), 404, "not-found")
-    refused = shared_client.get("/v1/users/ann/events")
+    refused = shared_client.put("/v1/users/ann/events", json={})
     assert_problem(refused, 405, "method-not-allowed")
     assert "POST" in refused.headers["allow"]
 
@@ -256,9 +257,9 @@ def test_health_metrics_and_openapi(client: httpx.Client):
     assert client.get("/livez").json()["status"] == "ok"
     assert client.get("/readyz").json()["status"] == "ok"
     text = client.get("/metrics").text
-    assert 'ksa_requests_total{route="events",status="200"} 1' in text
-    assert 'ksa_events_total{status="accepted"} 1' in text
-    assert "ksa_states_held 1" in text
+    assert 'ksa_requests_total{route="events",status="200"} 1.0' in text
+    assert 'ksa_events_total{status="accepted"} 1.0' in text
+    assert "ksa_states_held 1.0" in text
     assert "ann" not in text
     document = client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.1")

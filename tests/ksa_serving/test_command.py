@@ -79,7 +79,9 @@ def test_a_state_directory_of_another_user_is_refused(tmp_path: Path, monkeypatc
 def test_a_state_directory_in_use_is_refused(tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())  # the verb sets thread variables for its own process
     log = EventLog(tmp_path, "arrival")
-    args = argparse.Namespace(run=tiny_run, port=0, state_dir=tmp_path, host="127.0.0.1", insecure_no_auth=False)
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    args = parser.parse_args([str(tiny_run), "--port", "0", "--state-dir", str(tmp_path)])
     with pytest.raises(EventLogError, match="another process serves from it"):
         run(args)
     log.close()

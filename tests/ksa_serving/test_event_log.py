@@ -2,6 +2,7 @@ import itertools
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksa_serving.errors import EventLogError, OverloadedError
-from ksa_serving.event_log import EventLog, UserHead
+from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner, StoredEvent, sort_events
 from ksa_serving.sqlite_file import check_sqlite_version
+from ksa_serving.user_view import UserHead
 from recsys_ksa.order import TieKind, order_key
 
 ANN, BOB = Owner("ann"), Owner("bob")
@@ -124,21 +126,24 @@ def test_reading_after_a_sequence_number_gives_what_came_later(log: EventLog):
     seq = log.head(ANN).last_seq
     log.append(BOB, [NewEvent("z", 1)])
     log.append(ANN, [NewEvent("b", 9), NewEvent("c", 3)])
-    head, stored = log.read(ANN, after_seq=seq)
-    assert [event.item_id for event in stored] == ["c", "b"]
-    assert head.num_events == 3
+    with log.view(ANN) as view:
+        assert [event.item_id for event in view.changes(seq).added] == ["c", "b"]
+        assert view.head.num_events == 3
 
 
 def test_unknown_user_has_an_empty_head_and_no_row(log: EventLog):
     assert log.read(ANN) == (UserHead(), [])
-    assert log.known(ANN, [NewEvent("a", 1)], 10) == [False]
+    with log.view(ANN) as view:
+        assert view.known([NewEvent("a", 1)], 10) == [False]
     assert log.counts() == (0, 0)
 
 
 def test_known_looks_no_further_than_asked(log: EventLog):
     first = log.append(ANN, [NewEvent("a", 1)]).head.last_seq
     log.append(ANN, [NewEvent("b", 2)])
-    assert log.known(ANN, [NewEvent("a", 1), NewEvent("b", 2), NewEvent("c", 3)], first) == [True, False, False]
+    with log.view(ANN) as view:
+        known = view.known([NewEvent("a", 1), NewEvent("b", 2), NewEvent("c", 3)], first)
+    assert known == [True, False, False]
 
 
 def test_tenants_are_apart(log: EventLog):
@@ -248,3 +253,37 @@ def test_sqlite_without_it_is_taken(version: str):
 def test_durability_is_what_it_says(log: EventLog):
     assert log._connection.pragma("journal_mode") == "wal"
     assert log._connection.pragma("synchronous") == 2
+
+
+def test_a_forgotten_user_starts_anew_and_leaves_no_bytes(tmp_path: Path):
+    log = EventLog(tmp_path, "arrival")
+    log.append(ANN, [NewEvent(f"secret-{n}", n, f"id-{n}") for n in range(5000)])
+    log.append(BOB, [NewEvent("kept", 1)])
+    assert log.forget(ANN).result() == 5000
+    assert log.forget(Owner("nobody")).result() == 0
+    assert log.read(ANN)[1] == []
+    assert log.head(ANN).generation == 1
+    assert log.owners() == [BOB]
+    assert log.append(ANN, [NewEvent("fresh", 1)]).outcomes == ["accepted"]
+    log.close()
+    log = EventLog(tmp_path, "arrival")  # what was left of the purge goes on after a restart
+    while log.purging:
+        time.sleep(0.01)
+    assert [event.item_id for event in log.read(ANN)[1]] == ["fresh"]
+    for file in tmp_path.iterdir():
+        assert b"secret-" not in file.read_bytes(), file
+    log.close()
+
+
+def test_the_chain_tells_one_log_from_another(tmp_path: Path):
+    chains = []
+    for name, item in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / name).mkdir()
+        log = EventLog(tmp_path / name, "arrival")
+        log.append(ANN, [NewEvent(item, 1), NewEvent("z", 2)])
+        with log.view(ANN) as view:
+            assert view.chain_at(view.head.last_seq) == view.head.chain
+            assert view.chain_at(99) is None
+            chains.append(view.head.chain)
+        log.close()
+    assert chains[0] == chains[1] != chains[2]

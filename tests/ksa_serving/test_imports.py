@@ -34,7 +34,7 @@ for name in ("polars", "mlflow", "faiss", "ksa_pipelines"):
 from ksa_serving.release import load_release
 from pathlib import Path
 release = load_release(Path({str(tiny_run)!r}))
-recommender = release.recommender
+recommender = release.model.recommender
 state = recommender.append(recommender.new_state(), ["i1"], [1600000000])
 assert len(recommender.recommend(state, k=3)) == 3
 print(release.index_source)

@@ -22,7 +22,7 @@ from ksa_serving.events import Owner
 from ksa_serving.messages import RecommendRequest
 from ksa_serving.service import Service
 from ksa_serving.state_store import MemoryStateStore
-from ksa_serving.testing import ToyRecommender, toy_release
+from ksa_serving.testing import ToyModel, toy_release
 
 pytestmark = pytest.mark.service
 NUM_KILLS = int(os.environ.get("KSA_KILLS", "10"))
@@ -77,9 +77,8 @@ async def check_rebuilt(service: Service, user: str) -> None:
     record = service.states.held(Owner(user))
     assert record is not None
     events = sorted(service.log.read(Owner(user))[1], key=lambda event: (event.timestamp, event.seq))
-    toy = ToyRecommender("arrival")
-    ids, times = [event.item_id for event in events], [event.timestamp for event in events]
-    assert record.state == toy.append(toy.new_state(), ids, times, [event.event_type for event in events])
+    toy = ToyModel("arrival")
+    assert record.state == toy.append(toy.new_state(), events)
 
 
 def start_service(run: Path, state_dir: Path) -> tuple[subprocess.Popen[str], str]:

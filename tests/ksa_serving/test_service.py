@@ -13,7 +13,7 @@ from ksa_serving.events import Owner
 from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.service import Service
 from ksa_serving.settings import Limits, ServeSettings
-from ksa_serving.testing import ToyRecommender, toy_release
+from ksa_serving.testing import ToyModel, toy_release
 
 NOW = 1_700_000_000  # where the service's clock stands (conftest)
 MakeService = Callable[..., Service]
@@ -57,7 +57,13 @@ def test_each_event_gets_its_own_result(make_service: MakeService):
         ]
         assert second.seq > first.seq
         assert (await service.state("ann")).num_events == 4
-        assert service.event_counts == {"accepted": 3, "duplicate": 2, "rejected": 3, "late-applied": 1}
+        counted = {
+            sample.labels["status"]: sample.value
+            for family in service.metrics.events.collect()
+            for sample in family.samples
+            if sample.name == "ksa_events_total"
+        }
+        assert counted == {"accepted": 3, "duplicate": 2, "rejected": 3, "late-applied": 1}
         await service.close()
 
     asyncio.run(story())
@@ -111,7 +117,7 @@ def test_a_state_that_is_held_catches_up_in_the_background(make_service: MakeSer
 def test_a_failing_model_loses_no_event_and_no_acknowledgement(
     make_service: MakeService, caplog: pytest.LogCaptureFixture
 ):
-    class Failing(ToyRecommender):
+    class Failing(ToyModel):
         broken = False
 
         def append(self, *args: Any, **rest: Any) -> Any:
@@ -141,13 +147,13 @@ def test_a_failing_model_loses_no_event_and_no_acknowledgement(
 
 
 def _with(recommender: Any) -> Any:
-    return replace(toy_release(), recommender=recommender)
+    return replace(toy_release(), model=recommender)
 
 
 def test_the_event_loop_stays_free_while_the_model_works(make_service: MakeService):
     started, go_on = threading.Event(), threading.Event()
 
-    class Slow(ToyRecommender):
+    class Slow(ToyModel):
         def recommend(self, *args: Any, **rest: Any) -> Any:
             started.set()
             assert go_on.wait(10)

@@ -10,7 +10,7 @@ from ksa_serving.testing import ToyState
 def record(
     user: str = "ann", seq: int = 1, nbytes: int = 10, fingerprint: str = "f", generation: int = 0
 ) -> StateRecord:
-    return StateRecord(Owner(user), generation, fingerprint, seq, seq, None, ToyState(), nbytes)
+    return StateRecord(Owner(user), generation, fingerprint, seq, seq, b"", None, (), ToyState(), nbytes)
 
 
 class StateStoreContract:
@@ -57,10 +57,14 @@ class StateStoreContract:
         assert held is not None
         assert held.generation == 2
 
-    def test_a_new_fingerprint_replaces_an_old_one(self):
+    def test_two_fingerprints_live_side_by_side_until_one_retires(self):
         store = self.make(1000)
         store.put(record(seq=9, fingerprint="old"))
         store.put(record(seq=4, fingerprint="new"))
+        assert store.get(Owner("ann"), "new") is not None
+        assert store.get(Owner("ann"), "old") is not None
+        store.retire("old")
+        assert store.get(Owner("ann"), "old") is None
         assert store.get(Owner("ann"), "new") is not None
 
     def test_a_dropped_record_is_gone_until_the_next_put(self):
@@ -111,7 +115,7 @@ class TestMemoryStateStore(StateStoreContract):
     def test_a_record_under_another_owner_is_never_returned(self):
         store = self.make(30)
         store.put(record("ann"))
-        store._records[Owner("bob")] = store._records[Owner("ann")]
+        store._records[Owner("bob"), "f"] = store._records[Owner("ann"), "f"]
         assert store.get(Owner("bob"), "f") is None
         assert store.misses["owner"] == 1
 

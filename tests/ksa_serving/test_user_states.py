@@ -14,6 +14,7 @@ from ksa_serving.release import Release
 from ksa_serving.state_store import MemoryStateStore
 from ksa_serving.testing import ToyState, toy_release
 from ksa_serving.user_states import UserStates
+from ksa_serving.user_view import UserView
 from recsys_ksa.order import TieKind
 
 ANN, BOB = Owner("ann"), Owner("bob")
@@ -30,14 +31,7 @@ class World:
     def recomputed(self, owner: Owner) -> ToyState:
         """One pass over the log's events, written without the code under test."""
         events = sorted(self.log.read(owner)[1], key=lambda event: event.order(self.release.tie))
-        recommender = self.release.recommender
-        return recommender.append(
-            recommender.new_state(),
-            [event.item_id for event in events],
-            [event.timestamp for event in events],
-            [event.event_type for event in events],
-            event_ids=[event.event_id for event in events] if self.release.tie == "id" else None,
-        )
+        return self.release.model.append(self.release.model.new_state(), events)
 
 
 def make_world(folder: Path, tie: TieKind = "arrival", max_bytes: int = 10**6, step: int = 3) -> World:
@@ -140,24 +134,62 @@ def test_a_held_state_is_appended_not_rebuilt(world: World):
     assert dict(world.states.rebuilds) == {"absent": 1}
 
 
-def test_a_late_event_drops_the_state_and_the_next_answer_rebuilds_it(world: World):
-    world.log.append(ANN, [NewEvent("a", 5)])
+def test_a_late_event_rewinds_the_state_and_appends_the_rest(world: World):
+    world.log.append(ANN, [NewEvent(f"i{n}", 10 * n) for n in range(60)])
     old, _ = world.states.current(ANN)
-    assert world.log.append(ANN, [NewEvent("b", 4)]).outcomes == ["late"]
-    world.states.catch_up(ANN)
-    assert world.states.held(ANN) is None
+    assert world.log.append(ANN, [NewEvent("b", 555)]).outcomes == ["late"]
     record, source = world.states.current(ANN)
-    assert source == "rebuilt"
+    assert source == "host"
     assert record.state == world.recomputed(ANN)
-    assert old.state.num_events == 1  # the old value stays what it was
+    assert old.state.num_events == 60  # the old value stays what it was
+    assert dict(world.states.rebuilds) == {"absent": 1}
+    assert dict(world.states.replays) == {"late": 1}
 
 
-def test_a_late_event_met_by_an_answer_is_counted(world: World):
-    world.log.append(ANN, [NewEvent("a", 5)])
+def test_a_late_event_reads_no_more_of_the_log_than_it_must(world: World):
+    world.log.append(ANN, [NewEvent(f"i{n}", 10 * n) for n in range(5000)])
     world.states.current(ANN)
-    world.log.append(ANN, [NewEvent("b", 4)])
+    world.log.append(ANN, [NewEvent("late", 49_905)])
+    read: list[int] = []
+    newest = UserView.newest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UserView, "newest", lambda view, count: read.append(count) or newest(view, count))
+        record, _ = world.states.current(ANN)
+    assert record.state == world.recomputed(ANN)
+    assert sum(read) < 1100  # to the last mark of the history hash
+
+
+def test_retracted_and_corrected_events_leave_the_state_of_the_rest(world: World):
+    world.log.append(ANN, [NewEvent(f"i{n}", 10 * n, f"e{n}") for n in range(40)])
     world.states.current(ANN)
-    assert dict(world.states.rebuilds) == {"absent": 1, "late": 1}
+    assert world.log.retract(ANN, "e30").result().outcomes == ["accepted"]
+    assert world.log.retract(ANN, "e30").result().outcomes == ["duplicate"]
+    assert world.log.retract(ANN, "nope").result().outcomes == ["unknown"]
+    assert world.log.append(ANN, [NewEvent("i30", 300, "e30")]).outcomes == ["duplicate"]  # not brought back
+    record, _ = world.states.current(ANN)
+    assert record.num_events == 39
+    assert record.state == world.recomputed(ANN)
+    world.log.correct(ANN, NewEvent("other", 200, "e20")).result()
+    record, _ = world.states.current(ANN)
+    assert record.state == world.recomputed(ANN)
+    assert "i20" not in record.state.seen
+    assert dict(world.states.rebuilds) == {"absent": 1}
+
+
+def test_what_would_take_long_is_answered_degraded_and_settled_later(tmp_path: Path):
+    world = make_world(tmp_path)
+    states = UserStates(world.release, world.log, world.store, inline_events=50)
+    world.log.append(ANN, [NewEvent(f"i{n}", 10 * n) for n in range(200)])
+    record, source = states.current(ANN)
+    assert (source, world.store.get(ANN, record.fingerprint)) == ("degraded", None)
+    assert 0 < record.num_events < 200
+    assert states.settle(ANN).state == world.recomputed(ANN)
+    assert states.current(ANN)[1] == "host"
+    world.log.append(ANN, [NewEvent("late", 5)])
+    record, source = states.current(ANN)
+    assert (source, record.num_events) == ("degraded", 200)  # what was held before
+    assert states.settle(ANN).state == world.recomputed(ANN)
+    world.log.close()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +197,8 @@ def test_a_late_event_met_by_an_answer_is_counted(world: World):
     [
         lambda record: replace(record, num_events=7),
         lambda record: replace(record, generation=3),
-        lambda record: replace(record, seq=0),
+        lambda record: replace(record, seq=1),
+        lambda record: replace(record, chain=bytes(16)),
     ],
 )
 def test_a_record_that_disagrees_with_the_log_is_never_used(world: World, damage):

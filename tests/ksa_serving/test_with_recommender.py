@@ -32,11 +32,12 @@ def release(tiny_run: Path) -> Release:
 
 def with_tie(release: Release, tie: TieKind) -> Release:
     """The same model under another order; the run's own says `arrival`."""
+    from ksa_serving.library_model import LibraryModel
     from recsys_ksa import Recommender
 
-    recommender: Any = release.recommender
+    recommender: Any = release.model.recommender
     run = replace(recommender.run, info=recommender.run.info.model_copy(update={"tie": tie}))
-    return replace(release, recommender=Recommender(run, recommender.network, recommender.index), tie=tie)
+    return replace(release, model=LibraryModel(Recommender(run, recommender.network, recommender.index)), tie=tie)
 
 
 def history(seed: int, length: int) -> list[EventMessage]:
@@ -61,7 +62,7 @@ def assert_same(answer: Any, expected: list[tuple[str, float]]) -> None:
 def test_online_equals_library_equals_rebuilt(release: Release, make_service: Callable[..., Service], tie: TieKind):
     release = with_tie(release, tie)
     events = history(5, 90)
-    library = release.recommender
+    library = release.model.recommender
     state = library.append(
         library.new_state(),
         [event.item_id for event in events],
@@ -106,7 +107,7 @@ def test_online_equals_library_equals_rebuilt(release: Release, make_service: Ca
 
 def test_a_late_event_gives_the_history_in_order(release: Release, make_service: Callable[..., Service]):
     events = history(6, 40)
-    library = release.recommender
+    library = release.model.recommender
 
     async def story() -> None:
         service = make_service(release)
@@ -155,7 +156,7 @@ def test_an_index_folder_changes_the_search_and_not_the_answer(release: Release,
     assert "FAISS" in other.index_source
     assert (other.model_version, other.index_version) == (release.model_version, release.index_version)
     answers = []
-    for recommender in (release.recommender, other.recommender):
+    for recommender in (release.model.recommender, other.model.recommender):
         state = recommender.append(recommender.new_state(), ["i1", "i2"], [1_600_000_000, 1_600_000_100])
         answers.append(recommender.recommend(state, k=10, request_time=1_600_000_200))
     assert [item_id for item_id, _ in answers[0]] == [item_id for item_id, _ in answers[1]]

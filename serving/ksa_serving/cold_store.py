@@ -1,0 +1,284 @@
+"""Cold states as bytes in a key-value engine: everything is verified when it is read back.
+
+A record is one *head* and its *segments*. The head says whose state it is, of which model, up to which entry of which
+log; it names every segment by its content, and ends with its own checksum. So a record that was cut, mixed with
+another's, left over from another log or model, or flipped by a bit is a miss, counted by its cause, never used.
+Writing again writes only the segments that are new.
+"""
+
+import hashlib
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from ksa_serving.events import Owner
+from ksa_serving.models import Mark, Model, StateParts
+from ksa_serving.state_store import StateRecord, StateStore
+from recsys_ksa.errors import StateError
+
+logger = logging.getLogger(__name__)
+MAGIC = b"ksaS"
+LAYOUT = 1
+HEAD = b""
+"""Name of a record's head among its parts; segments are named by their content."""
+
+
+class BytesEngine(ABC):
+    """Named parts of records, kept by bytes. A record is written whole or not at all, and read as of one instant.
+
+    Raises, from every method: EngineError, when the disk or server fails.
+    """
+
+    @abstractmethod
+    def read(self, key: bytes) -> dict[bytes, bytes]:
+        """Return all parts of a record; none where it is not kept."""
+
+    @abstractmethod
+    def read_part(self, key: bytes, name: bytes) -> bytes | None:
+        """Return one part."""
+
+    @abstractmethod
+    def write(self, key: bytes, parts: Mapping[bytes, bytes], gone: Iterable[bytes]) -> None:
+        """Write parts of a record, and remove those named `gone`."""
+
+    @abstractmethod
+    def remove(self, prefix: bytes) -> None:
+        """Remove every record whose key starts so; what was there is overwritten as soon as the engine can."""
+
+    @abstractmethod
+    def remove_ending(self, suffix: bytes) -> None:
+        """Remove every record whose key ends so."""
+
+    @abstractmethod
+    def num_records(self) -> int:
+        """Return how many records are kept."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Return the bytes in use."""
+
+    def purge(self) -> None:  # noqa: B027 - most engines overwrite what is removed
+        """Make what was removed unreadable."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and connections."""
+
+
+class EngineError(Exception):
+    """The disk or server behind a cold store failed."""
+
+
+class Head(msgspec.Struct, frozen=True, array_like=True):
+    """What stands before a cold state."""
+
+    layout: int
+    owner: bytes
+    generation: int
+    fingerprint: str
+    num_events: int
+    seq: int
+    chain: bytes
+    last_order: tuple[int, bytes, int] | None
+    marks: list[tuple[int, bytes]]
+    segments: list[bytes]
+    about: bytes
+
+
+class ColdStateStore(StateStore):
+    """Cold records in a `BytesEngine`.
+
+    Args:
+        engine: where the bytes are.
+        models: the model of each fingerprint served, to turn bytes into states.
+        salt: the event log's; records of another log are not found, and keys do not tell who it is.
+    """
+
+    def __init__(self, engine: BytesEngine, models: Mapping[str, Model], salt: bytes):
+        self._misses: Counter[str] = Counter()
+        self.evictions = 0
+        self._engine = engine
+        self._models = models
+        self._salt = salt
+        self._writing = threading.Lock()
+        self._owed: set[bytes] = set()
+
+    def get(self, owner: Owner, fingerprint: str) -> StateRecord | None:
+        """Return the owner's cold record if every part of it is what it should be."""
+        key = self._key(owner, fingerprint)
+        try:
+            parts = self._engine.read(key)
+        except EngineError as error:
+            logger.warning("cold store: cannot be read: %s", error)
+            self._misses["unavailable"] += 1
+            return None
+        if not parts:
+            self._misses["absent"] += 1
+            return None
+        head = open_head(parts.pop(HEAD, b""))
+        why = "damaged"
+        if head is not None:
+            if head.owner != key[:16]:
+                why = "owner"
+            elif head.fingerprint != fingerprint or fingerprint not in self._models:
+                why = "fingerprint"
+            else:
+                try:
+                    return self._record(owner, head, parts)
+                except StateError as error:
+                    logger.warning("cold store: a record is damaged: %s", error)
+        self._misses[why] += 1
+        self._forget(key)
+        return None
+
+    def put(self, record: StateRecord) -> None:
+        """Write what of a record is not there yet. A cold record came from here and is not written again."""
+        model = self._models.get(record.fingerprint)
+        if record.cold or model is None:
+            return
+        key = self._key(record.owner, record.fingerprint)
+        try:
+            with self._writing:
+                old = open_head(self._engine.read_part(key, HEAD) or b"")
+                if old is not None and (old.generation, old.seq) > (record.generation, record.seq):
+                    return
+                parts = model.dump(record.state)
+                names = list(parts.segments)
+                had = set() if old is None or old.owner != key[:16] else set(old.segments)
+                head = self._head(record, key[:16], names, parts.about)
+                new = {name: parts.segments[name] for name in names if name not in had}
+                self._engine.write(key, {HEAD: seal_head(head), **new}, had.difference(names))
+        except EngineError as error:
+            logger.warning("cold store: cannot be written: %s", error)
+            self._misses["unwritten"] += 1
+
+    @property
+    def misses(self) -> Counter[str]:
+        """Why `get` returned None."""
+        return self._misses
+
+    def drop(self, owner: Owner) -> None:
+        """Forget the owner's records of every fingerprint."""
+        self._forget(owner.key(self._salt))
+
+    def retire(self, fingerprint: str) -> None:
+        """Forget everyone's records of a fingerprint."""
+        try:
+            self._engine.remove_ending(_fingerprint_key(fingerprint))
+        except EngineError as error:
+            logger.warning("cold store: cannot be written: %s", error)
+
+    def purge(self) -> bool:
+        """Remove what could not be removed before, and have the engine overwrite it."""
+        for key in list(self._owed):
+            self._forget(key)
+        try:
+            self._engine.purge()
+        except EngineError as error:
+            logger.warning("cold store: cannot be purged: %s", error)
+            return False
+        return not self._owed
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self._engine.close()
+
+    def __len__(self) -> int:
+        """Return how many records are kept."""
+        try:
+            return self._engine.num_records()
+        except EngineError:
+            return 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the engine uses."""
+        try:
+            return self._engine.nbytes()
+        except EngineError:
+            return 0
+
+    def _key(self, owner: Owner, fingerprint: str) -> bytes:
+        return owner.key(self._salt) + _fingerprint_key(fingerprint)
+
+    def _forget(self, key: bytes) -> None:
+        try:
+            self._engine.remove(key)
+            self._owed.discard(key)
+        except EngineError as error:
+            self._owed.add(key)
+            logger.warning("cold store: cannot be written: %s", error)
+
+    def _head(self, record: StateRecord, owner: bytes, segments: list[bytes], about: bytes) -> Head:
+        order = record.last_order
+        return Head(
+            layout=LAYOUT,
+            owner=owner,
+            generation=record.generation,
+            fingerprint=record.fingerprint,
+            num_events=record.num_events,
+            seq=record.seq,
+            chain=record.chain,
+            last_order=None if order is None else (order[0][0], order[0][1], order[1]),
+            marks=[(mark.num_events, mark.history_hash) for mark in record.marks],
+            segments=segments,
+            about=about,
+        )
+
+    def _record(self, owner: Owner, head: Head, parts: dict[bytes, bytes]) -> StateRecord:
+        """Return the record of a head that was found good.
+
+        Raises:
+            StateError: a segment is missing or is not what its name says.
+        """
+        for name in head.segments:
+            if segment_name(parts.get(name, b"")) != name:
+                raise StateError("segment: expected the bytes its name says, got others or none.")
+        state = self._models[head.fingerprint].load(StateParts(head.about, parts))
+        if state.num_events != head.num_events:
+            raise StateError(f"state: expected {head.num_events} events, got {state.num_events}.")
+        order = head.last_order
+        return StateRecord(
+            owner=owner,
+            generation=head.generation,
+            fingerprint=head.fingerprint,
+            num_events=head.num_events,
+            seq=head.seq,
+            chain=head.chain,
+            last_order=None if order is None else ((order[0], order[1]), order[2]),
+            marks=tuple(Mark(count, digest) for count, digest in head.marks),
+            state=state,
+            nbytes=state.nbytes + state.seen_nbytes + state.fixed_nbytes,
+            cold=True,
+        )
+
+
+def segment_name(content: bytes) -> bytes:
+    """Return the name of a segment: 16 bytes of the SHA-256 of its content."""
+    return hashlib.sha256(content).digest()[:16]
+
+
+def seal_head(head: Head) -> bytes:
+    """Return a head as bytes that tell when one of them changes."""
+    body = MAGIC + msgspec.msgpack.encode(head)
+    return body + hashlib.sha256(body).digest()
+
+
+def open_head(sealed: bytes) -> Head | None:
+    """Return the head of its bytes, or None where they are not whole or of another layout."""
+    body, checksum = sealed[:-32], sealed[-32:]
+    if not body.startswith(MAGIC) or hashlib.sha256(body).digest() != checksum:
+        return None
+    try:
+        head = msgspec.msgpack.decode(body[len(MAGIC) :], type=Head)
+    except msgspec.DecodeError:
+        return None
+    return head if head.layout == LAYOUT else None
+
+
+def _fingerprint_key(fingerprint: str) -> bytes:
+    return hashlib.sha256(fingerprint.encode()).digest()[:8]

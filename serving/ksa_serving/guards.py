@@ -1,0 +1,180 @@
+"""What stands before the routes: counting, header size, foreign pages, who may do what, rates, room, deadlines."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from litestar import Response
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from ksa_serving.auth import Caller, RateLimit, Tokens, open_door
+from ksa_serving.problems import problem
+from ksa_serving.service import Context, Service
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OPEN = ("/livez", "/readyz", "/openapi.json", "/", "/page.js", "/page.css")
+"""Paths that need no token: they tell nothing of anyone."""
+ROUTES = frozenset(
+    {
+        *("events", "recommend", "score", "explain", "state", "users", "events:batch", "recommend:batch"),
+        *("items", "items:titles", "livez", "readyz", "metrics", "openapi.json", "page"),
+        *("releases", "load", "activate", "rollback", "drain"),
+    }
+)
+MAX_DEADLINE_MS = 600_000
+
+
+def guard(app: ASGIApp, service: Service, host: str, tokens: Tokens | None, admin_port: int | None) -> ASGIApp:
+    """Return `app` behind all guards; see `create_app` for the arguments."""
+    gate = _Gate(app, service, (*LOOPBACK, host), tokens, admin_port)
+    metrics = service.metrics
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        """Count answers by route and status; the route is one of a fixed set, never the path, which holds a user id."""
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        raw = cast(dict[str, Any], scope).get("raw_path") or scope["path"].encode()
+        scope = cast(Scope, {**scope, "path": raw.decode("latin-1")})  # as it was sent: %2F is no slash
+        route, began = route_of(scope["path"]), time.perf_counter()
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                metrics.requests.labels(route, str(message["status"])).inc()
+                metrics.seconds.labels(route).observe(time.perf_counter() - began)
+            await send(message)
+
+        await gate(scope, receive, counting)
+
+    return counted
+
+
+def route_of(path: str) -> str:
+    """Return the name under which a path is counted."""
+    parts = path.strip("/").split("/")
+    if parts[:2] == ["v1", "users"]:
+        name = parts[3] if len(parts) > 3 else "users"
+    else:
+        name = "page" if path in OPEN[3:] else parts[-1]
+    return name if name in ROUTES else "other"
+
+
+def scope_of(method: str, path: str) -> str:
+    """Return what a caller must be allowed to do for this request."""
+    if path.startswith("/admin/"):
+        return "admin"
+    route = route_of(path)
+    if method == "DELETE":
+        return "delete"
+    if method == "PUT" or (method == "POST" and route in ("events", "events:batch")):
+        return "ingest"
+    return "read"
+
+
+class _Gate:
+    """Lets a request in, or answers why not."""
+
+    def __init__(
+        self, app: ASGIApp, service: Service, hosts: tuple[str, ...], tokens: Tokens | None, admin_port: int | None
+    ):
+        self._app = app
+        self._hosts = hosts
+        self._tokens = tokens
+        self._admin_port = admin_port
+        self._header_bytes = service.settings.limits.header_bytes
+        self._most = service.settings.concurrent_requests
+        self._refused = service.metrics.refused
+        rate = service.settings.requests_per_second
+        self._rate = RateLimit(rate) if rate else None
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        refusal = self._stranger(scope, headers)
+        if refusal is not None:
+            await _send(refusal, send)
+            return
+        path = scope["path"]
+        caller = self._caller(scope, headers)
+        if path not in OPEN:
+            refusal = self._unwelcome(cast(str, cast(dict[str, Any], scope)["method"]), path, caller)
+            if refusal is not None:
+                await _send(refusal, send)
+                return
+        deadline = _deadline(headers)
+        if isinstance(deadline, Response):
+            await _send(deadline, send)
+            return
+        tenant = caller.tenant if caller else ""
+        scope = cast(Scope, {**scope, "ksa": Context(tenant, deadline)})
+        if not path.startswith("/v1/"):
+            await self._app(scope, receive, send)
+        elif self._under_way >= self._most:
+            self._refused.labels("overloaded").inc()
+            detail = f"requests: at most {self._most} are answered at once. Try again in a second."
+            await _send(problem(503, "overloaded", detail, {"retry-after": "1"}), send)
+        else:
+            self._under_way += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._under_way -= 1
+
+    def _stranger(self, scope: Scope, headers: dict[bytes, bytes]) -> Response[bytes] | None:
+        """Refuse too large headers, what a browser sends for a page of another site, and admin on the open port."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._header_bytes:
+            detail = f"headers: expected at most {self._header_bytes} bytes in all. Send fewer."
+            return problem(431, "headers-too-large", detail)
+        origin = headers.get(b"origin")
+        if origin is not None and _host(origin) not in self._hosts:  # only browsers send it
+            return problem(403, "foreign-origin", "A page of another site may not call this service.")
+        server = cast(dict[str, Any], scope).get("server")
+        on_admin = self._admin_port is not None and server is not None and server[1] == self._admin_port
+        if scope["path"].startswith("/admin/") != on_admin and scope["path"] not in ("/livez", "/metrics"):
+            return problem(404, "not-found", "Not Found")
+        return None
+
+    def _caller(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller | None:
+        if self._tokens is not None:
+            return self._tokens.caller(headers.get(b"authorization", b"").decode("latin-1"))
+        client = cast(dict[str, Any], scope).get("client")
+        return open_door(client[0] if client else "")
+
+    def _unwelcome(self, method: str, path: str, caller: Caller | None) -> Response[bytes] | None:
+        if caller is None:
+            detail = "token: expected `Authorization: Bearer TOKEN` with a token of --tokens, got none of them."
+            return problem(401, "unauthorized", detail, {"www-authenticate": "Bearer"})
+        needed = scope_of(method, path)
+        if needed not in caller.scopes:
+            return problem(403, "forbidden", f"token: expected the scope {needed}, which this token has not.")
+        if self._rate is not None and path.startswith("/v1/") and not self._rate.allows(caller.name):
+            self._refused.labels("rate-limited").inc()
+            return problem(429, "rate-limited", "requests: too many from this client. Slow down.", {"retry-after": "1"})
+        return None
+
+
+def _deadline(headers: dict[bytes, bytes]) -> float | Response[bytes] | None:
+    """Return when the caller stops waiting, on `time.monotonic`'s clock; None where they did not say."""
+    value = headers.get(b"x-deadline-ms")
+    if value is None:
+        return None
+    if not (value.isdigit() and len(value) < 10 and 1 <= int(value) <= MAX_DEADLINE_MS):
+        detail = f"x-deadline-ms: expected 1 to {MAX_DEADLINE_MS}, got something else."
+        return problem(400, "invalid-deadline", detail)
+    return time.monotonic() + int(value) / 1000
+
+
+def _host(origin: bytes) -> str | None:
+    try:
+        return urlsplit(origin.decode("latin-1")).hostname
+    except ValueError:
+        return None
+
+
+async def _send(response: Response[bytes], send: Callable[[Message], Awaitable[None]]) -> None:
+    headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(response.content))]
+    headers += [(name.encode(), value.encode()) for name, value in response.headers.items()]
+    start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
+    await send(cast(Message, start))
+    await send(cast(Message, {"type": "http.response.body", "body": response.content, "more_body": False}))

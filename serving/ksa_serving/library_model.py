@@ -1,0 +1,348 @@
+"""`Model` answered by `recsys_ksa.Recommender`. Importing this imports torch."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ksa_serving.attribution import explain
+from ksa_serving.events import StoredEvent
+from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
+from recsys_ksa.errors import OutOfOrderError, StateError
+from recsys_ksa.features import NO_GAP, gap_buckets, request_bucket
+from recsys_ksa.model.append import Arrivals, append_events, ask, replay, replay_start
+from recsys_ksa.model.place import num_summaries
+from recsys_ksa.model.seen import SeenItems
+from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserState, first_visible_chunk
+from recsys_ksa.order import order_key
+from recsys_ksa.recommender import Recommender, roll_history
+from recsys_ksa.schema import UNKNOWN_ITEM
+
+
+class _About(msgspec.Struct, frozen=True, array_like=True):
+    """A cold state but for its segments. Tensors are raw little-endian bytes; shapes follow from the network."""
+
+    num_events: int
+    dtype: str
+    last_key: tuple[int, bytes] | None
+    history_hash: bytes
+    num_unknown: int
+    fingerprint: str
+    segments: list[list[bytes]]
+    """For each layer the names of its kept segments: summaries, or all events in a full layer."""
+    tails: list[bytes]
+    seen: tuple[bytes, bytes, bytes, bytes]
+
+
+class LibraryModel:
+    """One loaded run. Safe to share between threads."""
+
+    def __init__(self, recommender: Recommender):
+        self.recommender = recommender
+        self._config = recommender.network.config
+        self.chunk_size = self._config.chunk_size
+        self.window_chunks = self._config.window_chunks
+        self._by_id = recommender.run.info.tie == "id"
+        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    # -- states -----------------------------------------------------------------------------------------------
+
+    def new_state(self) -> UserState:
+        """Return the state of a user without events."""
+        return self.recommender.new_state()
+
+    def append(self, state: UserState, events: Sequence[StoredEvent]) -> UserState:
+        """Return `state` with events appended."""
+        types = [event.event_type for event in events]
+        return self.recommender.append(
+            state,
+            [event.item_id for event in events],
+            [event.timestamp for event in events],
+            types if any(kind is not None for kind in types) else None,
+            event_ids=[event.event_id for event in events] if self._by_id else None,
+        )
+
+    def append_batch(self, states: Sequence[UserState], events: Sequence[Sequence[StoredEvent]]) -> list[UserState]:
+        """Return each state with its events, in order and all after it, appended in one pass."""
+        parts = [self._arrivals(given, state.last_timestamp) for state, given in zip(states, events)]
+        kinds = [part.event_type for part in parts if part.event_type is not None]
+        arrivals = Arrivals(
+            [len(given) for given in events],
+            torch.cat([part.item_index for part in parts]),
+            torch.cat(kinds) if kinds else None,
+            torch.cat([part.gap_bucket for part in parts]),
+        )
+        network, impl = self.recommender.network, self.recommender.attention_impl
+        memories = append_events(network, [state.memory for state in states], arrivals, impl)
+        return [self._after(state, memory, given) for state, memory, given in zip(states, memories, events)]
+
+    def replay_start(self, num_events: int) -> int:
+        """Return the first event needed to rebuild the window's rows from summaries."""
+        return replay_start(self._config, num_events)
+
+    def rewind(
+        self, state: UserState, num_events: int, first: int, events: Sequence[StoredEvent], mark: Mark
+    ) -> UserState:
+        """Return the state of the first `num_events` events; its own items are unset."""
+        if num_events == 0:
+            return self.new_state()
+        if first_visible_chunk(self._config, state.num_events):
+            raise StateError("rewind: expected every summary to be kept, got a state cut by max_visible_chunks.")
+        start = self.replay_start(num_events)
+        assert len(events) == num_events - first
+        assert first <= max(0, start - 1)
+        before = None if start == 0 else events[start - 1 - first].timestamp
+        stored = Memory(num_events, tuple(self._cut(layer, num_events) for layer in state.memory.layers), _no_input)
+        network, impl = self.recommender.network, self.recommender.attention_impl
+        memory = replay(network, stored, self._arrivals(events[start - first :], before), impl)
+        return UserState(
+            memory=memory,
+            last_key=self._key(events[-1], num_events - 1),
+            seen=SeenItems.empty(),
+            num_unknown=0,
+            history_hash=roll_history(
+                mark.history_hash, [self._hashed(event) for event in events[mark.num_events - first :]]
+            ),
+            fingerprint=self.recommender.fingerprint,
+        )
+
+    def with_own_items(self, state: UserState, before: UserState | None, added: Sequence[StoredEvent]) -> UserState:
+        """Return `state` with the own items of `before` and `added`; adding does not mind the order."""
+        items, times = self._rows(added)
+        unknown = int((items == UNKNOWN_ITEM).sum())
+        if before is None:
+            return replace(state, seen=SeenItems.from_events(items, times), num_unknown=unknown)
+        return replace(state, seen=before.seen.add(items, times), num_unknown=before.num_unknown + unknown)
+
+    # -- bytes ------------------------------------------------------------------------------------------------
+
+    def segment_names(self, state: UserState) -> list[bytes]:
+        """Return the names of the segments a cold record holds."""
+        return [self._name(part) for layer in state.memory.layers for part in _kept(layer).segments]
+
+    def dump(self, state: UserState) -> StateParts:
+        """Return a state as bytes without the events' rows of its summary layers."""
+        kept = [_kept(layer) for layer in state.memory.layers]
+        seen = state.seen
+        about = _About(
+            num_events=state.num_events,
+            dtype=str(self.recommender.network.state_dtype),
+            last_key=state.last_key,
+            history_hash=state.history_hash,
+            num_unknown=state.num_unknown,
+            fingerprint=state.fingerprint,
+            segments=[[self._name(part) for part in rows.segments] for rows in kept],
+            tails=[_bytes(rows.tail) for rows in kept],
+            seen=(seen.item_index.tobytes(), seen.count.tobytes(), seen.first.tobytes(), seen.last.tobytes()),
+        )
+        parts = {self._name(part): part for rows in kept for part in rows.segments}
+        return StateParts(msgspec.msgpack.encode(about), _LazyBytes(parts))
+
+    def load(self, parts: StateParts) -> UserState:
+        """Return the cold state of `dump`'s bytes."""
+        try:
+            about = msgspec.msgpack.decode(parts.about, type=_About)
+        except msgspec.DecodeError as error:
+            raise StateError(f"state: expected a dumped state, got: {error}.") from error
+        if (about.fingerprint, about.dtype) != (
+            self.recommender.fingerprint,
+            str(self.recommender.network.state_dtype),
+        ):
+            raise StateError("state: expected one of this network and dtype, got another's.")
+        kinds = self._config.layer_kinds
+        if not len(about.segments) == len(about.tails) == len(kinds):
+            raise StateError(f"state: expected {len(kinds)} layers, got {len(about.segments)}.")
+        layers: list[LayerState] = []
+        nothing = self.new_state().memory.layers[0].events
+        for kind, names, tail in zip(kinds, about.segments, about.tails):
+            rows = SharedRows(tuple(self._tensor(parts.segments[name], name) for name in names), self._tensor(tail))
+            expected = about.num_events if kind == "full" else self._num_summary_rows(about.num_events)
+            if rows.num_rows != expected:
+                raise StateError(f"state: expected {expected} rows in a {kind} layer, got {rows.num_rows}.")
+            layers.append(LayerState(kind, rows, nothing) if kind == "full" else LayerState(kind, nothing, rows))
+        item, count, first, last = about.seen
+        seen = SeenItems(
+            np.frombuffer(item, np.int32),
+            np.frombuffer(count, np.int32),
+            np.frombuffer(first, np.int64),
+            np.frombuffer(last, np.int64),
+        )
+        memory = Memory(about.num_events, tuple(layers), _no_input)
+        return UserState(memory, about.last_key, seen, about.num_unknown, about.history_hash, about.fingerprint)
+
+    # -- answers ----------------------------------------------------------------------------------------------
+
+    def recommend(self, questions: Sequence[Question]) -> list[Scored]:
+        """Answer questions: one pass of the network for all, then one search each."""
+        buckets = [request_bucket(asked.state.last_timestamp, asked.request_time) for asked in questions]
+        memories = [asked.state.memory for asked in questions]
+        vectors = ask(self.recommender.network, memories, buckets, self.recommender.attention_impl)
+        return [self._ranked(asked, vector) for asked, vector in zip(questions, vectors)]
+
+    def score(self, state: UserState, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
+        """Return each item's score."""
+        return self.recommender.score(state, item_ids, request_time)
+
+    def explain(self, state: UserState, item_id: str, request_time: int | None, most: int) -> list[ChunkReason]:
+        """Return the chunks that carried an item's score."""
+        return explain(self.recommender, state, item_id, request_time, most)
+
+    def title(self, item_id: str) -> str | None:
+        """Return what people call an item."""
+        items = self.recommender.run.items
+        row = items.index_of.get(item_id)
+        return None if items.title is None or row is None else items.title[row]
+
+    def find_items(self, text: str, most: int) -> list[str]:
+        """Return ids of items whose id or title has `text` in it, the most frequent in training first."""
+        items = self.recommender.run.items
+        wanted = text.casefold()
+        found = []
+        for row in np.argsort(-items.count, kind="stable"):
+            item_id = items.item_id[row]
+            if item_id is None:
+                continue
+            title = items.title[row] if items.title else None
+            if wanted in item_id.casefold() or (title and wanted in title.casefold()):
+                found.append(item_id)
+                if len(found) == most:
+                    break
+        return found
+
+    # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _ranked(self, asked: Question, vector: Tensor) -> Scored:
+        def rank(k: int) -> Scored:
+            return self.recommender.rank(
+                asked.state, vector, k, asked.request_time, asked.exclude_seen, asked.only_seen
+            )
+
+        if asked.allow is None and not asked.deny:
+            return rank(asked.k)
+        if asked.allow is not None:
+            return self._among(asked, vector)
+        # At most len(deny) items are lost, so this many hold k that are not denied.
+        return [pair for pair in rank(asked.k + len(asked.deny)) if pair[0] not in asked.deny][: asked.k]
+
+    def _among(self, asked: Question, vector: Tensor) -> Scored:
+        """Score the allowed items directly; the filters hold as in a search."""
+        assert asked.allow is not None
+        recommender = self.recommender
+        index_of = recommender.run.items.index_of
+        owned = set(asked.state.seen.item_index.tolist())
+        exclude = asked.exclude_seen
+        if exclude is None:
+            exclude = recommender.run.info.exclude_seen and not asked.only_seen
+        allowed = [item for item in asked.allow - asked.deny if item in index_of]
+        if exclude:
+            allowed = [item for item in allowed if index_of[item] not in owned]
+        if asked.only_seen:
+            allowed = [item for item in allowed if index_of[item] in owned]
+        scores = recommender.score(asked.state, allowed, asked.request_time)
+        known = [(item, score) for item, score in zip(allowed, scores) if score is not None]
+        return sorted(known, key=lambda pair: (-pair[1], index_of[pair[0]]))[: asked.k]
+
+    def _after(self, state: UserState, memory: Memory, events: Sequence[StoredEvent]) -> UserState:
+        items, times = self._rows(events)
+        last_key = self._key(events[-1], memory.num_events - 1)
+        if state.last_key is not None and self._key(events[0], state.num_events) < state.last_key:
+            raise OutOfOrderError("append: expected events after the state's last, got an earlier one.")
+        return UserState(
+            memory=memory,
+            last_key=last_key,
+            seen=state.seen.add(items, times),
+            num_unknown=state.num_unknown + int((items == UNKNOWN_ITEM).sum()),
+            history_hash=roll_history(state.history_hash, [self._hashed(event) for event in events]),
+            fingerprint=state.fingerprint,
+        )
+
+    def _hashed(self, event: StoredEvent) -> tuple[str, int, str | None, str | None]:
+        return event.item_id, event.timestamp, event.event_type, event.event_id if self._by_id else None
+
+    def _key(self, event: StoredEvent, place: int) -> tuple[int, bytes]:
+        kind = self.recommender.run.info.tie
+        event_id, event_type = event.event_id, event.event_type
+        return order_key(kind, event.timestamp, event.item_id, event_id=event_id, event_type=event_type, arrival=place)
+
+    def _rows(self, events: Sequence[StoredEvent]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        index_of = self.recommender.run.items.index_of
+        items = np.array([index_of.get(event.item_id, UNKNOWN_ITEM) for event in events], dtype=np.int64)
+        return items, np.array([event.timestamp for event in events], dtype=np.int64)
+
+    def _arrivals(self, events: Sequence[StoredEvent], before: int | None) -> Arrivals:
+        """Return events as the network reads them; `before` is the time of the event before the first."""
+        items, times = self._rows(events)
+        gaps = gap_buckets(np.diff(times, prepend=times[0] if before is None else before))
+        if before is None:
+            gaps[0] = NO_GAP
+        device = self.recommender.network.start.device
+        event_type = None
+        if self.recommender.network.features.num_event_types:
+            known = self.recommender.run.event_types
+            event_type = torch.tensor([known.get(event.event_type or "", 0) for event in events], device=device)
+        return Arrivals([len(items)], torch.from_numpy(items).to(device), event_type, torch.from_numpy(gaps).to(device))
+
+    def _cut(self, layer: LayerState, num_events: int) -> LayerState:
+        if layer.kind == "full":
+            return LayerState("full", first_rows(layer.events, num_events), layer.summaries)
+        nothing = SharedRows((), layer.summaries.tail[:0])
+        return LayerState("summary", nothing, first_rows(layer.summaries, self._num_summary_rows(num_events)))
+
+    def _num_summary_rows(self, num_events: int) -> int:
+        gone = first_visible_chunk(self._config, num_events)
+        return max(0, num_events // self.chunk_size - gone) * num_summaries(self._config)
+
+    def _name(self, segment: Tensor) -> bytes:
+        """Return a segment's name; segments never change, so it is computed once each."""
+        name = self._names.get(segment)
+        if name is None:
+            name = hashlib.sha256(_bytes(segment)).digest()[:16]
+            self._names[segment] = name
+        return name
+
+    def _tensor(self, content: bytes, name: bytes | None = None) -> Tensor:
+        config, dtype = self._config, self.recommender.network.state_dtype
+        row = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        if len(content) % row:
+            raise StateError(f"state: expected rows of {row} bytes, got {len(content)} bytes.")
+        flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.zeros(0, dtype=dtype)
+        tensor = flat.view(-1, 2, config.num_kv_heads, config.head_dim).to(self.recommender.network.start.device)
+        if name is not None:
+            self._names[tensor] = name
+        return tensor
+
+
+_no_input = torch.zeros(0)
+
+
+class _LazyBytes(dict[bytes, Any]):
+    """Segments whose bytes are made when asked for: most are on disk already."""
+
+    def __getitem__(self, name: bytes) -> bytes:
+        return _bytes(super().__getitem__(name))
+
+
+def first_rows(rows: SharedRows, count: int) -> SharedRows:
+    """Return the first `count` rows; whole segments are shared."""
+    segments: list[Tensor] = []
+    for segment in (*rows.segments, rows.tail):
+        if count < len(segment):
+            return SharedRows(tuple(segments), segment[:count].clone())
+        segments.append(segment)
+        count -= len(segment)
+    return rows
+
+
+def _kept(layer: LayerState) -> SharedRows:
+    return layer.events if layer.kind == "full" else layer.summaries
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()

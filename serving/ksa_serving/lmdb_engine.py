@@ -1,0 +1,199 @@
+"""Cold states in LMDB: one file, one writer, crash-safe (default sync), sized by bytes.
+
+Keys are the record's 24 bytes and the part's name. The oldest written records make room for new ones. LMDB does not
+overwrite what is removed, so `remove` of a user is followed by a compacting copy (`compact`): the service runs it in
+the background after deletions.
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+
+from ksa_serving.cold_store import BytesEngine, EngineError
+
+KEY_BYTES = 24
+OWED = b"z"
+"""Written with a removal: a compaction is owed, also after a crash."""
+FULL_SHARE = 0.8
+"""Of the size, beyond which the oldest records are removed."""
+
+
+class LmdbEngine(BytesEngine):
+    """Records in `directory`/cold.lmdb, at most `max_bytes` large.
+
+    Raises:
+        EngineError: the file cannot be opened, or is no LMDB file.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int):
+        self._path = Path(directory) / "cold.lmdb"
+        self._max_bytes = max_bytes
+        self._swap = threading.RLock()
+        self._users = 0
+        self._idle = threading.Condition(self._swap)
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._env = lmdb.open(
+                str(self._path), map_size=self._max_bytes, subdir=False, max_dbs=2, mode=0o600, max_spare_txns=8
+            )
+            self._env.reader_check()
+            self._parts = self._env.open_db(b"parts")
+            self._written = self._env.open_db(b"written")
+            with self._env.begin() as txn:
+                self.needs_compaction = txn.get(OWED, db=self._written) is not None
+        except (lmdb.Error, OSError) as error:
+            raise EngineError(f"{self._path}: {error}") from error
+
+    def read(self, key: bytes) -> dict[bytes, bytes]:
+        """Return all parts of a record, of one instant."""
+        with self._transaction(write=False) as txn, txn.cursor(self._parts) as cursor:
+            parts: dict[bytes, bytes] = {}
+            found = cursor.set_range(key)
+            while found and cursor.key()[:KEY_BYTES] == key:
+                parts[bytes(cursor.key()[KEY_BYTES:])] = bytes(cursor.value())
+                found = cursor.next()
+            return parts
+
+    def read_part(self, key: bytes, name: bytes) -> bytes | None:
+        """Return one part."""
+        with self._transaction(write=False) as txn:
+            found = txn.get(key + name, db=self._parts)
+            return None if found is None else bytes(found)
+
+    def write(self, key: bytes, parts: Mapping[bytes, bytes], gone: Iterable[bytes]) -> None:
+        """Write parts of a record, room made by removing the oldest ones."""
+        size = sum(map(len, parts.values()))
+        with self._transaction(write=True) as txn:  # of its own: pages are free for the next transaction only
+            self._make_room(txn, size)
+        with self._transaction(write=True) as txn:
+            for name in gone:
+                txn.delete(key + name, db=self._parts)
+            for name, content in parts.items():
+                txn.put(key + name, content, db=self._parts)
+            self._touch(txn, key)
+
+    def remove(self, prefix: bytes) -> None:
+        """Remove records whose keys start with `prefix`."""
+        with self._transaction(write=True) as txn, txn.cursor(self._parts) as cursor:
+            gone: set[bytes] = set()
+            found = cursor.set_range(prefix)
+            while found and bytes(cursor.key()).startswith(prefix):
+                gone.add(bytes(cursor.key()[:KEY_BYTES]))
+                found = cursor.delete() and bool(cursor.key())
+            for key in gone:
+                self._untouch(txn, key)
+            if gone:
+                txn.put(OWED, b"", db=self._written)
+                self.needs_compaction = True
+
+    def remove_ending(self, suffix: bytes) -> None:
+        """Remove records whose keys end with `suffix`."""
+        with self._transaction(write=False) as txn, txn.cursor(self._written) as cursor:
+            keys = [bytes(value) for name, value in cursor if name[:1] == b"n"]
+        for key in keys:
+            if key.endswith(suffix):
+                self.remove(key)
+
+    def num_records(self) -> int:
+        """Return how many records are kept."""
+        with self._transaction(write=False) as txn:
+            return txn.stat(self._written)["entries"] // 2
+
+    def nbytes(self) -> int:
+        """Return the bytes in use."""
+        with self._transaction(write=False) as txn:
+            return self._used(txn)
+
+    def purge(self) -> None:
+        """Compact if something was removed since."""
+        if self.needs_compaction:
+            self.compact()
+
+    def compact(self) -> None:
+        """Copy what is kept to a new file in place of the old, whose removed records are gone with it."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._users)
+            new = self._path.with_suffix(".new")
+            new.unlink(missing_ok=True)
+            try:
+                with self._env.begin(write=True) as txn:
+                    txn.delete(OWED, db=self._written)
+                self._env.copy(str(new), compact=True)
+                self._env.close()
+                os.replace(new, self._path)
+                self._path.with_name(self._path.name + "-lock").unlink(missing_ok=True)
+            except (lmdb.Error, OSError) as error:
+                raise EngineError(f"{self._path}: {error}") from error
+            self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._users)
+            self._env.close()
+
+    @contextmanager
+    def _transaction(self, write: bool) -> Iterator[lmdb.Transaction]:
+        with self._idle:
+            self._users += 1
+        try:
+            with self._env.begin(write=write) as txn:
+                yield txn
+        except lmdb.Error as error:
+            raise EngineError(f"{self._path}: {error}") from error
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
+
+    def _used(self, txn: lmdb.Transaction) -> int:
+        """Bytes of the pages that hold something."""
+        page = self._env.stat()["psize"]
+        stats = (txn.stat(self._parts), txn.stat(self._written))
+        return page * sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
+
+    def _make_room(self, txn: lmdb.Transaction, size: int) -> None:
+        limit = int(FULL_SHARE * self._max_bytes) - 2 * size
+        if self._used(txn) <= limit:
+            return
+        with txn.cursor(self._written) as written:
+            found = written.first()
+            while found and written.key()[:1] == b"n" and self._used(txn) > limit:
+                key = bytes(written.value())
+                self._remove_parts(txn, key)
+                self._untouch(txn, key)
+                found = written.first()
+
+    def _remove_parts(self, txn: lmdb.Transaction, key: bytes) -> None:
+        with txn.cursor(self._parts) as cursor:
+            found = cursor.set_range(key)
+            while found and cursor.key()[:KEY_BYTES] == key:
+                found = cursor.delete() and bool(cursor.key())
+
+    def _touch(self, txn: lmdb.Transaction, key: bytes) -> None:
+        """Put a record at the end of the order in which room is made: n<number> -> record, r<record> -> number."""
+        self._untouch(txn, key)
+        with txn.cursor(self._written) as cursor:
+            last = 0
+            if cursor.set_range(b"r"):
+                found = cursor.prev()
+            else:
+                found = cursor.last()
+            if found and cursor.key()[:1] == b"n":
+                (last,) = struct.unpack(">Q", cursor.key()[1:])
+        number = struct.pack(">Q", last + 1)
+        txn.put(b"n" + number, key, db=self._written)
+        txn.put(b"r" + key, number, db=self._written)
+
+    def _untouch(self, txn: lmdb.Transaction, key: bytes) -> None:
+        number = txn.get(b"r" + key, db=self._written)
+        if number is not None:
+            txn.delete(b"n" + number, db=self._written)
+            txn.delete(b"r" + key, db=self._written)

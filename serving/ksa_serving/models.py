@@ -1,0 +1,158 @@
+"""What the service asks of a model. States are values: no call changes one. Every method may be called at once.
+
+`library_model.py` answers with `recsys_ksa.Recommender`, `testing.py` without a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ksa_serving.events import StoredEvent
+
+Scored = list[tuple[str, float]]
+"""(item id, score), best first."""
+
+
+class SizedState(Protocol):
+    """What the service needs to know of a user state. Sizes in bytes."""
+
+    @property
+    def num_events(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def seen_nbytes(self) -> int: ...
+    @property
+    def fixed_nbytes(self) -> int: ...
+    @property
+    def history_hash(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The rolling history hash after so many events: from here on it can be computed anew."""
+
+    num_events: int
+    history_hash: bytes
+
+
+START = Mark(0, bytes(32))
+
+
+@dataclass(frozen=True)
+class StateParts:
+    """A state as bytes.
+
+    about: everything small, and what still changes.
+    segments: rows that never change again, named by their content: 16 bytes of SHA-256 -> the bytes. Layout and dtype
+        are told by `about`.
+    """
+
+    about: bytes
+    segments: Mapping[bytes, bytes]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `recommend` is asked about one state."""
+
+    state: Any
+    k: int
+    request_time: int | None = None
+    exclude_seen: bool | None = None
+    only_seen: bool = False
+    allow: frozenset[str] | None = None
+    deny: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ChunkReason:
+    """How much one chunk of the history carried a score.
+
+    first, last: indices of its events, last included.
+    seen_as: `summary` or `events`.
+    attention: share of the last event's attention, mean over layers' heads in the last block.
+    score_change: what the item's score loses without this chunk; None where that was not computed.
+    """
+
+    first: int
+    last: int
+    seen_as: str
+    attention: float
+    score_change: float | None
+
+
+class Model(Protocol):
+    """A recommender over user states."""
+
+    chunk_size: int
+    window_chunks: int
+
+    def new_state(self) -> Any:
+        """Return the state of a user without events."""
+        ...
+
+    def append(self, state: Any, events: Sequence[StoredEvent]) -> Any:
+        """Return `state` with events, in order, appended."""
+        ...
+
+    def replay_start(self, num_events: int) -> int:
+        """Return the first event that `rewind` needs to rebuild what a cold state of so many events lacks."""
+        ...
+
+    def rewind(self, state: Any, num_events: int, first: int, events: Sequence[StoredEvent], mark: Mark) -> Any:
+        """Return the state of the first `num_events` events of `state`, which may be cold; its own items are unset.
+
+        Args:
+            first: index of the first of `events`; at most `mark.num_events` and `max(0, replay_start(num_events) - 1)`.
+            events: from there up to `num_events`.
+            mark: a place in the history from which to compute the hash anew.
+
+        Raises:
+            StateError: the state no longer holds what it takes.
+        """
+        ...
+
+    def with_own_items(self, state: Any, before: Any | None, added: Sequence[StoredEvent]) -> Any:
+        """Return `state` with the own items of `before` and `added`; None: of `added` alone."""
+        ...
+
+    def dump(self, state: Any) -> StateParts:
+        """Return a state as bytes, without what `rewind` can rebuild: cold."""
+        ...
+
+    def load(self, parts: StateParts) -> Any:
+        """Return the cold state of `dump`'s bytes.
+
+        Raises:
+            StateError: they are damaged or of another network.
+        """
+        ...
+
+    def segment_names(self, state: Any) -> list[bytes]:
+        """Return the names of `dump`'s segments."""
+        ...
+
+    def recommend(self, questions: Sequence[Question]) -> list[Scored]:
+        """Answer questions in one batch; equals asking one by one."""
+        ...
+
+    def score(self, state: Any, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
+        """Return each item's score as `recommend` has it; None where the model does not know the item."""
+        ...
+
+    def explain(self, state: Any, item_id: str, request_time: int | None, most: int) -> list[ChunkReason]:
+        """Return the chunks that carried an item's score, most attended first; `most` of them are left out in turn.
+
+        Raises:
+            InvalidRequestError: the model does not know the item.
+        """
+        ...
+
+    def title(self, item_id: str) -> str | None:
+        """Return what people call an item."""
+        ...
+
+    def find_items(self, text: str, most: int) -> list[str]:
+        """Return ids of items whose id or title has `text` in it."""
+        ...

@@ -1,0 +1,109 @@
+"""Cold states in Redis (or Valkey): one hash a record, written in one transaction, gone after a time without use.
+
+Redis is a cache here: what it forgets is rebuilt from the event log. While it fails, calls are refused at once for a
+second, so that answers wait for it once and not each. Calls are synchronous, in worker threads: a cancelled request
+never leaves half a reply on a connection that another user's request would then read. And every record says whose
+it is, and is verified.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import redis
+
+from ksa_serving.cold_store import BytesEngine, EngineError
+
+T = TypeVar("T")
+
+
+class RedisEngine(BytesEngine):
+    """Records in a Redis server.
+
+    Args:
+        url: `redis://host:port/db`, `rediss://` for TLS, or `unix://path`.
+        seconds: after which an unused record is forgotten.
+        timeout: of one call, in seconds.
+        retry_after: how long calls are refused at once after one failed.
+    """
+
+    def __init__(self, url: str, seconds: int = 30 * 86_400, timeout: float = 0.25, retry_after: float = 1.0):
+        self._client = redis.Redis.from_url(
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=None, health_check_interval=0
+        )
+        self._seconds = seconds
+        self._retry_after = retry_after
+        self._closed_until = 0.0
+
+    def read(self, key: bytes) -> dict[bytes, bytes]:
+        """Return all parts of a record; it is kept for longer."""
+
+        def work() -> Any:
+            with self._client.pipeline(transaction=True) as pipe:
+                pipe.hgetall(_name(key))
+                pipe.expire(_name(key), self._seconds)
+                return pipe.execute()[0]
+
+        return self._call(work)
+
+    def read_part(self, key: bytes, name: bytes) -> bytes | None:
+        """Return one part."""
+        return self._call(lambda: self._client.hget(_name(key), name))  # type: ignore[arg-type, return-value]
+
+    def write(self, key: bytes, parts: Mapping[bytes, bytes], gone: Iterable[bytes]) -> None:
+        """Write parts of a record, all or none."""
+        gone = list(gone)
+
+        def work() -> Any:
+            with self._client.pipeline(transaction=True) as pipe:
+                if gone:
+                    pipe.hdel(_name(key), *gone)  # type: ignore[arg-type]
+                if parts:
+                    pipe.hset(_name(key), mapping=dict(parts))  # type: ignore[arg-type]
+                pipe.expire(_name(key), self._seconds)
+                return pipe.execute()
+
+        self._call(work)
+
+    def remove(self, prefix: bytes) -> None:
+        """Remove records whose keys start with `prefix`."""
+        if len(prefix) == 24:
+            self._call(lambda: self._client.delete(_name(prefix)))
+        else:
+            self._remove_matching(_name(prefix) + b"*")
+
+    def remove_ending(self, suffix: bytes) -> None:
+        """Remove records whose keys end with `suffix`."""
+        self._remove_matching(b"ksa:state:*" + suffix.hex().encode())
+
+    def num_records(self) -> int:
+        """Return how many records the server keeps."""
+        return self._call(lambda: self._client.dbsize())  # type: ignore[return-value]
+
+    def nbytes(self) -> int:
+        """Return the server's bytes in use."""
+        return int(self._call(lambda: self._client.info("memory"))["used_memory"])  # type: ignore[index]
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def _remove_matching(self, pattern: bytes) -> None:
+        def work() -> None:
+            for name in self._client.scan_iter(match=pattern, count=1000):
+                self._client.delete(name)
+
+        self._call(work)
+
+    def _call(self, work: Callable[[], T]) -> T:
+        if time.monotonic() < self._closed_until:
+            raise EngineError("redis: it failed within the last second")
+        try:
+            return work()
+        except (redis.RedisError, OSError) as error:
+            self._closed_until = time.monotonic() + self._retry_after
+            raise EngineError(f"redis: {error}") from error
+
+
+def _name(key: bytes) -> bytes:
+    return b"ksa:state:" + key.hex().encode()

@@ -1,0 +1,132 @@
+"""One user's events at one instant of the event log: all that states ask of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import apsw
+
+from ksa_serving.errors import EventLogError
+from ksa_serving.events import NewEvent, StoredEvent, sort_events
+from recsys_ksa.order import TieKind
+
+COLUMNS = "seq, item_id, timestamp, event_id, event_type, value"
+
+
+@dataclass(frozen=True)
+class UserHead:
+    """How far the log is with a user: all zero for one it does not know."""
+
+    generation: int = 0
+    num_events: int = 0
+    last_seq: int = 0
+    chain: bytes = b""
+    """Rolling hash of everything kept and retracted, in order of arrival."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What happened after a sequence number: events new and live, in order; times of known ones since retracted."""
+
+    added: list[StoredEvent]
+    retracted: list[int]
+
+
+class UserView:
+    """Reads inside one transaction; use it from `EventLog.view`."""
+
+    def __init__(self, connection: apsw.Connection, user: tuple[int, UserHead] | None, tie: TieKind):
+        self._connection = connection
+        self._tie: TieKind = tie
+        self._user_key, self.head = user or (0, UserHead())
+        self._key = (self._user_key, self.head.generation)
+
+    def chain_at(self, seq: int) -> bytes | None:
+        """Return the rolling hash after entry `seq`, or None where this user has no such entry."""
+        if seq == 0:
+            return b""
+        row = self._connection.execute(
+            "SELECT chain FROM events WHERE user_key = ? AND generation = ? AND seq = ?", (*self._key, seq)
+        ).fetchone()
+        return None if row is None else row[0]
+
+    def changes(self, after_seq: int) -> Changes:
+        """Return what happened after `after_seq`."""
+        found = self._connection.execute(
+            f"SELECT live, retracts, {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND seq > ?",
+            (*self._key, after_seq),
+        )
+        rows: list[Any] = found.fetchall()
+        added = [stored_event(row[2:]) for row in rows if row[0]]
+        retracted = [stored_event(row[2:]).timestamp for row in rows if row[1] is not None and row[1] <= after_seq]
+        return Changes(sort_events(added, self._tie), retracted)
+
+    def count_from(self, timestamp: int) -> int:
+        """Return how many events are at `timestamp` or later."""
+        row = self._connection.execute(
+            "SELECT count(*) FROM events WHERE user_key = ? AND generation = ? AND live = 1 AND timestamp >= ?",
+            (*self._key, timestamp),
+        ).fetchone()
+        assert row is not None
+        return row[0]
+
+    def newest(self, count: int) -> list[StoredEvent]:
+        """Return the last `count` events in the one order.
+
+        Raises:
+            EventLogError: there are fewer: the log is damaged.
+        """
+        if count == 0:
+            return []
+        oldest = self._connection.execute(
+            "SELECT timestamp FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " ORDER BY timestamp DESC LIMIT 1 OFFSET ?",
+            (*self._key, count - 1),
+        ).fetchone()
+        rows = self._connection.execute(
+            f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND live = 1 AND timestamp >= ?",
+            (*self._key, oldest[0] if oldest else 0),
+        )
+        events = sort_events([stored_event(row) for row in rows], self._tie)
+        if len(events) < count:
+            raise EventLogError(f"event log: expected {count} events of a user, got {len(events)}: damaged.")
+        return events[-count:]
+
+    def between(self, first: int, last: int) -> list[StoredEvent]:
+        """Return the events of indices `first` to `last`, last included; fewer where the history ends before."""
+        query = (
+            "SELECT timestamp FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " ORDER BY timestamp LIMIT 1 OFFSET ?"
+        )
+        last = min(last, self.head.num_events - 1)
+        low = self._connection.execute(query, (*self._key, first)).fetchone()
+        high = self._connection.execute(query, (*self._key, last)).fetchone()
+        if low is None or high is None or last < first:
+            return []
+        rows = self._connection.execute(
+            f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " AND timestamp BETWEEN ? AND ?",
+            (*self._key, low[0], high[0]),
+        )
+        events = sort_events([stored_event(row) for row in rows], self._tie)
+        skipped = first - (self.head.num_events - self.count_from(low[0]))
+        return events[skipped : skipped + last - first + 1]
+
+    def known(self, events: Sequence[NewEvent], up_to_seq: int) -> list[bool]:
+        """Return for each event whether the log has one of its identity, no newer than `up_to_seq`."""
+        query = "SELECT 1 FROM events WHERE user_key = ? AND generation = ? AND identity = ? AND seq <= ?"
+        keys = ((*self._key, event.identity, up_to_seq) for event in events)
+        return [self._connection.execute(query, key).fetchone() is not None for key in keys]
+
+
+def read_user(connection: apsw.Connection, owner_key: bytes) -> tuple[int, UserHead] | None:
+    """Return a user's row number and head; None for one the log never met."""
+    row = connection.execute(
+        "SELECT user_key, generation, num_events, last_seq, chain FROM users WHERE owner_key = ?", (owner_key,)
+    ).fetchone()
+    return None if row is None else (row[0], UserHead(*row[1:]))
+
+
+def stored_event(row: Sequence[Any]) -> StoredEvent:
+    """Return the event of a row of `COLUMNS`."""
+    return StoredEvent(*row)

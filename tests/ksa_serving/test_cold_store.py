@@ -1,0 +1,229 @@
+"""Cold records on real engines: LMDB in a file, Redis as a real server."""
+
+import random
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineError
+from ksa_serving.events import Owner, StoredEvent
+from ksa_serving.lmdb_engine import LmdbEngine
+from ksa_serving.redis_engine import RedisEngine
+from ksa_serving.state_store import StateRecord, TieredStateStore
+from ksa_serving.testing import ToyModel
+
+ANN, BOB = Owner("ann"), Owner("bob")
+SALT = b"0" * 16
+MODELS = {"f": ToyModel(fingerprint="f"), "new": ToyModel(fingerprint="new")}
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server on a free loopback port, without persistence."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed; packaging/system.sh installs it")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("redis")
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for _ in range(500):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            time.sleep(0.01)
+    yield f"redis://127.0.0.1:{port}/0"
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(params=["lmdb", "redis"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BytesEngine]:
+    if request.param == "lmdb":
+        engine: BytesEngine = LmdbEngine(tmp_path, 10**7)
+    else:
+        engine = RedisEngine(request.getfixturevalue("redis_url"))
+        engine.remove(b"")
+    yield engine
+    engine.close()
+
+
+def record(owner: Owner = ANN, num_events: int = 50, seq: int = 50, fingerprint: str = "f", **fields) -> StateRecord:
+    model = MODELS[fingerprint]
+    events = [StoredEvent(n, f"{owner.user_id}-{n}", n, None, None, None) for n in range(num_events)]
+    state = model.append(model.new_state(), events)
+    order = ((num_events - 1, b"tie"), seq)
+    made = StateRecord(owner, 0, fingerprint, num_events, seq, b"c" * 16, order, (), state, 8 * num_events)
+    return replace(made, **fields)
+
+
+def same(cold: StateRecord | None, put: StateRecord) -> bool:
+    """Whether a cold record is what was put, but for what a cold one lacks."""
+    state = replace(put.state, window=None)
+    return cold is not None and replace(cold, nbytes=0) == replace(put, state=state, cold=True, nbytes=0)
+
+
+def test_gives_back_what_was_put_but_cold(engine: BytesEngine):
+    store = ColdStateStore(engine, MODELS, SALT)
+    for owner, num in ((ANN, 50), (BOB, 7), (Owner("ann", "shop"), 64)):
+        store.put(record(owner, num))
+        assert same(store.get(owner, "f"), record(owner, num))
+    assert same(store.get(ANN, "f"), record(ANN, 50))
+    assert len(store) == 3
+    assert store.nbytes > 0
+
+
+def test_growing_writes_only_what_is_new(engine: BytesEngine, monkeypatch: pytest.MonkeyPatch):
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record(num_events=64, seq=64))
+    written: list[int] = []
+    write = engine.write
+    monkeypatch.setattr(engine, "write", lambda key, parts, gone: written.append(len(parts)) or write(key, parts, gone))
+    longer = record(num_events=73, seq=73)
+    store.put(longer)
+    assert written == [2]  # the head and one new segment
+    assert same(store.get(ANN, "f"), longer)
+    shorter = record(num_events=20, seq=99)  # rewound and written again: what is gone is gone
+    store.put(shorter)
+    assert same(store.get(ANN, "f"), shorter)
+    assert len(engine.read(store._key(ANN, "f"))) == 3
+
+
+def test_another_fingerprint_or_log_is_a_miss(engine: BytesEngine):
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record())
+    assert store.get(ANN, "new") is None
+    assert ColdStateStore(engine, MODELS, b"1" * 16).get(ANN, "f") is None
+    store.put(record(fingerprint="new"))
+    assert store.get(ANN, "f") is not None  # side by side
+    store.retire("f")
+    assert store.get(ANN, "f") is None
+    assert store.get(ANN, "new") is not None
+
+
+def test_records_swapped_between_users_are_never_used(engine: BytesEngine):
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record(ANN))
+    store.put(record(BOB))
+    ann, bob = store._key(ANN, "f"), store._key(BOB, "f")
+    ann_parts, bob_parts = engine.read(ann), engine.read(bob)
+    engine.write(ann, bob_parts, ())
+    assert store.get(ANN, "f") is None
+    assert store.misses["owner"] == 1
+    engine.write(bob, {HEAD: ann_parts[HEAD]}, ())
+    assert store.get(BOB, "f") is None
+
+
+def test_any_flipped_bit_cut_or_missing_part_is_a_counted_miss(engine: BytesEngine, seed: int):
+    draw = random.Random(seed)
+    store = ColdStateStore(engine, MODELS, SALT)
+    key = store._key(ANN, "f")
+    for turn in range(120):
+        store.drop(ANN)
+        store.put(record())
+        parts = engine.read(key)
+        name = draw.choice(sorted(parts))
+        content = bytearray(parts[name])
+        if turn % 3 == 0:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            engine.write(key, {name: bytes(content)}, ())
+        elif turn % 3 == 1:
+            engine.write(key, {name: bytes(content[: draw.randrange(len(content))]) or b"x"}, ())
+        else:
+            engine.write(key, {}, [name])
+        assert store.get(ANN, "f") is None, (turn, name)
+        assert engine.read(key) == {}, "a damaged record is not kept"
+    assert store.misses["damaged"] == 120
+
+
+def test_a_dropped_user_is_gone_in_every_fingerprint(engine: BytesEngine):
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record())
+    store.put(record(fingerprint="new"))
+    store.put(record(BOB))
+    store.drop(ANN)
+    assert store.get(ANN, "f") is None
+    assert store.get(ANN, "new") is None
+    assert store.get(BOB, "f") is not None
+
+
+def test_less_never_replaces_more(engine: BytesEngine):
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record(num_events=50, seq=50))
+    store.put(record(num_events=40, seq=40))
+    assert same(store.get(ANN, "f"), record(num_events=50, seq=50))
+    store.put(record(num_events=3, seq=3, generation=1))
+    assert same(store.get(ANN, "f"), record(num_events=3, seq=3, generation=1))
+
+
+def test_memory_before_cold_gives_what_memory_let_go(engine: BytesEngine):
+    cold = ColdStateStore(engine, MODELS, SALT)
+    store = TieredStateStore(750, cold, lambda num_events: num_events > 10, spill_events=10**9)
+    store.put(record(ANN, 50))
+    store.put(record(BOB, 5))
+    store.put(record(Owner("cat"), 90))  # drives both out; five events are not worth a cold record
+    found = store.get(ANN, "f")
+    assert found is not None
+    assert found.cold
+    assert store.get(BOB, "f") is None
+    assert store.evictions == 2
+    assert store.hits == {"cold": 1}
+    store.flush()
+    assert same(cold.get(Owner("cat"), "f"), record(Owner("cat"), 90))
+
+
+def test_lmdb_makes_room_by_removing_the_oldest(tmp_path: Path):
+    engine = LmdbEngine(tmp_path, 4_000_000)
+    store = ColdStateStore(engine, MODELS, SALT)
+    for n in range(400):
+        store.put(record(Owner(f"u{n}"), 600))
+        assert store.nbytes <= 4_000_000
+    assert store.get(Owner("u399"), "f") is not None
+    assert store.get(Owner("u0"), "f") is None
+    assert 5 < len(store) < 400
+    assert store.misses["unwritten"] == 0
+    engine.close()
+
+
+def test_lmdb_compaction_leaves_no_bytes_of_a_dropped_user(tmp_path: Path):
+    engine = LmdbEngine(tmp_path, 10**7)
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record(ANN, 200))
+    store.put(record(BOB, 200))
+    assert b"ann-7" in (tmp_path / "cold.lmdb").read_bytes()
+    store.drop(ANN)
+    assert engine.needs_compaction
+    engine.compact()
+    assert not any(b"ann-" in file.read_bytes() for file in tmp_path.iterdir())
+    assert same(store.get(BOB, "f"), record(BOB, 200))
+    engine.close()
+    again = ColdStateStore(LmdbEngine(tmp_path, 10**7), MODELS, SALT)
+    assert same(again.get(BOB, "f"), record(BOB, 200))
+    again.close()
+
+
+def test_a_file_that_is_no_lmdb_is_refused(tmp_path: Path):
+    (tmp_path / "cold.lmdb").write_bytes(b"not a database" * 1000)
+    with pytest.raises(EngineError, match=r"cold\.lmdb"):
+        LmdbEngine(tmp_path, 10**6)
+
+
+def test_a_server_that_is_gone_is_a_quick_miss():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    engine = RedisEngine(f"redis://127.0.0.1:{port}/0")
+    store = ColdStateStore(engine, MODELS, SALT)
+    assert store.get(ANN, "f") is None
+    store.put(record())
+    store.drop(ANN)
+    assert store.misses["unavailable"] == 1
+    with pytest.raises(EngineError, match="within the last second"):
+        engine.read(b"k" * 24)
+    store.close()

@@ -1,0 +1,208 @@
+"""The library behind the service: rewinding, bytes, batches and explanations, on random networks in float64."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ksa_serving.events import StoredEvent
+from ksa_serving.library_model import LibraryModel, first_rows
+from ksa_serving.models import START, Mark, Question, StateParts
+from recsys_ksa.config import ModelConfig
+from recsys_ksa.errors import StateError
+from recsys_ksa.model.network import Network
+from recsys_ksa.model.state import SharedRows, UserState
+from recsys_ksa.recommender import Recommender
+from recsys_ksa.retrieval.index import TorchIndex
+from recsys_ksa.run import open_run
+
+T0 = 1_600_000_000
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"chunk_size": 4, "summaries_per_chunk": 2, "window_chunks": 1},
+    {"window_chunks": 0},
+    {"layers": ["summary", "full", "summary"]},
+    {"layers": ["summary", "full"]},
+    {"attention": "window"},
+    {"num_kv_heads": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Any:
+    return open_run(tiny_run)
+
+
+def make_model(run: Any, seed: int, **shape: Any) -> LibraryModel:
+    torch.manual_seed(seed)
+    config = ModelConfig.model_validate({**run.config.model.model_dump(), **shape})
+    network = Network(config, run.features).to(torch.float64).eval().requires_grad_(False)
+    return LibraryModel(Recommender(run, network, TorchIndex(network.item_vectors())))
+
+
+def make_history(rng: np.random.Generator, length: int) -> list[StoredEvent]:
+    times = T0 + np.sort(rng.integers(0, 50 * length + 1, length))
+    return [
+        StoredEvent(n, f"i{rng.integers(60)}", int(time), None, str(rng.choice(["view", "buy"])), None)
+        for n, time in enumerate(times)
+    ]
+
+
+def assert_same_state(found: UserState, expected: UserState) -> None:
+    for ours, theirs in zip(found.memory.layers, expected.memory.layers):
+        for mine, other in ((ours.events, theirs.events), (ours.summaries, theirs.summaries)):
+            assert mine.num_rows == other.num_rows
+            torch.testing.assert_close(mine.whole(), other.whole(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.memory.last_input, expected.memory.last_input, rtol=0, atol=1e-10)
+    assert (found.history_hash, found.last_key, found.num_unknown, found.num_events) == (
+        expected.history_hash,
+        expected.last_key,
+        expected.num_unknown,
+        expected.num_events,
+    )
+    for name in ("item_index", "count", "first", "last"):
+        np.testing.assert_array_equal(getattr(found.seen, name), getattr(expected.seen, name))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rewinding_and_going_on_equals_one_pass(run: Any, shape: dict[str, Any], rng: np.random.Generator):
+    model = make_model(run, int(rng.integers(2**31)), **shape)
+    for length in (1, 7, 8, 9, int(rng.integers(40, 300))):
+        history = make_history(rng, length)
+        whole = model.append(model.new_state(), history)
+        late = StoredEvent(999, "i7", int(rng.choice([event.timestamp for event in history])), None, "buy", None)
+        at = sum(event.timestamp < late.timestamp for event in history)
+        revised = [*history[:at], late, *history[at:]]
+        for state in (whole, model.load(model.dump(whole))):  # in memory, and cold
+            first = max(0, min(0, model.replay_start(at) - 1))
+            rewound = model.rewind(state, at, first, revised[first:at], START)
+            done = model.append(rewound, revised[at:])
+            done = model.with_own_items(done, whole, [late])
+            assert_same_state(done, model.append(model.new_state(), revised))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_cold_state_is_made_whole_from_the_newest_events(run: Any, shape: dict[str, Any], rng: np.random.Generator):
+    model = make_model(run, int(rng.integers(2**31)), **shape)
+    for length in (1, 8, 9, 150, int(rng.integers(100, 400))):
+        history = make_history(rng, length)
+        whole = model.append(model.new_state(), history)
+        cold = model.load(model.dump(whole))
+        first = max(0, model.replay_start(length) - 1)
+        mark = Mark(length, whole.history_hash)
+        warm = model.rewind(cold, length, first, history[first:], mark)
+        assert_same_state(model.with_own_items(warm, cold, []), whole)
+
+
+def test_what_a_capped_state_no_longer_holds_is_refused(run: Any, rng: np.random.Generator):
+    model = make_model(run, 0, max_visible_chunks=3)
+    history = make_history(rng, 200)
+    state = model.append(model.new_state(), history)
+    with pytest.raises(StateError, match="max_visible_chunks"):
+        model.rewind(state, 100, 0, history[:100], START)
+
+
+@pytest.mark.parametrize("damage", ["fingerprint", "short", "text", "rows"])
+def test_bytes_that_are_no_state_are_refused(run: Any, rng: np.random.Generator, damage: str):
+    model = make_model(run, 0)
+    parts = model.dump(model.append(model.new_state(), make_history(rng, 700)))
+    segments = {name: parts.segments[name] for name in parts.segments}
+    if damage == "fingerprint":
+        other = make_model(run, 1)
+        parts = other.dump(other.new_state())
+    elif damage == "short":
+        parts = StateParts(parts.about[:-5], segments)
+    elif damage == "text":
+        parts = StateParts(b"\x00nonsense", segments)
+    else:
+        first = next(iter(segments))
+        parts = StateParts(parts.about, {**segments, first: segments[first][:-8]})
+    with pytest.raises(StateError):
+        model.load(parts)
+
+
+def test_a_batch_of_questions_equals_them_one_by_one(run: Any, rng: np.random.Generator):
+    model = make_model(run, 3)
+    states = [model.append(model.new_state(), make_history(rng, n)) for n in (0, 1, 30, 200)]
+    asked = [
+        Question(state, 7, T0 + 10**6, exclude_seen, only_seen)
+        for state in states
+        for exclude_seen, only_seen in ((None, False), (True, False), (False, True))
+    ]
+    asked += [replace(asked[6], allow=frozenset({"i1", "i2", "nope"})), replace(asked[6], deny=frozenset({"i1", "i2"}))]
+    together = model.recommend(asked)
+    for question, answer in zip(asked, together):
+        (alone,) = model.recommend([question])
+        assert [item for item, _ in answer] == [item for item, _ in alone]
+        np.testing.assert_allclose([score for _, score in answer], [score for _, score in alone], rtol=1e-6)
+    assert {item for item, _ in together[-2]} <= {"i1", "i2"}
+    assert not {item for item, _ in together[-1]} & {"i1", "i2"}
+    assert len(together[-1]) == 7
+
+
+def test_appending_users_together_equals_one_by_one(run: Any, rng: np.random.Generator):
+    model = make_model(run, 4)
+    lengths = (0, 3, 8, 129, 300)
+    histories = [make_history(rng, n + 9) for n in lengths]
+    states = [model.append(model.new_state(), history[:n]) for n, history in zip(lengths, histories)]
+    together = model.append_batch(states, [history[n:] for n, history in zip(lengths, histories)])
+    for state, history in zip(together, histories):
+        assert_same_state(state, model.append(model.new_state(), history))
+
+
+def test_scores_are_those_of_the_answers(run: Any, rng: np.random.Generator):
+    model = make_model(run, 5)
+    state = model.append(model.new_state(), make_history(rng, 80))
+    (answer,) = model.recommend([Question(state, 30, T0 + 10**6, False)])
+    scores = model.score(state, [*(item for item, _ in answer), "no such item"], T0 + 10**6)
+    np.testing.assert_allclose(scores[:-1], [score for _, score in answer], rtol=1e-6)  # type: ignore[arg-type]
+    assert scores[-1] is None
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_explanation_adds_up_and_its_changes_are_those_of_masked_attention(
+    run: Any, shape: dict[str, Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(run, int(rng.integers(2**31)), **shape)
+    history = make_history(rng, 140)
+    state = model.append(model.new_state(), history)
+    reasons = model.explain(state, "i7", None, 1000)
+    assert sum(reason.attention for reason in reasons) == pytest.approx(1, abs=1e-9)
+    if shape.get("attention") != "window":
+        assert sorted(n for reason in reasons for n in range(reason.first, reason.last + 1)) == list(range(140))
+    from ksa_serving import attribution
+
+    rows_of = attribution._visible_rows
+    for reason in (reasons[0], reasons[-1]):
+
+        def without(recommender: Any, state: Any, chunk: int = reason.first // model.chunk_size) -> Any:
+            rows, chunks, num_old = rows_of(recommender, state)
+            kept = chunks != chunk
+            return rows[kept], chunks[kept], int(kept[:num_old].sum())
+
+        monkeypatch.setattr(attribution, "_visible_rows", without)
+        left = _score(model, state)
+        monkeypatch.setattr(attribution, "_visible_rows", rows_of)
+        assert reason.score_change == pytest.approx(_score(model, state) - left, abs=1e-6)
+    (score,) = model.score(model.with_own_items(state, None, []), ["i7"], None)
+    assert _score(model, state) == pytest.approx(score, rel=1e-5)
+    assert model.explain(model.new_state(), "i7", None, 5) == []
+
+
+def _score(model: LibraryModel, state: UserState) -> float:
+    """The item's score by the explanation's own arithmetic."""
+    from ksa_serving import attribution
+
+    return attribution.base_score(model.recommender, state, "i7", None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 130])
+def test_first_rows_share_whole_segments(count: int):
+    rows = SharedRows((), torch.zeros(0, 2, 1, 1)).extend(torch.arange(130.0).repeat_interleave(2).view(130, 2, 1, 1))
+    cut = first_rows(rows, count)
+    assert cut.num_rows == count
+    torch.testing.assert_close(cut.whole(), rows.whole()[:count])
+    assert all(mine is theirs for mine, theirs in zip(cut.segments, rows.segments))
