@@ -20,13 +20,14 @@ Softmax losses are the mean over questions of `sum over targets of weight * (log
 
 import math
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ksa_kernels.catalogue_softmax import catalogue_log_z
 from recsys_ksa.config import LossConfig, ModelConfig
 from recsys_ksa.data.batches import Batch, OwnItems
 from recsys_ksa.errors import ConfigError
@@ -35,8 +36,6 @@ from recsys_ksa.schema import UNKNOWN_ITEM
 
 NOTHING = -1e30
 """Log of no weight. Finite: a row without candidates has gradients of 0, not NaN."""
-_QUESTION_BLOCK, _ITEM_BLOCK = 1024, 8192
-"""Rows and columns of the largest block of scores that full softmax holds: 32 MiB."""
 
 
 class ItemScorer(Protocol):
@@ -142,13 +141,13 @@ def full_softmax(network: ItemScorer, users: Tensor, batch: Batch, popularity: P
     rows = items[UNKNOWN_ITEM + 1 :]
     bias, counts = network.popularity_bias, popularity
     if bias is None:
-        log_z = full_log_z(users, rows)
+        log_z = catalogue_log_z(users, rows)
     else:
         assert counts is not None
         assert batch.target_time is not None
 
         def log_z_of_day(users: Tensor, rows: Tensor, day: Tensor) -> Tensor:
-            return full_log_z(users, rows, bias(counts.log_shares(day))[UNKNOWN_ITEM + 1 :].to(users.dtype))
+            return catalogue_log_z(users, rows, bias(counts.log_shares(day))[UNKNOWN_ITEM + 1 :].to(users.dtype))
 
         days, place = day_of(batch.target_time).unique(return_inverse=True)
         order = place.argsort(stable=True)
@@ -185,40 +184,6 @@ def gbce(
     excluded[_hits(question, item, negatives)] = True
     total = beta * (batch.target_weight * positive).sum() + drawn.masked_fill(excluded, 0.0).sum()
     return -total / (len(negatives) + 1) / len(users)
-
-
-class _FullLogZ(torch.autograd.Function):
-    """log sum over items of exp(user . item + bias), block by block; keeps log Z [Q], recomputes scores backward."""
-
-    @staticmethod
-    def forward(ctx: Any, users: Tensor, items: Tensor, bias: Tensor) -> Tensor:
-        log_z = torch.full_like(users[:, 0], -torch.inf)
-        for rows in _blocks(len(users), _QUESTION_BLOCK):
-            for columns in _blocks(len(items), _ITEM_BLOCK):
-                scores = torch.addmm(bias[columns], users[rows], items[columns].T)
-                log_z[rows] = torch.logaddexp(log_z[rows], scores.logsumexp(-1))
-        ctx.save_for_backward(users, items, bias, log_z)
-        return log_z
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        users, items, bias, log_z = ctx.saved_tensors
-        (grad,) = grads
-        grad_users, grad_items, grad_bias = torch.zeros_like(users), torch.zeros_like(items), torch.zeros_like(bias)
-        for rows in _blocks(len(users), _QUESTION_BLOCK):
-            for columns in _blocks(len(items), _ITEM_BLOCK):
-                share = torch.addmm(bias[columns], users[rows], items[columns].T)
-                share.sub_(log_z[rows, None]).exp_().mul_(grad[rows, None])
-                grad_users[rows] += share @ items[columns]
-                grad_items[columns] += share.T @ users[rows]
-                grad_bias[columns] += share.sum(0)
-        return grad_users, grad_items, grad_bias
-
-
-def full_log_z(users: Tensor, items: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return log of the sum over items of exp(score + bias) for each user vector. [Q, E], [I, E], [I] -> [Q]."""
-    bias = items.new_zeros(len(items)) if bias is None else bias
-    return _FullLogZ.apply(users, items, bias)  # pyright: ignore[reportReturnType]
 
 
 def _target_popularity(network: ItemScorer, batch: Batch, popularity: Popularity | None) -> Tensor:
@@ -328,7 +293,3 @@ def _ragged_arange(starts: Tensor, lengths: Tensor, total: int | None = None) ->
 
 def _lengths(offsets: tuple[int, ...]) -> list[int]:
     return [last - first for first, last in pairwise(offsets)]
-
-
-def _blocks(total: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, total)) for first in range(0, total, size)]

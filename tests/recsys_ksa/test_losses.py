@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ksa_kernels.catalogue_softmax import catalogue_log_z, torch_blocked
 from recsys_ksa.config import LossConfig, ModelConfig, RunConfig
 from recsys_ksa.data.batches import Batch
 from recsys_ksa.data.jagged_arrays import offsets_of
 from recsys_ksa.data.popularity import DAY, DayCounts
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import ConfigError
-from recsys_ksa.model import losses
-from recsys_ksa.model.losses import batch_loss, check_loss, full_log_z, pair_items, pair_questions
+from recsys_ksa.model.losses import batch_loss, check_loss, own_bias, pair_items, pair_questions
 from recsys_ksa.model.popularity import Popularity, PopularityBias, day_of
 
 NUM_ITEMS, WIDTH = 12, 5
@@ -82,7 +82,7 @@ def plain_sampled_softmax(
     total = users.new_zeros(())
     owned: list[dict[int, Tensor]] = [{} for _ in range(len(users))]
     if batch.own is not None:
-        bias = losses.own_bias(scorer, batch, batch.own)
+        bias = own_bias(scorer, batch, batch.own)
         pairs = zip(pair_questions(batch, batch.own).tolist(), pair_items(batch, batch.own).tolist())
         for pair, (question, item) in enumerate(pairs):
             if batch.own.count[pair] > 0:
@@ -142,8 +142,8 @@ def test_sampled_softmax_of_every_item_once_is_full_softmax(rng: np.random.Gener
 
 
 def test_full_softmax_is_cross_entropy(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_QUESTION_BLOCK", 4)
-    monkeypatch.setattr(losses, "_ITEM_BLOCK", 5)
+    monkeypatch.setattr(torch_blocked, "USERS_AT_ONCE", 4)
+    monkeypatch.setattr(torch_blocked, "ITEMS_AT_ONCE", 5)
     scorer, batch = Scorer(False), make_batch(rng, False)
     users = user_vectors(batch)
     loss = batch_loss(scorer, users, batch, LossConfig(kind="full-softmax"), torch.arange(1, 3), torch.zeros(NUM_ITEMS))
@@ -162,7 +162,7 @@ def test_full_softmax_keeps_no_scores() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        full_log_z(users, items).sum().backward()
+        catalogue_log_z(users, items).sum().backward()
     assert max(kept) <= items.numel()
 
 
@@ -181,8 +181,8 @@ def test_sampled_softmax_with_popularity_is_its_definition(own: bool, rng: np.ra
 def test_full_softmax_with_popularity_is_cross_entropy(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_QUESTION_BLOCK", 4)
-    monkeypatch.setattr(losses, "_ITEM_BLOCK", 5)
+    monkeypatch.setattr(torch_blocked, "USERS_AT_ONCE", 4)
+    monkeypatch.setattr(torch_blocked, "ITEMS_AT_ONCE", 5)
     scorer, batch, popularity, gain = popular_case(rng, False)
     users, config = user_vectors(batch), LossConfig(kind="full-softmax")
     loss = batch_loss(scorer, users, batch, config, torch.arange(1, 3), torch.zeros(NUM_ITEMS), popularity)

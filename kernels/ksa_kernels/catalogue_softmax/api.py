@@ -19,7 +19,7 @@ def catalogue_log_z(
     Args:
         users: [T, D] in float16, bfloat16, float32 or float64.
         items: [I, D] of the same dtype, I >= 1.
-        log_popularity: [I] added to the items' scores (to learn what popularity does not explain); no gradient.
+        log_popularity: [I] added to the items' scores: a log q correction, or a learned bias (it has a gradient).
         impl: "auto" (Triton on CUDA, else "torch"), "reference", "torch" or "triton".
 
     Raises:
@@ -44,4 +44,4 @@ def catalogue_log_z(
         from ksa_kernels.catalogue_softmax.triton_log_z import log_z
     else:
         from ksa_kernels.catalogue_softmax.torch_blocked import log_z
-    return log_z(users, items, None if log_popularity is None else log_popularity.detach())
+    return log_z(users, items, log_popularity)

@@ -1,7 +1,8 @@
 """The same in Triton: scores live in registers, tile by tile.
 
     log_z[t] = log sum_i exp(u_t v_i + b_i)
-    d u_t = g_t sum_i w_ti v_i,   d v_i = sum_t g_t w_ti u_t,   w_ti = exp(u_t v_i + b_i - log_z[t])
+    d u_t = g_t sum_i w_ti v_i,   d v_i = sum_t g_t w_ti u_t,   d b_i = sum_t g_t w_ti,
+    w_ti = exp(u_t v_i + b_i - log_z[t])
 
 `forward_kernel`: a program takes BLOCK_M users and one of SPLITS parts of the items. `gradient_kernel` serves both
 gradients: a program takes BLOCK_M rows (users, or items) and goes over a part of the others. Parts are summed outside,
@@ -76,7 +77,8 @@ def forward_kernel(
 
 @triton.jit
 def gradient_kernel(
-    rows_ptr, columns_ptr, bias_ptr, log_z_ptr, grad_ptr, part_ptr, num_rows, num_columns, dim, columns_a_split,
+    rows_ptr, columns_ptr, bias_ptr, log_z_ptr, grad_ptr, part_ptr, bias_part_ptr,
+    num_rows, num_columns, dim, columns_a_split,
     BIASED: tl.constexpr, ROWS_ARE_USERS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,6 +91,7 @@ def gradient_kernel(
     elif BIASED:
         own_log2 = tl.load(bias_ptr + row, mask=row < num_rows, other=0.0).to(tl.float32) * LOG2E
     acc = tl.zeros([BLOCK_M, D], tl.float32)
+    bias_acc = tl.zeros([BLOCK_M], tl.float32)
     stop = tl.minimum((split + 1) * columns_a_split, num_columns)
     for at in range(split * columns_a_split, stop, BLOCK_N):
         others = _load(columns_ptr, at, stop, dim, BLOCK_N, D)
@@ -104,6 +107,8 @@ def gradient_kernel(
             log2 = (tl.load(log_z_ptr + column, mask=column < stop, other=0.0)) * LOG2E
             grad = tl.load(grad_ptr + column, mask=column < stop, other=0.0)  # 0: users beyond add nothing
             weights = tl.exp2(scores * LOG2E + (own_log2[:, None] - log2[None, :])) * grad[None, :]
+            if BIASED:
+                bias_acc += tl.sum(weights, 1)
         acc = tl.dot(weights.to(others.dtype), others, acc, input_precision=PRECISION)
     if ROWS_ARE_USERS:
         acc *= tl.load(grad_ptr + row, mask=row < num_rows, other=0.0)[:, None]
@@ -111,6 +116,8 @@ def gradient_kernel(
     mask = (row < num_rows)[:, None] & (columns_d < dim)[None, :]
     out = part_ptr + (split * num_rows + row).to(tl.int64)[:, None] * dim + columns_d[None, :]
     tl.store(out, acc, mask=mask)
+    if BIASED and not ROWS_ARE_USERS:
+        tl.store(bias_part_ptr + split * num_rows + row, bias_acc, mask=row < num_rows)
 
 
 def log_z(users: Tensor, items: Tensor, log_popularity: Tensor | None) -> Tensor:
@@ -137,25 +144,29 @@ class _LogZ(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         users, items, log_popularity, total = ctx.saved_tensors
         shared = (log_popularity, total, grads[0].float().contiguous())
-        return _gradient(users, items, *shared, True), _gradient(items, users, *shared, False), None
+        d_users, _ = _gradient(users, items, *shared, True)
+        return d_users, *_gradient(items, users, *shared, False)
 
 
 def _gradient(
     rows: Tensor, columns: Tensor, bias: Tensor | None, total: Tensor, grad: Tensor, rows_are_users: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient of the rows and, where those are items, of their bias."""
     blocks = _blocks(rows, GRADIENT)
     splits, size = _splits(len(rows), len(columns), blocks)
     part = rows.new_empty(splits, *rows.shape, dtype=torch.float32)
+    bias_part = None if bias is None or rows_are_users else rows.new_empty(splits, len(rows), dtype=torch.float32)
     if len(rows):
         with _on(rows):
             gradient_kernel[(triton.cdiv(len(rows), blocks.m), splits)](
-                rows, columns, bias, total, grad, part, len(rows), len(columns), rows.shape[1], size,
+                rows, columns, bias, total, grad, part, bias_part, len(rows), len(columns), rows.shape[1], size,
                 BIASED=bias is not None, ROWS_ARE_USERS=rows_are_users, **_constants(rows, blocks),
             )  # fmt: skip
-    return part.sum(0).to(rows.dtype)
+    d_bias = None if bias_part is None or bias is None else bias_part.sum(0).to(bias.dtype)
+    return part.sum(0).to(rows.dtype), d_bias
 
 
 def _blocks(rows: Tensor, tuned: Blocks) -> Blocks:
