@@ -36,6 +36,10 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The network (design: events, chunks, summary tokens, window)."""
 
+    architecture: Literal["ksa", "sasrec", "hstu", "mean-pooled", "segment-tokens"] = "ksa"
+    """`ksa`: the network described here. The others are for comparison (`recsys_ksa.baselines`): they keep no state."""
+    max_positions: PositiveInt = 512
+    """Events that `sasrec` and `hstu` read, the newest; their positions are learned. Of no meaning to the others."""
     dim: PositiveInt = 64
     """Width of the residual stream and of item vectors."""
     num_heads: PositiveInt = 2

@@ -26,12 +26,14 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from recsys_ksa.architectures import build_network
 from recsys_ksa.config import RunConfig, Strict, TrainingSpan, load_config
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
 from recsys_ksa.model.features import Clock, FeatureSchema, SideFeature
 from recsys_ksa.model.fingerprint import release_hash
 from recsys_ksa.model.network import Network
+from recsys_ksa.model.scoring import ScoringNetwork
 from recsys_ksa.order import TieKind
 
 CONFIG_FILE = "config.toml"
@@ -150,12 +152,30 @@ def open_run(path: str | Path) -> Run:
 
 
 def load_network(run: Run, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Network:
-    """Return the run's network in eval mode.
+    """Return the run's network in eval mode, for user states and for serving.
+
+    Raises:
+        RunError: as `load_scoring_network`, and for an architecture that keeps no user state.
+    """
+    network = load_scoring_network(run, device, dtype)
+    if not isinstance(network, Network):
+        raise RunError(
+            f"{run.path}: expected a run with model.architecture ksa, got {run.config.model.architecture}, which is "
+            "for comparison and keeps no user state: nothing can be appended, indexed, recommended or served. "
+            "Evaluate it with `ksa evaluate`."
+        )
+    return network
+
+
+def load_scoring_network(
+    run: Run, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ScoringNetwork:
+    """Return the run's network in eval mode, of whatever architecture.
 
     Raises:
         RunError: the weights are missing, damaged, do not fit the config, or are not those run.json names.
     """
-    network = Network(run.config.model, run.features)
+    network = build_network(run.config.model, run.features)
     file = run.path / WEIGHTS_FILE
     try:
         network.load_state_dict(load_file(file))

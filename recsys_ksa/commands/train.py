@@ -84,6 +84,9 @@ def _print_end(config: "RunConfig", dataset: "Dataset", run: Path, trained: "Tra
         )
     if progress.best_ndcg >= 0:
         print(f"best validation NDCG@10 {progress.best_ndcg:.4f} at step {progress.best_step:,}, kept")
+    if config.model.architecture != "ksa":
+        print(f"state: none, {config.model.architecture} reads each history anew")
+        return
     lengths = dataset.histories.lengths
     for name, length in (("median", int(np.median(lengths))), ("longest", int(lengths.max()))):
         held, full = kv_bytes(config.model, length) / 1000, full_kv_bytes(config.model, length) / 1000

@@ -31,7 +31,7 @@ from recsys_ksa.evaluate.protocol import (
 from recsys_ksa.evaluate.rankings import write_rankings
 from recsys_ksa.evaluate.report import markdown
 from recsys_ksa.evaluate.rows import MAIN, Row, write_rows
-from recsys_ksa.run import METRICS_FILE, Run, load_network, open_run
+from recsys_ksa.run import METRICS_FILE, Run, load_scoring_network, open_run
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     store = None if args.tracking == "none" else tracking.open_store(args.tracking)
     exclude_seen = runs[0].info.exclude_seen if args.exclude_seen is None else args.exclude_seen == "true"
     device = _device(args.device)
-    named = [NamedRun(name, run, load_network(run, device)) for name, run in zip(_names(runs), runs)]
+    named = [NamedRun(name, run, load_scoring_network(run, device)) for name, run in zip(_names(runs), runs)]
     ownership = Ownership(dataset.histories)
 
     rows: list[Row] = []
@@ -119,11 +119,12 @@ def _baseline_names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Return `ksa` for the first run; a compared run is called by its attention, or its name if that is taken."""
+    """Return `ksa` for the first run; a compared one is called by its architecture or attention, else by its name."""
     names = [MAIN]
     for run in runs[1:]:
-        attention = run.config.model.attention
-        for name in (attention, run.info.name, run.path.name, f"{run.path.name}-{len(names)}"):
+        model = run.config.model
+        kind = model.attention if model.architecture == "ksa" else model.architecture
+        for name in (kind, run.info.name, run.path.name, f"{run.path.name}-{len(names)}"):
             if name not in (*names, "summary"):
                 names.append(name)
                 break

@@ -27,7 +27,7 @@ from recsys_ksa.evaluate.stored_summaries import Memory, has_summaries
 if TYPE_CHECKING:
     from recsys_ksa.config import ModelConfig
     from recsys_ksa.data.dataset import Dataset
-    from recsys_ksa.model.network import Network
+    from recsys_ksa.model.scoring import ScoringNetwork
     from recsys_ksa.run import Run
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class NamedRun:
 
     name: str
     run: "Run"
-    network: "Network"
+    network: "ScoringNetwork"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def evaluate_protocol(
     main = runs[0].network
     window = window_events(main.config)
     shown = [(named.name, named.network, max_length) for named in runs]
-    shown.append((TRUNCATED, main, window if max_length is None else min(window, max_length)))
+    if main.config.architecture == "ksa":
+        shown.append((TRUNCATED, main, window if max_length is None else min(window, max_length)))
     for name, network, length in shown:
         scorers += run_scorers(
             name,

@@ -4,6 +4,7 @@ Each user is read once for all of the user's questions and all kinds of request 
 depend on. Q questions, I items, E width of vectors, P (question, item) pairs.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +21,7 @@ from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime, held_out_start, request_times
 from recsys_ksa.evaluate.stored_summaries import Memory, stored_summaries
 from recsys_ksa.features import NO_GAP, gap_buckets
+from recsys_ksa.model.network import Network
 from recsys_ksa.model.place import chunk_layout, place_histories
 from recsys_ksa.model.popularity import Popularity, add_popularity
 from recsys_ksa.progress import progress
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from ksa_kernels import ChunkLayout
     from recsys_ksa.config import ModelConfig
     from recsys_ksa.data.dataset import Dataset
-    from recsys_ksa.model.network import Network, Rows
+    from recsys_ksa.model.network import Rows
+    from recsys_ksa.model.scoring import ScoringNetwork
 
 AttentionImpl = Literal["auto", "reference", "torch", "triton"]
 BATCH_EVENTS = 1 << 15
@@ -41,7 +44,7 @@ class RunScorer:
 
     name: str
     request_time: RequestTime
-    network: "Network"
+    network: "ScoringNetwork"
     vectors: Tensor
     """[Q, E] of the whole table, float32."""
     items: Tensor
@@ -82,7 +85,7 @@ class RunScorer:
 
 def run_scorers(
     name: str,
-    network: "Network",
+    network: "ScoringNetwork",
     dataset: "Dataset",
     questions: Questions,
     ownership: Ownership,
@@ -117,9 +120,10 @@ def run_scorers(
         ]
     )
     vectors: list[list[Tensor]] = [[] for _ in variants]
-    batches = list(_batches(questions, max_length))
+    read = min((length for length in (max_length, network.max_length) if length is not None), default=None)
+    batches = list(_batches(questions, read))
     for rows in progress(batches, f"reading histories: {name}", unit="batch"):
-        batch = _batch(dataset, questions, rows, network.config.chunk_size, max_length)
+        batch = _batch(dataset, questions, rows, network.config.chunk_size, read)
         batch = batch.to(network.start.device)
         users = np.unique(questions.user[rows])
         fixed = stored_summaries(network, histories, users, batch, memory, attention_impl)
@@ -140,7 +144,7 @@ def run_scorers(
 
 @torch.no_grad()
 def user_vectors(
-    network: "Network",
+    network: "ScoringNetwork",
     batch: Batch,
     buckets: NDArray[np.int64],
     attention_impl: AttentionImpl = "auto",
@@ -157,6 +161,8 @@ def user_vectors(
         attention_impl: implementation of summary attention.
         fixed: each layer's rows to read in place of those computed, as in `Network.encode`.
     """
+    if not isinstance(network, Network):
+        return _by_passes(network, batch, buckets)
     device = network.start.device
     known = batch.question_row >= 0
     if not bool(known.any()):
@@ -180,7 +186,16 @@ def user_vectors(
     return vectors
 
 
-def _asking_events(network: "Network", batch: Batch, layout: "ChunkLayout") -> tuple[Tensor, "ChunkLayout"]:
+def _by_passes(network: "ScoringNetwork", batch: Batch, buckets: NDArray[np.int64]) -> list[Tensor]:
+    """Return `user_vectors` of another architecture: a pass a row of buckets, one for all where none is looked at."""
+    found: list[Tensor] = []
+    for asked in torch.from_numpy(buckets).to(batch.request_bucket.device):
+        if not found or network.request is not None:
+            found.append(network(dataclasses.replace(batch, request_bucket=asked)).to(torch.float32))
+    return found if len(found) == len(buckets) else found * len(buckets)
+
+
+def _asking_events(network: Network, batch: Batch, layout: "ChunkLayout") -> tuple[Tensor, "ChunkLayout"]:
     """Return the rows of the batch from each user's first question on, and the last layer's layout of them."""
     config = network.config
     if network.last_kind == "summary" and config.max_visible_chunks is not None:

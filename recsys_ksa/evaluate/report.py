@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recsys_ksa.evaluate.evaluation import Evaluation, NamedRun
+from recsys_ksa.evaluate.evaluation import TRUNCATED, Evaluation, NamedRun
 from recsys_ksa.evaluate.intervals import RESAMPLES
 from recsys_ksa.evaluate.ksa_scorer import window_events
 from recsys_ksa.evaluate.lists import LIST_METRICS
@@ -84,13 +84,16 @@ def facts(evaluation: Evaluation, dataset: "Dataset", runs: Sequence[NamedRun]) 
         )
     for named in runs:
         model = named.run.config.model
+        read = f", reads the newest {named.network.max_length:,} events" if named.network.max_length else ""
+        kind = f"attention {model.attention}" if model.architecture == "ksa" else f"architecture {model.architecture}"
         lines.append(
-            f"{named.name}: run {named.run.info.name}, attention {model.attention}, k={model.chunk_size}, "
-            f"m={model.summaries_per_chunk}, W={model.window_chunks}, trained on span {named.run.info.training_span}, "
-            f"release {named.run.info.release_hash[:12]}"
+            f"{named.name}: run {named.run.info.name}, {kind}, k={model.chunk_size}, "
+            f"m={model.summaries_per_chunk}, W={model.window_chunks}{read}, trained on span "
+            f"{named.run.info.training_span}, release {named.run.info.release_hash[:12]}"
         )
-    window = window_events(runs[0].run.config.model)
-    lines.append(f"truncated: {MAIN}'s weights on the last {window} events of each history")
+    if any(row.model == TRUNCATED for row in evaluation.rows):
+        window = window_events(runs[0].run.config.model)
+        lines.append(f"{TRUNCATED}: {MAIN}'s weights on the last {window} events of each history")
     if any(row.model == f"{MAIN}-zeroed" for row in evaluation.rows):
         lines.append(
             f"{MAIN}-zeroed, {MAIN}-shuffled: {MAIN}'s weights with every stored summary replaced by zeros, or by "
@@ -155,6 +158,8 @@ def by_slice(rows: Sequence[Row], told: RequestTime, parts: Sequence[str]) -> li
 def state_sizes(dataset: "Dataset", named: NamedRun) -> list[str]:
     """Return K/V KB of one user at the median and the longest history, against full attention in every layer."""
     config = named.run.config.model
+    if config.architecture != "ksa":
+        return [f"{named.name} keeps no state: it reads each history anew."]
     lengths = dataset.histories.lengths
     body = []
     for word, length in (("median", int(np.median(lengths))), ("longest", int(lengths.max()))):

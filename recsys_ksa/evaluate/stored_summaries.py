@@ -15,6 +15,7 @@ from recsys_ksa.data.batches import Batch, questions_batch
 from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange
 from recsys_ksa.model.network import Network, Rows
 from recsys_ksa.model.place import num_summaries, place_histories
+from recsys_ksa.model.scoring import ScoringNetwork
 
 if TYPE_CHECKING:
     from recsys_ksa.config import ModelConfig
@@ -26,12 +27,12 @@ Memory = Literal["own", "zeroed", "shuffled"]
 
 def has_summaries(config: "ModelConfig") -> bool:
     """Return whether the model keeps summaries at all."""
-    return num_summaries(config) > 0 and "summary" in config.layer_kinds
+    return config.architecture == "ksa" and num_summaries(config) > 0 and "summary" in config.layer_kinds
 
 
 @torch.no_grad()
 def stored_summaries(
-    network: Network, histories: "Histories", users: NDArray[np.int64], batch: Batch, memory: Memory, impl: str
+    network: ScoringNetwork, histories: "Histories", users: NDArray[np.int64], batch: Batch, memory: Memory, impl: str
 ) -> list[Rows | None] | None:
     """Return each layer's rows to read in place of those computed, in the order `Network.encode` takes as `fixed`.
 
@@ -48,6 +49,7 @@ def stored_summaries(
     """
     if memory == "own":
         return None
+    assert isinstance(network, Network)
     config, device = network.config, network.start.device
     closed = batch.offsets.diff().cpu().numpy() // config.chunk_size
     counts = closed * config.summaries_per_chunk

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recsys_ksa.model.network import Network
+from recsys_ksa.model.scoring import ScoringNetwork
 
 STATE_LAYOUT = 1
 """Raised when the meaning of a stored row changes."""
@@ -29,8 +30,10 @@ _ANSWER_ONLY = (
 )
 
 
-def state_fingerprint(network: Network) -> str:
-    """Return the SHA-256, as 64 hex digits, of all that a user state's rows depend on."""
+def state_fingerprint(network: ScoringNetwork) -> str:
+    """Return the SHA-256, as 64 hex digits, of all that a user state's rows depend on; "none" without states."""
+    if not isinstance(network, Network):
+        return "none"
     last = f"blocks.{len(network.blocks) - 1}."
     skipped = _ANSWER_ONLY + tuple(f"{last}{part}" for part in ("output", "gain", "up", "down", "event.", "summary."))
     weights = {name: value for name, value in network.state_dict().items() if not name.startswith(skipped)}
@@ -48,7 +51,7 @@ def state_fingerprint(network: Network) -> str:
     return _hash(about, weights)
 
 
-def release_hash(network: Network) -> str:
+def release_hash(network: ScoringNetwork) -> str:
     """Return the SHA-256, as 64 hex digits, of everything answers depend on."""
     about = {
         "config": network.config.model_dump(mode="json", exclude_defaults=True),

@@ -32,6 +32,9 @@ MAX_TEMPERATURE = 1.0
 class ScoringNetwork(nn.Module):
     """Event inputs, request time, head, item vectors and biases; subclasses read histories."""
 
+    max_length: int | None = None
+    """Events of a history that are read, the newest; None: all."""
+
     def __init__(self, config: ModelConfig, features: FeatureSchema) -> None:
         """Create the shared parts with random parameters.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from recsys_ksa.architectures import build_network, check_length
 from recsys_ksa.config import RunConfig
 from recsys_ksa.data.negatives import NegativeSampler, training_counts
 from recsys_ksa.data.popularity import DayCounts
@@ -17,8 +18,8 @@ from recsys_ksa.data.spans import training_end
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import ConfigError, RunError
 from recsys_ksa.model.losses import batch_loss, check_loss
-from recsys_ksa.model.network import Network
 from recsys_ksa.model.popularity import LEVEL, Popularity
+from recsys_ksa.model.scoring import ScoringNetwork
 from recsys_ksa.run import METRICS_FILE
 from recsys_ksa.train.checkpoint import Progress, Weights, copy_weights, load_checkpoint, save_checkpoint
 from recsys_ksa.train.feed import Feed, feed
@@ -90,7 +91,8 @@ def train(
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
 
     torch.manual_seed(config.seed)
-    network = Network(config.model, feature_schema(dataset, config)).to(device)
+    network = build_network(config.model, feature_schema(dataset, config)).to(device)
+    check_length(config, network)
     optimizer = make_optimizer(network, config.train)
     end = training_end(dataset, config.data.split)
     batches = TrainingBatches(dataset.histories, end, config)
@@ -141,7 +143,7 @@ class _Session:
 
     config: RunConfig
     run: Path
-    network: Network
+    network: ScoringNetwork
     optimizer: torch.optim.Optimizer
     device: torch.device
     log_probability: torch.Tensor
@@ -276,7 +278,7 @@ def _check(config: RunConfig, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _start_item_bias(network: Network, counts: torch.Tensor) -> None:
+def _start_item_bias(network: ScoringNetwork, counts: torch.Tensor) -> None:
     assert network.item_bias is not None
     share = counts[1:].clamp(min=1).double() / counts.sum().clamp(min=1)
     network.item_bias[1:] = (share.log() + LEVEL).to(network.item_bias)

@@ -16,7 +16,7 @@ from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
 from recsys_ksa.model.features import FeatureSchema, SideFeature
 from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
-from recsys_ksa.model.network import Network
+from recsys_ksa.model.scoring import ScoringNetwork
 from recsys_ksa.run import (
     CONFIG_FILE,
     INFO_FILE,
@@ -96,7 +96,7 @@ def reopen_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
 
 
 def finish_run(
-    run: Path, config: RunConfig, dataset: "Dataset", network: Network, weights: Weights, longest: int
+    run: Path, config: RunConfig, dataset: "Dataset", network: ScoringNetwork, weights: Weights, longest: int
 ) -> None:
     """Write weights, then run.json: a run that has it is whole.
 

@@ -26,7 +26,7 @@ from recsys_ksa.schema import UNKNOWN_ITEM
 
 if TYPE_CHECKING:
     from recsys_ksa.data.dataset import Dataset
-    from recsys_ksa.model.network import Network
+    from recsys_ksa.model.scoring import ScoringNetwork
 
 K = 10
 _VALIDATION_STREAM = 2
@@ -67,7 +67,7 @@ class Validation:
             self._asked.append(_ask(dataset, config, users[rows], start[users[rows]], size[rows], random))
 
     @torch.no_grad()
-    def ndcg(self, network: "Network", device: torch.device, attention_impl: str, bf16: bool) -> float:
+    def ndcg(self, network: "ScoringNetwork", device: torch.device, attention_impl: str, bf16: bool) -> float:
         """Return the mean over users of NDCG@10, 0 where no user validates."""
         network.eval()
         items = network.item_vectors().float()
@@ -95,7 +95,7 @@ class Validation:
         network.train()
         return total / max(self.num_users, 1)
 
-    def _seen(self, network: "Network", batch: Batch) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _seen(self, network: "ScoringNetwork", batch: Batch) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return (question, item, bias) of every owned pair."""
         if batch.own is None or not len(batch.own.count):
             return None

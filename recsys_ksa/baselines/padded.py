@@ -1,0 +1,90 @@
+"""A network that reads whole histories as padded rows, a pack of users of like length at a time.
+
+Shapes: U users of a pack, N events of its longest history, T events of the batch, Q questions, E model dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recsys_ksa.model.scoring import ScoringNetwork
+
+if TYPE_CHECKING:
+    from recsys_ksa.data.batches import Batch
+
+MAX_PAIRS = 1 << 22
+"""Most (query, key) pairs of a pack in one head, one user at least: bounds memory, which is quadratic in N."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Some users' histories, one row each, padded on the right."""
+
+    row: Tensor
+    """int64 [U, N], row in T; 0 in padding."""
+    is_event: Tensor
+    """bool [U, N]."""
+    position: Tensor
+    """int64 [U, N], true index of each event in its history."""
+    timestamp: Tensor
+    """int64 [U, N]."""
+
+
+class PaddedNetwork(ScoringNetwork):
+    """Reads each history at once. `read` is the architecture; no row may look at a later one."""
+
+    def forward(self, batch: "Batch", attention_impl: str = "auto") -> Tensor:
+        """Return one user vector a question, as `ScoringNetwork.forward`; `attention_impl` has no meaning here.
+
+        The request time enters the query and the residual of the last layer, as in `Network`.
+        """
+        known = batch.question_row >= 0
+        hidden = self.start.expand(batch.num_questions, -1)
+        if batch.num_events:
+            events = self.embed(batch.item_index, batch.event_type, batch.gap_bucket, batch.offsets.diff())
+            row = batch.question_row.clamp(min=0)
+            bucket = torch.zeros_like(batch.item_index)
+            bucket[row[known]] = batch.request_bucket[known]
+            asked = None if self.request is None else self.request(bucket).to(events.dtype)
+            read = torch.zeros_like(events)
+            for pack in packs(batch):
+                found = self.read(events[pack.row], None if asked is None else asked[pack.row], pack)
+                read = read.index_put((pack.row[pack.is_event],), found[pack.is_event].to(read.dtype))
+            hidden = torch.where(known[:, None], read[row], hidden)
+        return self.user_vectors(hidden)
+
+    def read(self, events: Tensor, asked: Tensor | None, pack: Pack) -> Tensor:
+        """Return what each event's row knows after it, [U, N, E].
+
+        Args:
+            events: inputs, [U, N, E].
+            asked: what the request time adds to each row's query in the last layer, [U, N, E].
+            pack: where the rows sit.
+        """
+        raise NotImplementedError
+
+
+def packs(batch: "Batch") -> Iterator[Pack]:
+    """Cut the batch's users, longest first, into packs within `MAX_PAIRS`; users without events are left out."""
+    lengths = batch.offsets.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[order].tolist()
+    start = 0
+    while start < len(sizes) and sizes[start]:
+        longest = sizes[start]
+        stop = min(len(sizes), start + max(1, MAX_PAIRS // longest**2))
+        users = order[start:stop]
+        column = torch.arange(longest, device=lengths.device)
+        is_event = column < lengths[users, None]
+        row = torch.where(is_event, batch.offsets[users, None] + column, 0)
+        yield Pack(row, is_event, batch.first_position[users, None] + column, batch.timestamp[row])
+        start = stop
+
+
+def causal(pack: Pack) -> Tensor:
+    """Return which event each event sees: itself and all before it. bool [U, N, N]."""
+    size = pack.row.shape[1]
+    return torch.ones(size, size, dtype=torch.bool, device=pack.row.device).tril().expand(len(pack.row), -1, -1)
