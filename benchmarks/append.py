@@ -3,6 +3,7 @@
     make bench      (or: python -m benchmarks.append --events 4000)
 
 Prints medians; chunk-closing events apart, for they also compute a summary. Both sides run in this process, in turn.
+Then a batch: one event, and one question, of each of `--users` users at once.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--chunk-size", type=int, default=16)
     parser.add_argument("--window-chunks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9, help="recomputations, each before two chunks of appends")
+    parser.add_argument("--users", type=int, default=64, help="users of the batch that gets one event each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
     args = parser.parse_args()
@@ -46,7 +48,7 @@ def main() -> None:
         chunk_size=args.chunk_size,
         window_chunks=args.window_chunks,
     )
-    figures = measure(config, args.events, args.repeats)
+    figures = measure(config, args.events, args.repeats) | measure_batch(config, args.events, args.users, args.repeats)
     figures |= {"threads": args.threads, "torch": torch.__version__, "machine": platform.machine()}
     if args.json:
         print(json.dumps(figures))
@@ -94,6 +96,23 @@ def measure(config: ModelConfig, events: int, repeats: int) -> dict[str, object]
         "recompute_over_closing": round(recomputed / closed, 1),
         "state_kb": round(kv_bytes(config, events) / 1000, 1),
         "full_attention_kb": round(full_kv_bytes(config, events) / 1000, 1),
+    }
+
+
+def measure_batch(config: ModelConfig, events: int, users: int, repeats: int) -> dict[str, object]:
+    """Return medians in ms of a batch: one event each of `users` users, and one question each."""
+    torch.manual_seed(0)
+    network = Network(config, FeatureSchema(NUM_ITEMS)).eval()
+    items, gaps = torch.randint(1, NUM_ITEMS, (events,)), torch.randint(0, 30, (events,))
+    memory = append_events(network, [empty_memory(network)], Arrivals([events], items, None, gaps))[0]
+    memories = [memory] * users
+    arrivals = Arrivals([1] * users, items[:users], None, gaps[:users])
+    appending = [_time(lambda: append_events(network, memories, arrivals)) for _ in range(repeats)]
+    asking = [_time(lambda: ask(network, memories, [3] * users)) for _ in range(repeats)]
+    return {
+        "users": users,
+        "append_users_ms": round(1000 * statistics.median(appending), 2),
+        "ask_users_ms": round(1000 * statistics.median(asking), 2),
     }
 
 
