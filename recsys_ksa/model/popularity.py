@@ -3,6 +3,7 @@
 Letters: I item rows, F shares. A share is looked up by (day, item); days count whole days of the clock (UTC).
 """
 
+import math
 from copy import copy
 from typing import Self
 
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 
 from recsys_ksa.data.popularity import DAY, KINDS, WEEK, DayCounts
 
-WINDOWS = (3, WEEK, None)
-"""Days whose events are counted; None: all before."""
+WINDOWS = (3, WEEK)
+"""Days whose events are counted. All events since the beginning are left out: measured, they age (configs/LOG.md)."""
 NUM_SHARES = len(WINDOWS) * len(KINDS)
 CENTRE_RATE = 0.02
 """Share of each training step's batch in the mean of users' vectors."""
-SMOOTHING = 0.5
-"""Events added to every item's count, so that an item without any has a logarithm too."""
+SMOOTHING = 5.0
+"""Events added to every item's count: few events say little."""
 LEVEL = 8.0
 """An item bias starts at the log of the item's share of events plus this level, where an item with 1% of all events
 stands about level with the user's own item of count 4 (`OwnItemBias` starts at 2 + log count, and takes the item bias'
@@ -42,15 +43,14 @@ class Popularity:
         return moved
 
     def log_shares(self, day: Tensor, item_index: Tensor | None = None) -> Tensor:
-        """Return log shares of the events before each day, float32 [*shape, F].
+        """Return log shares of the events before each day, float32 [*shape, F]; 0 is the share of the mean item.
 
         Args:
             day: int64, of any shape that broadcasts with `item_index`.
             item_index: int64; None: every item on one `day` of shape [], [I, F].
         """
-        since = [torch.full_like(day, self.first_day) if days is None else day - days for days in WINDOWS]
         now = self._row(day)
-        rows = [self._row(start) for start in since]
+        rows = [self._row(day - days) for days in WINDOWS]
         if item_index is None:
             counts = [self.table[now] - self.table[row] for row in rows]
         else:
@@ -58,7 +58,7 @@ class Popularity:
             counts = [until - self.table[row, item_index] for row in rows]
         totals = [self.totals[now] - self.totals[row] for row in rows]
         count, total = torch.cat(counts, dim=-1).float(), torch.cat(totals, dim=-1).float()
-        return (count + SMOOTHING).log() - (total + SMOOTHING * self.table.shape[1]).log()
+        return (count + SMOOTHING).log() - (total / self.table.shape[1] + SMOOTHING).log()
 
     def _row(self, day: Tensor) -> Tensor:
         return (day - self.first_day).clamp(0, len(self.table) - 1)
@@ -67,10 +67,10 @@ class Popularity:
 class PopularityBias(nn.Module):
     """A level plus a weighted sum of log shares. It starts at the log of the share of the last 7 days' events."""
 
-    def __init__(self) -> None:
-        """Create the bias."""
+    def __init__(self, num_items: int) -> None:
+        """Create the bias of `num_items` item rows."""
         super().__init__()
-        self.level = nn.Parameter(torch.tensor(LEVEL))
+        self.level = nn.Parameter(torch.tensor(LEVEL - math.log(num_items)))
         self.weight = nn.Parameter(torch.zeros(NUM_SHARES))
         with torch.no_grad():
             self.weight[WINDOWS.index(WEEK) * len(KINDS) + KINDS.index("events")] = 1.0

@@ -52,7 +52,7 @@ class ScoringNetwork(nn.Module):
         self.head = nn.Linear(config.dim, config.dim, bias=False)
         self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log())
         self.item_bias = nn.Parameter(torch.zeros(features.num_items)) if config.item_bias == "learned" else None
-        self.popularity_bias = PopularityBias() if config.item_bias == "popularity-7d" else None
+        self.popularity_bias = PopularityBias(features.num_items) if config.item_bias == "popularity-7d" else None
         self.centre = Centre(config.dim) if config.item_bias == "popularity-7d" else None
         self.own_items = OwnItemBias(1.0 if features.clock == "ordinal" else DAY) if config.own_item_bias else None
         self.dropout = nn.Dropout(config.dropout)

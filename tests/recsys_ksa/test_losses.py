@@ -28,7 +28,7 @@ class Scorer(nn.Module):
 
     def __init__(self, own: bool, popular: bool = False) -> None:
         super().__init__()
-        self.popularity_bias = PopularityBias().double() if popular else None
+        self.popularity_bias = PopularityBias(NUM_ITEMS).double() if popular else None
         self.table = nn.Parameter(torch.randn(NUM_ITEMS, WIDTH, dtype=torch.float64))
         self.slope = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
         self.own = own

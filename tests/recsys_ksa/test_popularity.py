@@ -51,9 +51,9 @@ def plain_log_shares(data: SimpleNamespace, time: int) -> np.ndarray:
                     item, at = int(data.item_index[row]), int(data.timestamp[row])
                     fresh = item not in met
                     met.add(item)
-                    inside = at < midnight and (window is None or at >= midnight - window * DAY)
+                    inside = midnight - window * DAY <= at < midnight
                     count[item] += item > 0 and inside and (fresh or not first_only)
-            columns.append(np.log((count + SMOOTHING) / (count.sum() + SMOOTHING * ITEMS)))
+            columns.append(np.log((count + SMOOTHING) / (count.sum() / ITEMS + SMOOTHING)))
     return np.stack(columns, axis=1)
 
 
@@ -102,7 +102,7 @@ def test_an_untrained_bias_ranks_like_the_last_7_days(rng: np.random.Generator) 
     midnight = (int(data.timestamp.max()) - 3 * DAY) // DAY * DAY
     inside = (data.timestamp < midnight) & (data.timestamp >= midnight - 7 * DAY) & (data.item_index > 0)
     count = np.bincount(data.item_index[inside], minlength=ITEMS)
-    bias = PopularityBias()(as_of(data, np.array([midnight]))[0]).detach().numpy()
+    bias = PopularityBias(ITEMS)(as_of(data, np.array([midnight]))[0]).detach().numpy()
     assert np.all(np.sign(np.diff(bias[np.argsort(count, kind="stable")])) >= 0)
     assert np.array_equal(count[:, None] > count, bias[:, None] - bias > 1e-5)
 
@@ -110,7 +110,7 @@ def test_an_untrained_bias_ranks_like_the_last_7_days(rng: np.random.Generator) 
 def test_scores_gain_popularity_a_day_at_a_time_and_own_pairs_do_not(rng: np.random.Generator) -> None:
     data = histories(rng)
     popularity = Popularity(DayCounts.of_histories(data), ITEMS)  # pyright: ignore[reportArgumentType]
-    bias = PopularityBias().requires_grad_(False)
+    bias = PopularityBias(ITEMS).requires_grad_(False)
     bias.weight.normal_()
     time = torch.from_numpy(rng.choice(data.timestamp, 7))
     scores = torch.randn(7, ITEMS)
