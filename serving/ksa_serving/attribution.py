@@ -80,7 +80,7 @@ class _Look:
         position = torch.tensor([state.num_events - 1], device=device)
         with network.arithmetic():
             self._asked = state.memory.last_input[None]
-            if network.request is not None:
+            if isinstance(network.request, torch.nn.Embedding):
                 self._asked = self._asked + network.request(bucket)
             rotary = rotary_table(position, network.config.head_dim, exact)
             query, self._gate = block.event.queries(block.event.norm(self._asked), rotary)

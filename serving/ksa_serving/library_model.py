@@ -177,6 +177,23 @@ class LibraryModel:
         memory = Memory(about.num_events, tuple(layers), _no_input)
         return UserState(memory, about.last_key, seen, about.num_unknown, about.history_hash, about.fingerprint)
 
+    def difference(self, state: UserState, other: UserState) -> float:
+        """Return the largest difference of a row, relative to its norm; infinite where the histories differ."""
+        told = ("history_hash", "num_events", "num_unknown", "last_key", "fingerprint")
+        if any(getattr(state, name) != getattr(other, name) for name in told):
+            return float("inf")
+        seen = ("item_index", "count", "first", "last")
+        if not all(np.array_equal(getattr(state.seen, name), getattr(other.seen, name)) for name in seen):
+            return float("inf")
+        worst = 0.0
+        for mine, theirs in zip(state.memory.layers, other.memory.layers):
+            for rows, others in ((mine.events, theirs.events), (mine.summaries, theirs.summaries)):
+                a, b = rows.whole().flatten(2).double(), others.whole().flatten(2).double()
+                if a.numel():
+                    change = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
+                    worst = max(worst, float(change.max()))
+        return worst
+
     # -- answers ----------------------------------------------------------------------------------------------
 
     def recommend(self, questions: Sequence[Question]) -> list[Scored]:

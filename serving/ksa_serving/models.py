@@ -133,6 +133,10 @@ class Model(Protocol):
         """Return the names of `dump`'s segments."""
         ...
 
+    def difference(self, state: Any, other: Any) -> float:
+        """Return the largest difference of a row, relative to its norm; infinite where the histories differ."""
+        ...
+
     def recommend(self, questions: Sequence[Question]) -> list[Scored]:
         """Answer questions in one batch; equals asking one by one."""
         ...

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from ksa_serving.app import create_app
+from ksa_serving.auth import Tokens
 from ksa_serving.command import listen
 from ksa_serving.event_log import EventLog
 from ksa_serving.release import Release
@@ -42,10 +43,10 @@ def make_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
 
 @contextlib.contextmanager
-def serving(service: Service) -> Iterator[httpx.Client]:
+def serving(service: Service, tokens: Tokens | None = None) -> Iterator[httpx.Client]:
     """A real uvicorn on a free loopback port, in a thread, and a client of it."""
     listener = listen("127.0.0.1", 0)
-    server = ReadyServer(server_config(create_app(service), service.settings), service, "ready")
+    server = ReadyServer(server_config(create_app(service, tokens=tokens), service.settings), service, "ready")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -96,7 +96,7 @@ def test_a_new_user_begins_with_an_answer_and_an_item_found_by_its_title(page: A
     assert page.inner_text("#facts").startswith("0 events")
     page.fill("#search", "item-17")
     page.click("#found button >> nth=0")
-    page.locator("#facts", has_text=re.compile(r"^1 events")).wait_for
+    page.locator("#facts", has_text=re.compile(r"^1 events")).wait_for()
 
 
 def test_lists_and_deletion(page: Any):

@@ -1,0 +1,211 @@
+"""Releases come and go under load: no answer mixes two, none is lost, and what cannot be served is refused."""
+
+import asyncio
+import itertools
+import random
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksa_serving import releases as releases_module
+from ksa_serving.errors import ReleaseError
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import StoredEvent
+from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
+from ksa_serving.models import Question
+from ksa_serving.release import Release, check_recall, load_release
+from ksa_serving.service import Service
+from ksa_serving.settings import ServeSettings
+from ksa_serving.state_store import MemoryStateStore
+from ksa_serving.testing import ToyModel, toy_release
+from recsys_ksa.errors import RunError
+
+NOW = 1_700_000_000
+
+
+class NamedToy(ToyModel):
+    """A toy whose answers depend on its name, so that a mix of two would show."""
+
+    def _score(self, state: Any, item: str, request_time: int | None) -> float:
+        return super()._score(state, item + self._fingerprint, request_time)
+
+
+def release(name: str, **fields: Any) -> Release:
+    made = toy_release(fingerprint=name)
+    return replace(
+        made,
+        model=NamedToy(fingerprint=name),
+        model_version=f"m-{name}",
+        index_version=f"i-{name}",
+        name=name,
+        **fields,
+    )
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A service of release `a`, which can load `b` and `c`; `late` is of another tie."""
+    for name in ("a", "b", "c", "late"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "state").mkdir()
+    made = {name: release(name) for name in "abc"} | {"late": release("late", tie="hash")}
+    monkeypatch.setattr(releases_module, "load_release", lambda path: made[path.name])
+    log = EventLog(tmp_path / "state", "arrival")
+    settings = ServeSettings(warm_users=50)
+    yield Service(made["a"], log, MemoryStateStore(10**7), settings, clock=lambda: NOW, releases=tmp_path / "runs")
+    log.close()
+
+
+def test_a_swap_storm_mixes_nothing_and_loses_nothing(service: Service):
+    """Users ask and post while releases are activated and rolled back; each answer is that of the release it names."""
+
+    async def story() -> None:
+        sent = {f"u{n}": 0 for n in range(6)}
+        answers: list[Any] = []
+        stop = asyncio.Event()
+
+        async def user(name: str) -> None:
+            draw = random.Random(name)
+            while not stop.is_set():
+                n = sent[name]
+                posted = await service.post_events(
+                    name, EventsRequest([EventMessage(f"item-{n % 40}", 1000 + n, f"e{n}")])
+                )
+                assert posted.results[0].status == "accepted"
+                sent[name] += 1
+                answer = await service.recommend(name, RecommendRequest(k=3, request_time=draw.choice([None, 9999])))
+                answers.append((name, sent[name], answer))
+
+        users = [asyncio.create_task(user(name)) for name in sent]
+        for turn in range(30):
+            name = "bca"[turn % 3]
+            await service.load_release(name)
+            await service.activate_release(name)
+            if turn % 5 == 4:
+                await service.roll_back()
+                await service.roll_back()
+            await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*users)
+        versions = {answer.model_version for _, _, answer in answers}
+        assert versions == {"m-a", "m-b", "m-c"}
+        for _, count, answer in answers:
+            served = answer.model_version[2:]
+            assert answer.index_version == f"i-{served}"
+            assert answer.num_events == count
+            model = NamedToy(fingerprint=served)
+            events = [StoredEvent(n, f"item-{n % 40}", 1000 + n, f"e{n}", None, None) for n in range(count)]
+            state = model.append(model.new_state(), events)
+            (expected,) = model.recommend([Question(state, 3, answer.request_time)])
+            assert [(item.item_id, item.score) for item in answer.items] == expected
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_two_fingerprints_live_until_the_older_is_gone(service: Service):
+    async def story() -> None:
+        await service.post_events("ann", EventsRequest([EventMessage("item-1", n, f"e{n}") for n in range(9)]))
+        await service.recommend("ann", RecommendRequest())
+        await service.load_release("b")
+        assert [info.role for info in service.list_releases().releases] == ["active", "loaded"]
+        await service.activate_release("b")
+        warmed = await service.recommend("ann", RecommendRequest())
+        assert (warmed.model_version, warmed.state_source) == ("m-b", "host")  # warmed before it was activated
+        await service.roll_back()
+        back = await service.recommend("ann", RecommendRequest())
+        assert (back.model_version, back.state_source) == ("m-a", "host")  # the old state is still there
+        await service.roll_back()
+        await service.load_release("c")
+        await service.activate_release("c")  # a is neither active nor previous now
+        assert {record.fingerprint for record in service.store.records()} == {"b", "c"}  # type: ignore[attr-defined]
+        await service.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("name", ["nope", "", "..", "../runs/b", "b/", "/etc", "late"])
+def test_what_cannot_take_its_place_is_refused_and_serving_goes_on(service: Service, name: str):
+    async def story() -> None:
+        with pytest.raises(ReleaseError):
+            await service.load_release(name)
+        with pytest.raises(ReleaseError):
+            await service.activate_release("b")
+        with pytest.raises(ReleaseError):
+            await service.roll_back()
+        assert (await service.recommend("ann", RecommendRequest())).model_version == "m-a"
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_a_link_in_the_releases_folder_is_refused(service: Service, tmp_path: Path):
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "runs" / "b")
+    with pytest.raises(ReleaseError):
+        service.releases.load("link")
+
+
+@pytest.mark.service
+def test_releases_over_http_on_the_admin_listener(tiny_run: Path, tmp_path: Path):
+    import shutil
+
+    import httpx
+
+    from ksa_serving.app import create_app
+    from ksa_serving.command import listen
+    from ksa_serving.server import ReadyServer, server_config
+
+    shutil.copytree(tiny_run, tmp_path / "runs" / "next")
+    (tmp_path / "state").mkdir()
+    first = load_release(tiny_run)
+    log = EventLog(tmp_path / "state", first.tie)
+    service = Service(first, log, MemoryStateStore(10**7), releases=tmp_path / "runs")
+    listeners = [listen("127.0.0.1", 0), listen("127.0.0.1", 0)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    app = create_app(service, admin_port=ports[1])
+    server = ReadyServer(server_config(app, service.settings), service, "ready")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
+    thread.start()
+    while not server.started:
+        threading.Event().wait(0.01)
+    user, admin = (f"http://127.0.0.1:{port}" for port in ports)
+    assert httpx.post(f"{user}/admin/load", json={"run": "next"}).status_code == 404
+    assert httpx.post(f"{admin}/v1/users/ann/recommend", json={}).status_code == 404
+    refused = httpx.post(f"{admin}/admin/load", json={"run": "../next"})
+    assert (refused.status_code, refused.json()["code"]) == (409, "release-refused")
+    assert httpx.post(f"{admin}/admin/load", json={"run": "next"}, timeout=60).status_code == 200
+    assert httpx.post(f"{admin}/admin/activate", json={"run": "next"}).status_code == 200
+    names = [info["run"] for info in httpx.get(f"{admin}/admin/releases").json()["releases"]]
+    assert names[0] == "next"
+    assert httpx.post(f"{user}/v1/users/ann/recommend", json={}).status_code == 200
+    assert httpx.post(f"{admin}/admin/rollback").status_code == 200
+    assert httpx.get(f"{user}/readyz").status_code == 200
+    assert httpx.post(f"{admin}/admin/drain").json()["draining"] is True
+    assert httpx.get(f"{user}/readyz").status_code == 503
+    assert httpx.post(f"{user}/v1/users/ann/recommend", json={}).status_code == 200
+    server.should_exit = True
+    thread.join()
+    for listener in listeners:
+        listener.close()
+
+
+def test_an_index_that_misses_too_much_is_refused(tiny_run: Path):
+    model: Any = load_release(tiny_run).model
+    assert check_recall(model.recommender, num_queries=20) == 1.0
+    search = model.recommender.index.search
+    counter = itertools.count()
+
+    class Lossy:
+        kind, version = "lossy", "v"
+
+        def search(self, vector: Any, k: int, exclude: Any = None) -> Any:
+            rows, scores = search(vector, k, exclude)
+            lost = 5 if next(counter) % 2 else 0
+            return rows[lost:], scores[lost:]
+
+    model.recommender.index = Lossy()
+    with pytest.raises(RunError, match=r"recall@100 of at least 0\.98"):
+        check_recall(model.recommender, num_queries=20)
