@@ -9,6 +9,7 @@ gathered lies in the bucket's folder until the third pass (`part.py`) has the vo
     old.parquet    the histories of these users that the data set already has
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class Known:
     """Table of item_id and item_index."""
     event_types: tuple[str | None, ...]
     """By index."""
+    columns: frozenset[str]
+    """Of the optional ones, event_type and event_id, those it has."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,12 @@ def keep_items(gathered: Gathered, kept: set[str] | None, min_user_events: int) 
     dropped = events.height - frequent.height, frequent.height - active.height
     if active.is_empty():
         return None, *dropped
-    return _settle(gathered.bucket, gathered.folder, active, gathered.tied, gathered.duplicates), *dropped
+    # A folder of its own: a task that was killed runs again, from what was there before.
+    folder = gathered.folder / "kept"
+    folder.mkdir(exist_ok=True)
+    for name in (USERS, ITEMS):
+        shutil.copyfile(gathered.folder / name, folder / name)
+    return _settle(gathered.bucket, folder, active, gathered.tied, gathered.duplicates), *dropped
 
 
 def item_counts(folder: Path) -> pl.DataFrame:

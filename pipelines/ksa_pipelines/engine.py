@@ -14,6 +14,8 @@ class Engine(Protocol):
 
     workers: int
     """Tasks that run at a time and share the memory."""
+    processes: int
+    """Processes they run in."""
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """Yield each task's result, in order of tasks."""
@@ -29,6 +31,7 @@ class LocalEngine:
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
+        self.processes = 1
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """Yield each task's result, in order of tasks; the first error stops the rest."""

@@ -21,6 +21,7 @@ from ksa_pipelines.spill import Spilled, SpillTask, refuse_mixed_columns, spill
 from ksa_pipelines.ties import TiedPairs
 from ksa_pipelines.vocab import ItemCounts
 from recsys_ksa.data.manifest import Forgotten, SourceLog
+from recsys_ksa.errors import SchemaError
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,13 @@ class Ingested:
     buckets: tuple[Gathered, ...]
     source: SourceLog
     tied: TiedPairs
-    num_buckets: int
     has_event_type: bool
     has_event_id: bool
 
     @property
     def last_timestamp(self) -> int:
         """Of the log's events."""
-        return max(bucket.last_timestamp for bucket in self.buckets)
+        return max((bucket.last_timestamp for bucket in self.buckets), default=0)
 
     def counted(self) -> Counted:
         """Return the log's items and event types, added up a bucket at a time."""
@@ -95,11 +95,15 @@ def ingest(
     ]
     spilled = list(resources.engine.map(spill, tasks))
     refuse_mixed_columns(spilled, [Path(file).name for file in files], log)
+    if known is not None:
+        _refuse_other_columns(known, spilled[0], log)
     rejected = _summed(file.rejected for file in spilled)
     num_rows = sum(file.num_rows for file in spilled)
     report(f"read {num_rows:,} rows{listed('rejected', rejected)}")
     refuse_nothing_left(num_rows - sum(rejected.values()), log, rejected)
-    resources.memory.refuse_large_buckets(np.sum([file.bucket_rows for file in spilled], axis=0), workers, log)
+    resources.memory.refuse_large_buckets(
+        np.sum([file.bucket_rows for file in spilled], axis=0), workers, resources.engine.processes, log
+    )
 
     chunks = _with_arrivals(spilled, first_arrival)
     gather_tasks = [
@@ -123,7 +127,7 @@ def ingest(
     tied = reduce(add, (bucket.tied for bucket in buckets))
     kept = tuple(bucket for bucket in buckets if bucket.num_events)
     columns = spilled[0].columns
-    return Ingested(kept, source, tied, config.num_buckets, "event_type" in columns, "event_id" in columns)
+    return Ingested(kept, source, tied, "event_type" in columns, "event_id" in columns)
 
 
 def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log: str, report: Report) -> Ingested:
@@ -153,6 +157,15 @@ def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log
     source = ingested.source
     refuse_nothing_left(num_events, log, source.rejected | source.duplicates | filtered)
     return replace(ingested, buckets=buckets, source=source.model_copy(update={"filtered": filtered}))
+
+
+def _refuse_other_columns(known: Known, spilled: Spilled, log: str) -> None:
+    there = {name for name in ("event_type", "event_id") if name in spilled.columns}
+    if there != known.columns:
+        raise SchemaError(
+            f"{log}: expected the optional columns of the data set ({', '.join(sorted(known.columns)) or 'none'}), got "
+            f"{', '.join(sorted(there)) or 'none'}. Map or leave out columns in the prepare file ([columns])."
+        )
 
 
 def _with_arrivals(spilled: Sequence[Spilled], first_arrival: int) -> tuple[tuple[Path, int], ...]:

@@ -42,19 +42,20 @@ class Memory:
         """Return how many rows of a log each of some workers may read at a time."""
         return int(np.clip((self.num_bytes - BASE) // (2 * workers * BYTES_PER_ROW), 1 << 14, 1 << 19))
 
-    def refuse_large_buckets(self, rows: NDArray[np.int64], workers: int, log: str) -> None:
+    def refuse_large_buckets(self, rows: NDArray[np.int64], workers: int, processes: int, log: str) -> None:
         """Refuse a log whose largest buckets do not fit, one a worker.
 
         Args:
             rows: rows of each bucket, int64 [num_buckets].
             workers: buckets held at a time.
+            processes: that hold them.
             log: what the user called it.
 
         Raises:
             DataError: it says how many buckets or how much memory would do.
         """
         held, largest = np.sort(rows)[-workers:], int(rows.argmax())
-        need = BASE + int(held.sum()) * BYTES_PER_EVENT
+        need = processes * BASE + int(held.sum()) * BYTES_PER_EVENT
         if need > self.num_bytes:
             buckets = len(rows) * 2 ** int(np.ceil(np.log2(need / self.num_bytes)) + 1)
             raise DataError(

@@ -1,5 +1,6 @@
 """Third pass: a gathered bucket becomes its part of the data set, one row a user, in the one order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from ksa_pipelines.ingest import Ingested
 from ksa_pipelines.split import Split, split_positions
 from ksa_pipelines.ties import sort_by_order
 from ksa_pipelines.write import WORK, write_part
-from recsys_ksa.data.manifest import Manifest
 from recsys_ksa.data.parts import part_name
 from recsys_ksa.order import TieKind
 
@@ -65,7 +65,7 @@ def write_parts(
     directory: Path,
     version: int,
     engine: Engine,
-    known: Manifest | None = None,
+    numbered: Sequence[int],
 ) -> tuple[int, ...]:
     """Write a version's part of each gathered bucket into `directory`; return how many users each bucket numbers now.
 
@@ -76,16 +76,15 @@ def write_parts(
         directory: the data set.
         version: that is being made.
         engine: where the work runs.
-        known: the version before, where the log is appended.
+        numbered: users that have a number already, by bucket.
     """
     items = directory / WORK / "log_items.arrow"
     write_frame(log_items(catalogue, counted, hashed=tie == "hash"), items)
-    num_buckets = known.num_buckets if known is not None else ingested.num_buckets
-    numbered = list(known.numbered_users) if known is not None else [0] * num_buckets
+    now = list(numbered)
     tasks = [
         PartTask(
             bucket=gathered.bucket,
-            num_buckets=num_buckets,
+            num_buckets=len(numbered),
             numbered=numbered[gathered.bucket],
             folder=gathered.folder,
             items=items,
@@ -97,8 +96,8 @@ def write_parts(
         for gathered in ingested.buckets
     ]
     for task, count in zip(tasks, engine.map(write_bucket, tasks)):
-        numbered[task.bucket] = count
-    return tuple(numbered)
+        now[task.bucket] = count
+    return tuple(now)
 
 
 def number_users(task: PartTask, events: pl.DataFrame) -> pl.DataFrame:

@@ -52,7 +52,8 @@ def prepare(
         counted = ingested.counted()
         catalogue = extend_catalogue(None, counted, items, config, report)
         split = global_cuts(config.split, config.clock, ingested.last_timestamp)
-        numbered = write_parts(ingested, counted, catalogue, tie.kind, split, directory, 0, resources.engine)
+        nobody = [0] * config.num_buckets
+        numbered = write_parts(ingested, counted, catalogue, tie.kind, split, directory, 0, resources.engine, nobody)
         report(f"ordered {sum(numbered):,} histories")
         write_catalogue(catalogue, directory, 0)
         gather_quarantine(work, directory / quarantine_name(0))

@@ -36,6 +36,8 @@ class Quarantine:
             rows: mapped rows with `ROW` and the reason.
             file: number of the file in the log.
         """
+        if rows.is_empty():
+            return
         texts = [pl.col(name).str.slice(0, MAX_TEXT) for name in rows.columns if rows[name].dtype == pl.String]
         table = to_arrow(
             rows.with_columns(texts).select(pl.lit(file).alias("file"), pl.col(ROW).alias("row"), pl.exclude(ROW))

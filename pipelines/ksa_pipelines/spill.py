@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ksa_pipelines.arrow import to_arrow
-from ksa_pipelines.checks import REASON, mark_rejected, refuse_milliseconds
+from ksa_pipelines.checks import FORGOTTEN, REASON, mark_rejected, refuse_milliseconds
 from ksa_pipelines.columns import column_kinds, map_columns
 from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.quarantine import Quarantine
@@ -76,7 +76,7 @@ def spill(task: SpillTask) -> Spilled:
             bad = batch.filter(pl.col(REASON).is_not_null())
             if bad.height:
                 rejected.update(tally(bad[REASON]))
-                quarantine.write(bad, task.number)
+                quarantine.write(bad.filter(pl.col(REASON) != FORGOTTEN), task.number)
                 batch = batch.filter(pl.col(REASON).is_null())
             if batch.height:
                 path = task.folder / f"chunk-{task.number:06d}-{len(chunks):06d}.arrow"

@@ -68,9 +68,12 @@ def number_categories(counts: pl.DataFrame, known: pl.DataFrame | None = None) -
     """
     if known is None:
         known = pl.DataFrame({"index": [0], "value": [None], "count": [0]}, schema=_VOCABULARY)
-    added = counts.rename({"count": "added"})
-    known = known.join(added, on="value", how="left", nulls_equal=True, maintain_order="left")
-    known = known.select("index", "value", pl.col("count") + pl.col("added").fill_null(0))
+    # A null beside row 0 is a category that `ksa forget` blanked; nothing is ever counted for it again.
+    added = counts.select("value", pl.col("count").alias("added"))
+    unknown = added.filter(pl.col("value").is_null())["added"].sum()
+    known = known.join(added, on="value", how="left", maintain_order="left")
+    more = pl.when(pl.col("index") == 0).then(unknown).otherwise(pl.col("added").fill_null(0))
+    known = known.select("index", "value", pl.col("count") + more)
     new = counts.drop_nulls("value").join(known, on="value", how="anti").sort(pl.col("value").cast(pl.Binary))
     new = new.with_row_index("index", offset=known.height).select(_VOCABULARY.names())
     return pl.concat([known, new.cast(_VOCABULARY)])

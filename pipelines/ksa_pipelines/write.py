@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,8 @@ from recsys_ksa.errors import DataError
 
 WORK = ".work"
 """Folder inside a data set where a log is worked on; gone at the end."""
+PART_OPTIONS: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+"""How a part is written."""
 
 
 def refuse_existing(target: Path) -> None:
@@ -44,20 +47,20 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         unfinished = _unfinished_sibling(target)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     try:
         yield unfinished
         for folder, _, names in os.walk(unfinished):
             for name in names:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
+                sync(Path(folder) / name)
+            sync(Path(folder))
         refuse_existing(target)
         unfinished.rename(target)
-        _sync(target.absolute().parent)
+        sync(target.absolute().parent)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError):
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         raise
 
 
@@ -69,7 +72,8 @@ def _unfinished_sibling(target: Path) -> Path:
     return folder
 
 
-def _cannot_write(target: Path, error: OSError) -> DataError:
+def cannot_write(target: Path, error: OSError) -> DataError:
+    """Return the error for a disk that refuses."""
     return DataError(f"{target}: expected to write it, got: {error.strerror or error}. Check the folder and its space.")
 
 
@@ -80,15 +84,21 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def write_part(histories: pa.Table, path: Path) -> None:
-    """Write a part, users by index, in row groups of about `ROW_GROUP_EVENTS` events."""
+    """Write a part, users by index."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ends = histories.column("item_index").combine_chunks().offsets.to_numpy()[1:]
+    with pq.ParquetWriter(str(path), histories.schema, **PART_OPTIONS) as writer:
+        for group in row_groups(histories):
+            writer.write_table(group, row_group_size=group.num_rows)
+
+
+def row_groups(histories: pa.Table) -> Iterator[pa.Table]:
+    """Yield the rows in tables of about `ROW_GROUP_EVENTS` events."""
+    offsets = histories.column("item_index").combine_chunks().offsets.to_numpy()
+    ends = offsets[1:] - offsets[0]
     cuts = np.searchsorted(ends, np.arange(ROW_GROUP_EVENTS, ends[-1], ROW_GROUP_EVENTS)) + 1
     cuts = np.unique(np.concatenate([[0], cuts, [histories.num_rows]]))
-    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
-    with pq.ParquetWriter(str(path), histories.schema, **options) as writer:
-        for first, last in zip(cuts.tolist(), cuts[1:].tolist()):
-            writer.write_table(histories.slice(first, last - first), row_group_size=last - first)
+    for first, last in zip(cuts.tolist(), cuts[1:].tolist()):
+        yield histories.slice(first, last - first)
 
 
 def hash_files(directory: Path, paths: Iterable[Path]) -> dict[str, str]:
@@ -96,7 +106,8 @@ def hash_files(directory: Path, paths: Iterable[Path]) -> dict[str, str]:
     return {path.relative_to(directory).as_posix(): file_hash(path) for path in sorted(paths)}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -105,7 +105,7 @@ def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
         DataError: a part is missing or altered, or all together are not what the manifest says.
     """
     parts = checked_parts(Path(directory), manifest)
-    tables = [with_global_split(block, manifest.split) for block in blocks(parts, manifest.counts.events)]
+    tables = [with_global_split(block, manifest.split) for block in blocks(parts)]
     digest = ContentHash(tables[0].schema)
     for table in tables:
         digest.update(table)
@@ -142,7 +142,7 @@ def _merge_into(path: Path, parts: Sequence[Part], split: dict[str, dict[str, in
     digest = ContentHash(schema)
     lengths = []
     with path.open("r+b") as file:
-        for block in _read_ahead(blocks(parts, num_events)):
+        for block in _read_ahead(blocks(parts)):
             digest.update(block)
             layout.write(file.fileno(), with_global_split(block, split))
             lengths.append(_call("list_value_length", block.column("item_index")))

@@ -103,8 +103,8 @@ class Dataset:
         return {item: index for index, item in enumerate(self.items.item_id) if item is not None}
 
 
-def open_dataset(path: Path | str) -> Dataset:
-    """Open the data set that `ksa prepare` wrote at `path`.
+def open_dataset(path: Path | str, version: int | None = None) -> Dataset:
+    """Open the data set that `ksa prepare` wrote at `path`: the current version, or an earlier one.
 
     The sha256 of every file read is compared with the manifest, the cache's with its seal; a missing cache is
     rebuilt from the parts. The version that the manifest names is read whole, whatever is appended meanwhile.
@@ -113,10 +113,12 @@ def open_dataset(path: Path | str) -> Dataset:
         DataError: it is no data set, of another format version, damaged or altered.
     """
     path = Path(path)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, version)
     try:
         return _open(path, manifest)
     except DataError:
+        if version is not None:
+            raise
         now = read_manifest(path)
         if now.version == manifest.version:
             raise

@@ -138,6 +138,12 @@ class Manifest(Strict):
     files: dict[str, str] = Field(default_factory=dict)
     """sha256 of every file but this one and the cache, by path relative to the data set."""
 
+    @property
+    def tables(self) -> list[str]:
+        """Names of the items and vocabularies; `table_file` says where they lie."""
+        names = [*(("event_type",) if self.has_event_type else ()), *self.side_features]
+        return ["items.parquet", *(f"vocab/{name}.parquet" for name in names)]
+
     def table_file(self, name: str) -> str:
         """Return where this version's `items.parquet` or `vocab/<name>.parquet` lies in the data set."""
         return versioned(name, self.tables_version)
@@ -162,18 +168,23 @@ def versioned(name: str, version: int) -> str:
     return str(path.with_stem(f"{path.stem}-{version:05d}")) if version else name
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read and check manifest.json.
+def earlier_versions(directory: Path) -> list[int]:
+    """Return the versions of a data set before the current one that are still there."""
+    return sorted(int(path.stem) for path in (Path(directory) / "manifests").glob("[0-9]*.json"))
+
+
+def read_manifest(directory: Path, version: int | None = None) -> Manifest:
+    """Read and check the manifest of the current version, or of an earlier one.
 
     Raises:
         DataError: it is missing, broken, or of another format version.
     """
-    path = Path(directory) / MANIFEST
+    path = Path(directory) / (MANIFEST if version is None else f"manifests/{version:05d}.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{directory}: expected a prepared data set ({MANIFEST}), got: {error.strerror}. Run `ksa prepare` first."
+            f"{directory}: expected a prepared data set ({path.name}), got: {error.strerror}. Run `ksa prepare` first."
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: expected JSON, got: {error}. Prepare the data set again.") from error

@@ -51,12 +51,19 @@ class Part:
     newest: NDArray[np.bool_] = field(init=False)
     """[rows] whether no later part has this user."""
 
+    num_events: int = field(init=False)
+    """In all rows."""
+
     def __post_init__(self) -> None:
         file = pq.ParquetFile(self.path)
         self.users = file.read(["user_index"]).column(0).to_numpy()
         self.newest = np.ones(len(self.users), dtype=bool)
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        self._ends = np.cumsum(sizes, dtype=np.int64)
+        metadata = file.metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        columns = range(metadata.num_columns)
+        leaf = next(number for number in columns if metadata.schema.column(number).path.startswith("item_index."))
+        self.num_events = sum(group.column(leaf).num_values for group in groups)
+        self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
         self._group, self._held, self._row = 0, None, 0
 
     def before(self, user_index: int) -> pa.Table | None:
@@ -86,10 +93,11 @@ def open_parts(directory: Path, names: Sequence[str], columns: Sequence[str] | N
     return parts
 
 
-def blocks(parts: Sequence[Part], num_events: int) -> Iterator[pa.Table]:
+def blocks(parts: Sequence[Part]) -> Iterator[pa.Table]:
     """Yield the newest rows of all parts by user_index, in tables of about `BLOCK_EVENTS` events."""
     users = np.sort(np.concatenate([part.users[part.newest] for part in parts])) if parts else np.empty(0, np.int64)
-    step = max(1, round(len(users) * BLOCK_EVENTS / max(num_events, 1)))
+    num_events = sum(part.num_events * part.newest.mean() for part in parts if len(part.users))
+    step = max(1, int(len(users) * BLOCK_EVENTS / max(num_events, 1)))
     for first in range(0, len(users), step):
         last = users[min(first + step, len(users)) - 1]
         tables = [table for part in parts if (table := part.before(int(last) + 1)) is not None]

@@ -70,6 +70,7 @@ def test_prepare_runs_where_torch_is_not(log, tmp_path):
 
 
 def test_loading_the_verb_loads_neither_polars_nor_pyarrow():
-    code = "import sys, ksa_pipelines.command\nassert not {'polars', 'pyarrow', 'numpy', 'torch'} & set(sys.modules)\n"
+    heavy = {"polars", "pyarrow", "numpy", "torch"}
+    code = f"import sys, ksa_pipelines.commands.prepare\nassert not {heavy} & set(sys.modules)\n"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

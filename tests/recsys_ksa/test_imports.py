@@ -16,7 +16,7 @@ LIBRARY = [
     "recsys_ksa.commands.evaluate",
 ]
 SERVICE = ["ksa_serving.app", "ksa_serving.service", "ksa_serving.command"]
-PIPELINES = ["ksa_pipelines.command", "ksa_pipelines.prepare", "recsys_ksa.data.dataset"]
+PIPELINES = ["ksa_pipelines.commands.prepare", "ksa_pipelines.prepare", "recsys_ksa.data.dataset"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """`ksa prepare`: a log becomes a prepared data set. Imports nothing heavy until it runs."""
 
 import argparse
-import sys
-import time
 from pathlib import Path
 
+from ksa_pipelines.commands.arguments import add_resources, resources_of, step_report
 from recsys_ksa.cli import Verb
 
 
@@ -18,27 +17,18 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clock", choices=["unix", "relative", "ordinal"], help="what a timestamp is (default: unix)")
     parser.add_argument("--num-buckets", type=int, metavar="N", help="buckets of users, one part each (default: 64)")
-    parser.add_argument("--memory", default="4GiB", help="memory that all processes together may take (default: 4GiB)")
+    add_resources(parser)
 
 
 def _run(args: argparse.Namespace) -> None:
     from ksa_pipelines.config import PrepareConfig
-    from ksa_pipelines.engine import LocalEngine
-    from ksa_pipelines.ingest import Resources
-    from ksa_pipelines.memory import Memory
     from ksa_pipelines.prepare import prepare
     from recsys_ksa.config import load_config, parse_config
 
     config = load_config(PrepareConfig, args.config) if args.config else parse_config(PrepareConfig, {}, "ksa prepare")
     said = {name: getattr(args, name) for name in ("tie", "clock", "num_buckets") if getattr(args, name) is not None}
     config = parse_config(PrepareConfig, config.model_dump() | said, "ksa prepare")
-    began = time.monotonic()
-
-    def report(line: str) -> None:
-        print(f"[{time.monotonic() - began:5.1f} s] {line}", file=sys.stderr)
-
-    resources = Resources(LocalEngine(), Memory.parse(args.memory))
-    counts = prepare(args.log, args.out, config, args.items, report, resources).counts
+    counts = prepare(args.log, args.out, config, args.items, step_report(), resources_of(args)).counts
     print(
         f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events; histories of "
         f"{counts.shortest_history:,} to {counts.longest_history:,} events, median {counts.median_history:,.0f}"

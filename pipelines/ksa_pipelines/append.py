@@ -1,0 +1,138 @@
+"""A new log on top of a data set, at the cost of what it touches: one delta part for each touched bucket.
+
+A delta part holds the whole rows of the users that the log touches, late events in their place by the one order.
+Known users, items and categories keep their numbers; new ones come after. Appending the manifest's logs one after
+the other to nothing gives the same content hash and vocabularies again.
+"""
+
+from pathlib import Path
+
+from ksa_pipelines.arrow import write_frame
+from ksa_pipelines.bucket import Known
+from ksa_pipelines.catalogue import extend_catalogue, read_catalogue, write_catalogue
+from ksa_pipelines.change import changing
+from ksa_pipelines.config import ColumnsConfig, PrepareConfig
+from ksa_pipelines.ingest import Resources, ingest
+from ksa_pipelines.part import write_parts
+from ksa_pipelines.quarantine import gather_quarantine, quarantine_name
+from ksa_pipelines.report import Report
+from ksa_pipelines.split import global_cuts
+from ksa_pipelines.write import hash_files
+from recsys_ksa import __version__
+from recsys_ksa.config import parse_config
+from recsys_ksa.data.cache import write_cache
+from recsys_ksa.data.manifest import Counts, Manifest, versioned
+from recsys_ksa.data.parts import all_parts, checked_parts, numbered_users, part_name, parts_by_bucket
+from recsys_ksa.errors import DataError
+
+
+def append_log(
+    dataset: Path,
+    log: str,
+    report: Report,
+    *,
+    items: str | None = None,
+    columns: ColumnsConfig | None = None,
+    resources: Resources = Resources(),  # noqa: B008  frozen
+) -> Manifest:
+    """Append a log to a prepared data set; return the manifest of the new version.
+
+    Args:
+        dataset: as `ksa prepare` wrote it.
+        log: a file, a folder, a pattern or an address, mapped and checked as the first log was.
+        report: is told what each step did.
+        items: an items file that describes the log's new items, or None.
+        columns: names of the log's columns where they are not those of the first log.
+        resources: where the work runs and what it may take.
+
+    Raises:
+        SchemaError: as for `prepare`; or the log has other optional columns than the data set.
+        DataError: as for `prepare`; or the data set was filtered, or is being changed by another process.
+    """
+    with changing(dataset) as change:
+        before = change.before
+        config = _config(before, dataset, columns)
+        known_catalogue = read_catalogue(dataset, before)
+        parts = {bucket: tuple(names) for bucket, names in parts_by_bucket(before.files).items()}
+        checked_parts(dataset, before)
+        change.work.mkdir()
+        known = Known(
+            dataset=dataset,
+            parts=parts,
+            items=change.work / "known_items.arrow",
+            event_types=known_catalogue.event_types() or (),
+            columns=_optional_columns(before),
+        )
+        write_frame(known_catalogue.items.select("item_id", "item_index").drop_nulls("item_id"), known.items)
+        last = before.logs[-1]
+        ingested = ingest(
+            log,
+            config,
+            change.work,
+            resources,
+            report,
+            known=known,
+            forgotten=before.forgotten,
+            number=len(before.logs),
+            first_arrival=last.first_arrival + last.num_rows,
+        )
+        counted = ingested.counted()
+        catalogue = extend_catalogue(known_catalogue, counted, items, config, report)
+        split = global_cuts(config.split, config.clock, max(ingested.last_timestamp, _log_end(before)))
+        numbered = before.numbered_users or tuple(
+            numbered_users(dataset, parts.get(bucket, ()), before.num_buckets) for bucket in range(before.num_buckets)
+        )
+        numbered = write_parts(
+            ingested, counted, catalogue, before.tie, split, change.path, change.version, resources.engine, numbered
+        )
+        report(f"touched {len(ingested.buckets)} buckets")
+        write_catalogue(catalogue, dataset, change.version)
+        quarantine = dataset / quarantine_name(len(before.logs))
+        gather_quarantine(change.work, quarantine)
+
+        old_tables = {before.table_file(name) for name in before.tables}
+        written = [dataset / versioned(name, change.version) for name in before.tables]
+        written += [dataset / part_name(change.version, gathered.bucket) for gathered in ingested.buckets]
+        written += [quarantine] if quarantine.exists() else []
+        files = {name: digest for name, digest in before.files.items() if name not in old_tables}
+        files |= hash_files(dataset, written)
+        merged = write_cache(dataset, all_parts(dataset, files), split, change.version)
+        after = before.model_copy(
+            update={
+                "code_version": __version__,
+                "version": change.version,
+                "tables_version": change.version,
+                "content_hash": merged.content_hash,
+                "split_hash": merged.split_hash,
+                "counts": Counts.of(merged.lengths, catalogue.num_items),
+                "split": split,
+                "logs": (*before.logs, ingested.source),
+                "items_files": catalogue.items_files,
+                "items_described": catalogue.items_described,
+                "numbered_users": numbered,
+                "files": dict(sorted(files.items())),
+            }
+        )
+        change.publish(after, keep_earlier=True)
+    report(f"{dataset}: version {after.version}, content hash {after.content_hash[:12]}")
+    return after
+
+
+def _config(before: Manifest, dataset: Path, columns: ColumnsConfig | None) -> PrepareConfig:
+    config = parse_config(PrepareConfig, before.config, str(dataset))
+    if config.min_item_count > 1 or config.min_user_events > 1:
+        raise DataError(
+            f"{dataset}: expected a data set without filters, this one has min_item_count {config.min_item_count} and "
+            f"min_user_events {config.min_user_events}: a later log would change what was dropped. Prepare it without "
+            "them, and filter with `ksa view`."
+        )
+    return config if columns is None else config.model_copy(update={"columns": columns})
+
+
+def _optional_columns(manifest: Manifest) -> frozenset[str]:
+    there = {"event_type": manifest.has_event_type, "event_id": manifest.has_event_id}
+    return frozenset(name for name, has in there.items() if has)
+
+
+def _log_end(manifest: Manifest) -> int:
+    return manifest.split["global"]["log_end"] if "global" in manifest.split else 0

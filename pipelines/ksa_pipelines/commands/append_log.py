@@ -1,0 +1,39 @@
+"""`ksa append-log`: tomorrow's log on top of a data set."""
+
+import argparse
+from pathlib import Path
+
+from ksa_pipelines.commands.arguments import add_resources, resources_of, step_report
+from recsys_ksa.cli import Verb
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DS", type=Path, help="as `ksa prepare` wrote it")
+    parser.add_argument("log", metavar="NEW_LOG", help="a file, a folder, a pattern in quotes, or an address")
+    parser.add_argument("--items", metavar="FILE", help="items file that describes the new items")
+    parser.add_argument("--config", metavar="PREPARE.toml", type=Path, help="column names, where they are others")
+    add_resources(parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ksa_pipelines.append import append_log
+    from ksa_pipelines.config import PrepareConfig
+    from recsys_ksa.config import load_config
+
+    columns = load_config(PrepareConfig, args.config).columns if args.config else None
+    after = append_log(
+        args.dataset, args.log, step_report(), items=args.items, columns=columns, resources=resources_of(args)
+    )
+    counts = after.counts
+    print(
+        f"{args.dataset}: version {after.version}, {counts.users:,} users, {counts.items:,} items, "
+        f"{counts.events:,} events"
+    )
+
+
+verb = Verb(
+    summary="append a log to a prepared data set, at the cost of what it touches",
+    example="ksa append-log data/shop events-2024-06-02.parquet",
+    configure=_configure,
+    run=_run,
+)
