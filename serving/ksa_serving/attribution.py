@@ -83,7 +83,7 @@ class _Look:
             if isinstance(network.request, torch.nn.Embedding):
                 self._asked = self._asked + network.request(bucket)
             rotary = rotary_table(position, network.config.head_dim, exact)
-            query, self._gate = block.event.queries(block.event.norm(self._asked), rotary)
+            query, self._gate = block.event.queries(self._asked, rotary)
         rows, chunk, num_old = _visible_rows(recommender, state)
         weight, value = _attention(query[0], rows)
         self.chunks, place = torch.unique(chunk, return_inverse=True)
@@ -97,7 +97,7 @@ class _Look:
         """Return the user vector after each attention output, [n, H, D] -> [n, E (+ 1)], on the CPU."""
         n = len(attended)
         with self._network.arithmetic():
-            attended = attended.to(self._asked)
+            attended = attended.to(self._gate)
             hidden = self._block.finish(self._asked.expand(n, -1), attended, self._gate.expand(n, -1, -1))
         return self._network.user_vectors(hidden).to("cpu", self.whole.dtype)
 
