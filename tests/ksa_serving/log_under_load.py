@@ -13,11 +13,12 @@ import random
 import sys
 from pathlib import Path
 
+from ksa_serving.command import open_store
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent
 from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.service import Service
-from ksa_serving.state_store import MemoryStateStore
+from ksa_serving.settings import ServeSettings
 from ksa_serving.testing import toy_release
 
 NUM_USERS = 5
@@ -28,6 +29,15 @@ def story_event(number: int) -> NewEvent:
     timestamp = 1_000_000 + number // 3 - (500 if number % 7 == 0 else 0)
     # The item names the event, so that events without an id are told apart too.
     return NewEvent(f"item-{number}", timestamp, f"e{number}" if number % 2 else None, ("view", "buy")[number % 2])
+
+
+def open_service(directory: Path) -> Service:
+    """Return a service with a cold store, memory too small for all users, and a little to write down often."""
+    release, settings = toy_release(), ServeSettings(state_bytes=4000, spill_events=8, cold_bytes=2 * 10**7)
+    log = EventLog(directory, "arrival")
+    models = {release.state_fingerprint: release.model}
+    store = open_store("lmdb", directory, models, log.salt, settings)
+    return Service(release, log, store, settings, models=models)
 
 
 async def keep_events(service: Service, draw: random.Random, number: int) -> None:
@@ -44,12 +54,12 @@ async def keep_events(service: Service, draw: random.Random, number: int) -> Non
         outcomes = [[n, result.status] for n, result in zip(numbers, answer.results)]
         print(json.dumps([f"user-{user}", outcomes]), flush=True)
         sent += new
-        if draw.random() < 0.2:
+        if draw.random() < 0.4:
             await service.recommend(f"user-{user}", RecommendRequest(k=1))
 
 
 async def main(directory: Path, seed: int) -> None:
-    service = Service(toy_release(), EventLog(directory, "arrival"), MemoryStateStore(10**7))
+    service = open_service(directory)
     print("ready", flush=True)
     senders = range(seed * 4, seed * 4 + 4)
     await asyncio.gather(*(keep_events(service, random.Random(n), n * 1_000_000) for n in senders))

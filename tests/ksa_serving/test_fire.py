@@ -1,0 +1,128 @@
+"""Deletion under fire, and cancelled calls to a real Redis: nobody comes back, nobody gets another's answer."""
+
+import asyncio
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksa_serving.command import open_store
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import NewEvent, Owner
+from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
+from ksa_serving.service import Service
+from ksa_serving.settings import ServeSettings
+from ksa_serving.testing import toy_release
+
+pytestmark = pytest.mark.service
+NUM_CANCELLED = int(os.environ.get("KSA_CANCELLED", "1000"))
+"""10^5 with `make nightly FULL=1`."""
+MakeService = Callable[..., Service]
+
+
+def open_service(folder: Path, store: str) -> Service:
+    folder.mkdir(exist_ok=True)
+    release, settings = toy_release(), ServeSettings(state_bytes=3000, spill_events=4, cold_bytes=10**8)
+    log = EventLog(folder, "arrival")
+    models = {release.state_fingerprint: release.model}
+    opened = open_store(store, folder, models, log.salt, settings)
+    return Service(release, log, opened, settings, models=models)
+
+
+def test_deleted_users_stay_deleted_while_everyone_reads_and_writes(tmp_path: Path, seed: int):
+    draw = random.Random(seed)
+    service = open_service(tmp_path, "lmdb")
+
+    async def story() -> None:
+        stop = asyncio.Event()
+
+        async def others(name: str) -> None:
+            n = 0
+            while not stop.is_set():
+                await service.post_events(name, EventsRequest([EventMessage(f"item-{n % 30}", 1000 + n, f"e{n}")]))
+                await service.recommend(name, RecommendRequest(k=1))
+                n += 1
+
+        async def doomed(name: str) -> None:
+            events = [EventMessage(f"secret-{name}-{n}", 1000 + n, f"e{n}") for n in range(draw.randint(20, 60))]
+            await service.post_events(name, EventsRequest(events))
+            asking = [asyncio.create_task(service.recommend(name, RecommendRequest(k=1))) for _ in range(4)]
+            await asyncio.sleep(draw.random() * 0.01)
+            await service.forget(name)
+            answers = await asyncio.gather(*asking)
+            assert {answer.num_events for answer in answers} <= {0, len(events)}
+            assert (await service.recommend(name, RecommendRequest(k=1))).num_events == 0
+
+        crowd = [asyncio.create_task(others(f"u{n}")) for n in range(4)]
+        for start in range(0, 60, 6):
+            await asyncio.gather(*(doomed(f"d{n}") for n in range(start, start + 6)))
+        stop.set()
+        await asyncio.gather(*crowd)
+        await service.close()
+
+    asyncio.run(story())
+    again = open_service(tmp_path, "lmdb")  # after a restart too, and not a byte is left
+    while again.log.purging:
+        pass
+    assert again.store.purge()
+    for n in range(60):
+        assert again.log.head(Owner(f"d{n}")).num_events == 0
+    for file in tmp_path.iterdir():
+        assert b"secret-" not in file.read_bytes(), file
+    again.store.close()
+    again.log.close()
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed: packaging/system.sh")
+def test_cancelled_questions_never_give_one_user_anothers_answer(tmp_path: Path, redis_url: str, seed: int):
+    draw = random.Random(seed)
+    service = open_service(tmp_path, redis_url)
+    users = [f"u{n}" for n in range(20)]
+    for number, user in enumerate(users):  # each user's items are its own, and so is its number of events
+        service.log.append(Owner(user), [NewEvent(f"{user}-{n}", n) for n in range(40 + number)])
+        service.states.current(Owner(user))
+
+    async def story() -> None:
+        cancelled = answered = 0
+        while cancelled < NUM_CANCELLED:
+            asked = [(user, draw.random() < 0.8) for user in draw.choices(users, k=16)]
+            tasks = [asyncio.create_task(service.recommend(user, RecommendRequest(k=1))) for user, _ in asked]
+            for task, (_, cancel) in zip(tasks, asked):
+                if cancel:
+                    await asyncio.sleep(0 if draw.random() < 0.5 else draw.random() * 0.001)
+                    task.cancel()
+            for (user, _), answer in zip(asked, await asyncio.gather(*tasks, return_exceptions=True)):
+                if isinstance(answer, BaseException):
+                    assert isinstance(answer, asyncio.CancelledError), answer
+                    cancelled += 1
+                else:
+                    assert answer.num_events == 40 + int(user[1:])
+                    answered += 1
+        assert answered
+        assert service.store.hits["cold"] > 0  # type: ignore[attr-defined]
+        assert service.store.misses["owner"] == 0
+        for user in users:
+            record, _ = service.states.current(Owner(user))
+            assert record.state.seen == {f"{user}-{n}" for n in range(40 + int(user[1:]))}
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_the_service_answers_while_redis_is_away(tmp_path: Path):
+    service = open_service(tmp_path, "redis://127.0.0.1:1/0")
+
+    async def story() -> None:
+        for n in range(40):
+            await service.post_events("ann", EventsRequest([EventMessage(f"item-{n}", n)]))
+            answer: Any = await service.recommend("ann", RecommendRequest(k=1))
+            assert answer.num_events == n + 1
+        await service.forget("ann")
+        service.draining = True  # the deletion is still owed to the server; closing does not wait for it
+        await service.close()
+
+    asyncio.run(story())
