@@ -11,7 +11,7 @@ from ksa_pipelines.arrow import write_frame
 from ksa_pipelines.bucket import Known
 from ksa_pipelines.catalogue import extend_catalogue, read_catalogue, write_catalogue
 from ksa_pipelines.change import changing
-from ksa_pipelines.config import ColumnsConfig, PrepareConfig
+from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.ingest import Resources, ingest
 from ksa_pipelines.part import write_parts
 from ksa_pipelines.quarantine import gather_quarantine, quarantine_name
@@ -32,7 +32,7 @@ def append_log(
     report: Report,
     *,
     items: str | None = None,
-    columns: ColumnsConfig | None = None,
+    mapping: PrepareConfig | None = None,
     resources: Resources = Resources(),  # noqa: B008  frozen
 ) -> Manifest:
     """Append a log to a prepared data set; return the manifest of the new version.
@@ -42,7 +42,8 @@ def append_log(
         log: a file, a folder, a pattern or an address, mapped and checked as the first log was.
         report: is told what each step did.
         items: an items file that describes the log's new items, or None.
-        columns: names of the log's columns where they are not those of the first log.
+        mapping: how the log is read and its columns are named (`[read]`, `[columns]`), where that is not as it was
+            for the first log; the rest of it is ignored.
         resources: where the work runs and what it may take.
 
     Raises:
@@ -51,7 +52,7 @@ def append_log(
     """
     with changing(dataset) as change:
         before = change.before
-        config = _config(before, dataset, columns)
+        config = _config(before, dataset, mapping)
         known_catalogue = read_catalogue(dataset, before)
         parts = {bucket: tuple(names) for bucket, names in parts_by_bucket(before.files).items()}
         checked_parts(dataset, before)
@@ -118,7 +119,7 @@ def append_log(
     return after
 
 
-def _config(before: Manifest, dataset: Path, columns: ColumnsConfig | None) -> PrepareConfig:
+def _config(before: Manifest, dataset: Path, mapping: PrepareConfig | None) -> PrepareConfig:
     config = parse_config(PrepareConfig, before.config, str(dataset))
     if config.min_item_count > 1 or config.min_user_events > 1:
         raise DataError(
@@ -126,7 +127,9 @@ def _config(before: Manifest, dataset: Path, columns: ColumnsConfig | None) -> P
             f"min_user_events {config.min_user_events}: a later log would change what was dropped. Prepare it without "
             "them, and filter with `ksa view`."
         )
-    return config if columns is None else config.model_copy(update={"columns": columns})
+    if mapping is None:
+        return config
+    return config.model_copy(update={"columns": mapping.columns, "read": mapping.read})
 
 
 def _optional_columns(manifest: Manifest) -> frozenset[str]:

@@ -2,14 +2,18 @@
 
 import polars as pl
 
-from ksa_pipelines.config import ColumnsConfig
+from ksa_pipelines.config import ColumnsConfig, ReadConfig
 from ksa_pipelines.sources import ROW
 from recsys_ksa.errors import SchemaError
 
 Schema = dict[str, pl.DataType]
+_PLAIN = ReadConfig()
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
-def map_columns(frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, source: str) -> pl.LazyFrame:
+def map_columns(
+    frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, source: str, read: ReadConfig = _PLAIN
+) -> pl.LazyFrame:
     """Return `ROW`, user_id, item_id (string), timestamp (int64 seconds) and, where there, event_type, event_id.
 
     What cannot be read as such becomes null; `checks.mark_rejected` counts it. Datetimes without a zone are UTC.
@@ -20,7 +24,7 @@ def map_columns(frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, sour
     columns = [pl.col(ROW).cast(pl.UInt64)]
     for target in ("user_id", "item_id"):
         columns.append(id_column(schema, getattr(config, target), source).alias(target))
-    columns.append(_timestamp_column(schema, config.timestamp, source).alias("timestamp"))
+    columns.append(_timestamp_column(schema, config.timestamp, source, read).alias("timestamp"))
     for target in ("event_type", "event_id"):
         name = getattr(config, target)
         if name != "" and (name is not None or target in schema):
@@ -77,21 +81,27 @@ def column_type(schema: Schema, name: str, source: str) -> pl.DataType:
     return schema[name]
 
 
-def _timestamp_column(schema: Schema, name: str, source: str) -> pl.Expr:
+def _timestamp_column(schema: Schema, name: str, source: str, read: ReadConfig) -> pl.Expr:
     kind = column_type(schema, name, source)
     column = pl.col(name)
     if kind.is_integer() or kind == pl.Null:
-        return column.cast(pl.Int64, strict=False)
+        return _seconds(column, read)
     if kind == pl.Datetime or kind == pl.Date:
         return _whole_seconds(column)
     if kind == pl.String:
-        number = column.str.strip_chars().cast(pl.Int64, strict=False)
-        datetime = column.str.strip_chars().str.replace("T", " ", literal=True).str.strip_suffix("Z")
-        parsed = datetime.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False)
-        return pl.coalesce(number, _whole_seconds(parsed))
+        text = column.str.strip_chars()
+        if read.time_format is not None:
+            return _whole_seconds(text.str.to_datetime(read.time_format, time_unit="us", strict=False))
+        plain = text.str.strip_suffix("Z").str.strip_suffix(" UTC").str.replace("T", " ", literal=True)
+        parsed = plain.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False)
+        return pl.coalesce(_seconds(text, read), _whole_seconds(parsed))
     raise SchemaError(
         f"{source}: column {name!r}: expected integers (Unix seconds) or datetimes, got {kind}. Cast the column."
     )
+
+
+def _seconds(column: pl.Expr, read: ReadConfig) -> pl.Expr:
+    return column.cast(pl.Int64, strict=False).floordiv(_PER_SECOND[read.time_unit])
 
 
 def _whole_seconds(datetime: pl.Expr) -> pl.Expr:

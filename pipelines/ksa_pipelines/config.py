@@ -1,17 +1,41 @@
 """What `ksa prepare` is told: column mapping, clock, ties, filters, split. Written as TOML."""
 
 import re
-from typing import Self
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from recsys_ksa.config import Strict
+from recsys_ksa.config import Strict, load_config, parse_config
 from recsys_ksa.data.manifest import Clock
+from recsys_ksa.errors import ConfigError
 from recsys_ksa.order import TieKind
 from recsys_ksa.schema import NUM_BUCKETS
 
 FAR_FUTURE = 4_102_444_800
 """2100-01-01 in Unix seconds."""
+
+
+Format = Literal["parquet", "csv", "ndjson", "ipc", "delta", "iceberg"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
+
+
+class ReadConfig(Strict):
+    """How the log's files are read, where their names do not tell."""
+
+    format: Format | None = None
+    """Unset: by the file's name; a folder with `_delta_log` or Iceberg metadata is a table."""
+    separator: str | None = Field(default=None, min_length=1, max_length=1)
+    """Of CSV. Unset: a comma, or a tab for .tsv and .data."""
+    header: tuple[str, ...] | None = None
+    """Of CSV: names of the columns of files that have no header line."""
+    quoted: bool = True
+    """Of CSV: whether a quote opens a text that may hold separators."""
+    time_unit: TimeUnit = "s"
+    """Of timestamps that are integers."""
+    time_format: str | None = None
+    """Of timestamps that are text, such as `%m/%d/%Y %H:%M`. Unset: integers, or `2020-01-01 12:00:00`."""
 
 
 class ColumnsConfig(Strict):
@@ -70,6 +94,7 @@ class PrepareConfig(Strict):
     """Unix seconds; later events are rejected as far future."""
     num_buckets: int = Field(NUM_BUCKETS, ge=1, le=4096)
     """Buckets of users, one part each; fixed at the first prepare."""
+    read: ReadConfig = ReadConfig()
     columns: ColumnsConfig = ColumnsConfig()
     items: ItemsConfig = ItemsConfig()
     split: SplitConfig = SplitConfig()
@@ -80,3 +105,27 @@ class PrepareConfig(Strict):
         if len(set(names)) != len(names):
             raise ValueError(f"columns: user_id, item_id and timestamp must be three columns, got {names}")
         return self
+
+
+def presets() -> list[str]:
+    """Return the names of the ready mappings for public logs."""
+    folder = resources.files("ksa_pipelines") / "presets"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def resolve_config(preset: str | None, path: Path | None, said: dict[str, Any]) -> PrepareConfig:
+    """Return the preset, overridden by the prepare file, overridden by what the command line said.
+
+    Raises:
+        ConfigError: no such preset, or a value that is none.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets():
+            raise ConfigError(f"--preset: expected one of {', '.join(presets())}, got {preset!r}.")
+        with resources.as_file(resources.files("ksa_pipelines") / "presets" / f"{preset}.toml") as file:
+            values = load_config(PrepareConfig, file).model_dump(exclude_unset=True)
+    if path is not None:
+        for name, value in load_config(PrepareConfig, path).model_dump(exclude_unset=True).items():
+            values[name] = values.get(name, {}) | value if isinstance(value, dict) else value
+    return parse_config(PrepareConfig, values | said, "ksa prepare")

@@ -85,7 +85,7 @@ def ingest(
         SchemaError: a column is missing, of a wrong type, or the times cannot be Unix seconds.
         DataError: a file is missing or broken, nothing is left, or a bucket does not fit the memory.
     """
-    files_format, files = find_files(log)
+    files_format, files = find_files(log, config.read)
     folder.mkdir(parents=True, exist_ok=True)
     workers = resources.engine.workers
     chunk_rows = resources.memory.chunk_rows(workers)

@@ -66,10 +66,11 @@ def spill(task: SpillTask) -> Spilled:
     config, rejected, chunks, num_rows = task.config, Counter[str](), list[Path](), 0
     bucket_rows = np.zeros(config.num_buckets, dtype=np.int64)
     with reading(task.log), Quarantine(task.folder / f"rejected-{task.number:06d}.parquet") as quarantine:
-        raw = scan(task.format, task.file)
+        raw = scan(task.format, task.file, config.read)
         schema = dict(raw.collect_schema())
         columns = column_kinds(config.columns, schema)
-        rows = raw.pipe(map_columns, config.columns, schema, task.log).pipe(mark_rejected, config, task.forgotten)
+        mapped = raw.pipe(map_columns, config.columns, schema, task.log, config.read)
+        rows = mapped.pipe(mark_rejected, config, task.forgotten)
         for batch in rows.collect_batches(chunk_size=task.chunk_rows, maintain_order=True, engine="streaming"):
             num_rows += batch.height
             refuse_milliseconds(batch.lazy(), config, task.log)

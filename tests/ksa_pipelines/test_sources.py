@@ -1,11 +1,15 @@
 import gzip
+import sys
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
+from ksa_pipelines.config import PrepareConfig
+from ksa_pipelines.prepare import prepare
 from ksa_pipelines.sources import find_files
-from recsys_ksa.errors import DataError, SchemaError
+from recsys_ksa.errors import DataError, MissingPackageError, SchemaError
 
 CSV = "user_id,item_id,timestamp\n007,x,10\n007,y,20\n8,x,30\n"
 
@@ -18,6 +22,71 @@ def test_csv_gzip_and_parquet_of_one_log_give_one_data_set(prepared, tmp_path):
     hashes = {prepared(log).manifest.content_hash for log in (tmp_path / "a.csv", tmp_path / "b.csv.gz", frame)}
 
     assert len(hashes) == 1
+
+
+FRAME = {"user_id": ["007", "007", "8"], "item_id": ["x", "y", "x"], "timestamp": [10, 20, 30]}
+LINES = "".join(
+    f'{{"user_id": "{user}", "item_id": "{item}", "timestamp": {time}}}\n' for user, item, time in zip(*FRAME.values())
+)
+
+
+def test_every_format_of_one_log_gives_one_data_set(prepared, tmp_path):
+    frame = pl.DataFrame(FRAME)
+    frame.write_ipc(tmp_path / "a.arrow")
+    (tmp_path / "b.jsonl").write_text(LINES)
+    (tmp_path / "c.ndjson.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "d.csv.zst").write_bytes(pa.Codec("zstd").compress(CSV.encode(), asbytes=True))
+    (tmp_path / "e.tsv").write_text(CSV.replace(",", "\t"))
+    logs = [file for file in sorted(tmp_path.iterdir()) if file.is_file()]
+    assert len(logs) == 5
+    hashes = {prepared(log).manifest.content_hash for log in (frame, *logs)}
+    assert len(hashes) == 1
+
+
+def test_hive_partitions_are_columns(prepared, tmp_path):
+    for kind, day, rows in (("buy", 1, 1), ("see%20it", 2, 2)):
+        folder = tmp_path / "log" / f"kind={kind}" / f"day={day}"
+        folder.mkdir(parents=True)
+        part = {"user_id": ["a"] * rows, "item_id": ["x"] * rows, "timestamp": [day * 100 + row for row in range(rows)]}
+        pl.DataFrame(part).write_parquet(folder / "part-0.parquet")
+    (tmp_path / "log" / "_SUCCESS").write_text("")
+
+    for log in (tmp_path / "log", Path(f"{tmp_path}/log/*/*/*.parquet")):
+        dataset = prepared(log, columns={"event_type": "kind"})
+        assert dataset.vocab["event_type"] == [None, "buy", "see it"]
+        assert dataset.histories.event_type.tolist() == [1, 2, 2]
+
+
+def test_a_delta_table_is_read(prepared, tmp_path):
+    pytest.importorskip("deltalake")
+    pl.DataFrame(FRAME).write_delta(str(tmp_path / "table"))
+    assert prepared(tmp_path / "table").manifest.content_hash == prepared(FRAME).manifest.content_hash
+
+
+def test_an_iceberg_table_is_read(prepared, tmp_path):
+    pytest.importorskip("pyiceberg.catalog.sql", exc_type=ImportError)
+    from pyiceberg.catalog.sql import SqlCatalog
+
+    (tmp_path / "warehouse").mkdir()
+    catalog = SqlCatalog("c", uri=f"sqlite:///{tmp_path}/catalog.db", warehouse=f"file://{tmp_path}/warehouse")
+    catalog.create_namespace("shop")
+    rows = pl.DataFrame(FRAME).to_arrow(compat_level=pl.CompatLevel.oldest())
+    catalog.create_table("shop.log", schema=rows.schema).append(rows)
+    (metadata,) = (tmp_path / "warehouse").rglob("metadata")
+    assert prepared(metadata.parent).manifest.content_hash == prepared(FRAME).manifest.content_hash
+
+
+@pytest.mark.parametrize(("table", "package"), [("delta", "deltalake"), ("iceberg", "pyiceberg")])
+def test_a_table_without_its_package_names_the_extra(prepared, tmp_path, monkeypatch, table, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "log").mkdir()
+    with pytest.raises(MissingPackageError, match=rf"recsys-ksa\[{table}\]"):
+        prepared(tmp_path / "log", read={"format": table})
+
+
+def test_an_address_that_does_not_answer_is_one_line(prepared):
+    with pytest.raises(DataError, match="cannot be read"):
+        prepare("http://127.0.0.1:9/log.parquet", Path("unused"), PrepareConfig(), None, print)
 
 
 def test_ids_in_csv_keep_their_leading_zeros(prepared, tmp_path):
@@ -47,12 +116,12 @@ def test_a_missing_log_is_refused(tmp_path, name):
 
 
 def test_mixed_and_unknown_formats_are_refused(tmp_path):
-    for name in ("a.csv", "b.parquet", "c.json"):
+    for name in ("a.csv", "b.parquet", "c.xml"):
         (tmp_path / name).write_text("")
     with pytest.raises(DataError, match="one format"):
         find_files(str(tmp_path))
-    with pytest.raises(DataError, match=r"got c\.json"):
-        find_files(str(tmp_path / "c.json"))
+    with pytest.raises(DataError, match=r"got c\.xml"):
+        find_files(str(tmp_path / "c.xml"))
 
 
 @pytest.mark.parametrize(

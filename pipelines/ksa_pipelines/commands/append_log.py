@@ -20,9 +20,9 @@ def _run(args: argparse.Namespace) -> None:
     from ksa_pipelines.config import PrepareConfig
     from recsys_ksa.config import load_config
 
-    columns = load_config(PrepareConfig, args.config).columns if args.config else None
+    mapping = load_config(PrepareConfig, args.config) if args.config else None
     after = append_log(
-        args.dataset, args.log, step_report(), items=args.items, columns=columns, resources=resources_of(args)
+        args.dataset, args.log, step_report(), items=args.items, mapping=mapping, resources=resources_of(args)
     )
     counts = after.counts
     print(

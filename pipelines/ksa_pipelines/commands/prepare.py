@@ -8,9 +8,10 @@ from recsys_ksa.cli import Verb
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("log", metavar="LOG", help="Parquet or CSV: a file, a folder, or a pattern in quotes")
+    parser.add_argument("log", metavar="LOG", help="a file, a folder, a pattern in quotes, a table, or an address")
     parser.add_argument("--out", metavar="DS", required=True, type=Path, help="data set to write; must not exist")
     parser.add_argument("--config", metavar="PREPARE.toml", type=Path, help="column mapping, filters, split")
+    parser.add_argument("--preset", metavar="NAME", help="mapping of a public log: movielens, amazon, kuairand, ...")
     parser.add_argument("--items", metavar="FILE", help="items file: titles and side features")
     parser.add_argument(
         "--tie", choices=["id", "arrival", "hash"], help="order of equal timestamps; overrides the audit"
@@ -21,13 +22,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ksa_pipelines.config import PrepareConfig
+    from ksa_pipelines.config import resolve_config
     from ksa_pipelines.prepare import prepare
-    from recsys_ksa.config import load_config, parse_config
 
-    config = load_config(PrepareConfig, args.config) if args.config else parse_config(PrepareConfig, {}, "ksa prepare")
     said = {name: getattr(args, name) for name in ("tie", "clock", "num_buckets") if getattr(args, name) is not None}
-    config = parse_config(PrepareConfig, config.model_dump() | said, "ksa prepare")
+    config = resolve_config(args.preset, args.config, said)
     counts = prepare(args.log, args.out, config, args.items, step_report(), resources_of(args)).counts
     print(
         f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events; histories of "
