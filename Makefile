@@ -45,9 +45,14 @@ gpu:
 bench: setup
 	$(BIN)/python -m benchmarks.append
 
-# FULL=1: more examples, more kills.
+# FULL=1: more examples, kills, steps, fuzzed requests, cancelled calls, and a soak of 20 minutes.
+nightly: export KSA_KILLS := $(if $(FULL),1000,100)
+nightly: export KSA_STORY_STEPS := $(if $(FULL),100000,30000)
+nightly: export KSA_FUZZ := $(if $(FULL),100000,10000)
+nightly: export KSA_CANCELLED := $(if $(FULL),100000,10000)
+nightly: export KSA_SOAK_SECONDS := $(if $(FULL),1200,120)
 nightly: setup
-	HYPOTHESIS_PROFILE=nightly KSA_KILLS=$(if $(FULL),1000,100) $(BIN)/python -m pytest -q -m "not gpu"
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -m "not gpu"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -33,9 +33,9 @@ class LmdbEngine(BytesEngine):
     def __init__(self, directory: Path, max_bytes: int):
         self._path = Path(directory) / "cold.lmdb"
         self._max_bytes = max_bytes
-        self._swap = threading.RLock()
-        self._users = 0
-        self._idle = threading.Condition(self._swap)
+        self._readers = self._writers = 0
+        self._compacting = False
+        self._idle = threading.Condition(threading.RLock())
         self._open()
 
     def _open(self) -> None:
@@ -117,32 +117,44 @@ class LmdbEngine(BytesEngine):
             self.compact()
 
     def compact(self) -> None:
-        """Copy what is kept to a new file in place of the old, whose removed records are gone with it."""
+        """Copy what is kept to a new file in place of the old, whose removed records are gone with it.
+
+        Records can be read meanwhile; writing fails at once, for a cache may lose a write.
+        """
         with self._idle:
-            self._idle.wait_for(lambda: not self._users)
-            new = self._path.with_suffix(".new")
+            self._compacting = True
+            self._idle.wait_for(lambda: not self._writers)
+        new = self._path.with_suffix(".new")
+        try:
             new.unlink(missing_ok=True)
-            try:
-                with self._env.begin(write=True) as txn:
-                    txn.delete(OWED, db=self._written)
-                self._env.copy(str(new), compact=True)
+            self._env.copy(str(new), compact=True)
+            with self._idle:
+                self._idle.wait_for(lambda: not self._readers)
                 self._env.close()
                 os.replace(new, self._path)
                 self._path.with_name(self._path.name + "-lock").unlink(missing_ok=True)
-            except (lmdb.Error, OSError) as error:
-                raise EngineError(f"{self._path}: {error}") from error
-            self._open()
+                self._open()
+                with self._env.begin(write=True) as txn:
+                    txn.delete(OWED, db=self._written)
+                self.needs_compaction = False
+        except (lmdb.Error, OSError) as error:
+            raise EngineError(f"{self._path}: {error}") from error
+        finally:
+            self._compacting = False
 
     def close(self) -> None:
         """Close the file."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._users)
+            self._idle.wait_for(lambda: not self._readers and not self._writers)
             self._env.close()
 
     @contextmanager
     def _transaction(self, write: bool) -> Iterator[lmdb.Transaction]:
         with self._idle:
-            self._users += 1
+            if write and self._compacting:
+                raise EngineError(f"{self._path}: it is being compacted")
+            self._writers += write
+            self._readers += not write
         try:
             with self._env.begin(write=write) as txn:
                 yield txn
@@ -150,7 +162,8 @@ class LmdbEngine(BytesEngine):
             raise EngineError(f"{self._path}: {error}") from error
         finally:
             with self._idle:
-                self._users -= 1
+                self._writers -= write
+                self._readers -= not write
                 self._idle.notify_all()
 
     def _used(self, txn: lmdb.Transaction) -> int:

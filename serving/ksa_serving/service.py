@@ -10,6 +10,7 @@ the work is done in the background.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -138,6 +139,7 @@ class Service:
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._changing = asyncio.Lock()
         self._purging: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
         self.releases = Releases(release, releases, self._prepare)
         self.served = self.releases.active
         log.on_commit = self._on_commit
@@ -415,6 +417,7 @@ class Service:
     async def close(self) -> None:
         """Let background work end, write what waits, close log and store."""
         self.draining = True
+        self._closing.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.log.close)
         await asyncio.to_thread(self.store.close)
@@ -598,11 +601,13 @@ class Service:
 
     async def _purge(self) -> None:
         """Have what was deleted overwritten; try again until nothing of it is left."""
-        await asyncio.sleep(0.2)  # deletions that come together are purged together
-        while not await asyncio.get_running_loop().run_in_executor(self._slow, self.store.purge):
-            if self.draining:
+        loop, wait = asyncio.get_running_loop(), self.settings.purge_after_seconds
+        while True:
+            with contextlib.suppress(TimeoutError):  # deletions that come together are purged together
+                await asyncio.wait_for(self._closing.wait(), wait)
+            if await loop.run_in_executor(self._slow, self.store.purge) or self._closing.is_set():
                 return
-            await asyncio.sleep(1)
+            wait = 1.0
 
     def _task(self, work: Any) -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.create_task(work)

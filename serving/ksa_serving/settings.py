@@ -58,6 +58,8 @@ class ServeSettings(Strict):
     """How long a request may wait for work to begin, unless its `x-deadline-ms` header says; beyond it: 504."""
     requests_per_second: PositiveFloat | None = None
     """Of one client (token, else address), with bursts of twice as many; beyond it: 429. None: no bound."""
+    purge_after_seconds: PositiveFloat = 10.0
+    """Deletions are gathered so long before the cold store is rewritten without them."""
     warm_users: NonNegativeInt = 1000
     """Users whose states are made ready in a new release before it is activated, the last active first."""
     group_events: PositiveInt = 4096

@@ -64,6 +64,10 @@ class StateStore(ABC):
     def get(self, owner: Owner, fingerprint: str) -> StateRecord | None:
         """Return the owner's record if it is of this fingerprint."""
 
+    def ready(self, owner: Owner, fingerprint: str) -> StateRecord | None:
+        """Return the owner's record if it can be had without reading from a disk or server."""
+        return self.get(owner, fingerprint)
+
     @abstractmethod
     def put(self, record: StateRecord) -> None:
         """Hold a record in place of the owner's older one of its fingerprint."""
@@ -241,6 +245,10 @@ class TieredStateStore(StateStore):
             self.hits["cold"] += 1
             self._written[owner, fingerprint] = record.num_events
         return record
+
+    def ready(self, owner: Owner, fingerprint: str) -> StateRecord | None:
+        """Return the owner's record from memory."""
+        return self.memory.get(owner, fingerprint)
 
     def put(self, record: StateRecord) -> None:
         """Hold a record in memory, and write it down if it has grown much since."""

@@ -120,10 +120,8 @@ class UserStates:
 
         States that are not held are left to the next answer that needs one: loading a log costs no model work.
         """
-        record = self.held(owner)
-        if record is None or record.cold:
-            return
-        self.current(owner)
+        if self._store.ready(owner, self.release.state_fingerprint) is not None:
+            self.current(owner)
 
     def held(self, owner: Owner) -> StateRecord | None:
         """Return the record held, as it is."""
