@@ -23,47 +23,46 @@ from ksa_kernels.summary_attention.triton_tiles import tiles
 
 B = Blocks
 VARIANTS: dict[int, dict[str, list[Blocks]]] = {
+    32: {
+        "forward": [
+            *(B(64, 64, 4, stages, registers) for registers in (64, 80, 128) for stages in (3, 4)),
+            B(128, 64, 8, 3, 80),
+            B(128, 64, 4, 3, 168),
+        ],
+        "queries": [B(64, 64, 4, 3, registers) for registers in (80, 96, 128, 168)],
+        "events": [B(32, 64, 4, 3, registers) for registers in (96, 128, 168)],
+        "summaries": [B(64, 64, 4, 3, registers) for registers in (128, 168, None)],
+    },
     64: {
         "forward": [
-            *(
-                B(64, 64, 4, stages, registers, fuse)
-                for fuse in (True, False)
-                for registers in (128, 168)
-                for stages in (2, 3)
-            ),
-            B(64, 32, 4, 3, 128),
+            B(64, 64, 4, 3, 128),
+            B(64, 64, 4, 3, 128, False),
+            B(128, 64, 4, 3),
             B(128, 64, 8, 3, 128),
-            B(64, 128, 4, 2, 168),
-            B(128, 128, 8, 2, 168),
+            B(128, 128, 8, 2, 128),
         ],
         "queries": [
-            *(
-                B(64, 64, 4, stages, registers, fuse)
-                for fuse in (True, False)
-                for registers in (128, 168)
-                for stages in (2, 3)
-            ),
-            B(128, 64, 8, 3, 128),
-        ],
-        "events": [
-            B(64, 64, 4, 2, 168),
-            B(64, 64, 4, 2, 168, False),
+            B(64, 64, 4, 3, 168),
+            B(64, 64, 4, 3, 168, False),
             B(64, 64, 4, 2, 128),
-            B(64, 64, 4, 3, 168),
-            B(32, 64, 4, 3, 168),
+            B(64, 64, 4, 3, 128),
+            B(64, 64, 4, 2, 168),
+            B(64, 32, 4, 3, 128),
         ],
-        "summaries": [
-            B(64, 64, 4, 3),
-            B(64, 64, 4, 3, None, False),
-            B(64, 64, 4, 4),
-            B(64, 64, 4, 3, 168),
-        ],
+        "events": [B(32, 64, 4, 3, 168), B(64, 64, 4, 2, 168), B(32, 64, 4, 4, 168), B(32, 64, 4, 2, 168)],
+        "summaries": [B(64, 64, 4, 3), B(64, 64, 4, 2), B(32, 64, 4, 3, 168), B(64, 128, 8, 2)],
     },
     128: {
-        "forward": [B(64, 64, 4, 2), B(64, 64, 4, 2, None, False), B(64, 64, 4, 3), B(128, 64, 8, 2), B(128, 64, 8, 3)],
-        "queries": [B(64, 64, 4, 2), B(64, 64, 8, 2), B(128, 64, 8, 2)],
-        "events": [B(64, 64, 4, 2), B(64, 64, 8, 2), B(32, 64, 4, 2)],
-        "summaries": [B(64, 64, 4, 2), B(64, 64, 8, 2), B(64, 128, 8, 2)],
+        "forward": [
+            B(128, 64, 8, 2, 128),
+            B(128, 64, 8, 2, 128, False),
+            B(128, 64, 8, 3),
+            B(128, 64, 8, 2),
+            B(64, 64, 4, 2, 168),
+        ],
+        "queries": [B(64, 64, 4, 2), B(64, 64, 4, 2, None, False), B(64, 64, 8, 2), B(128, 64, 8, 2)],
+        "events": [B(64, 64, 4, 2), B(32, 64, 4, 2), B(32, 64, 4, 3)],
+        "summaries": [B(64, 128, 8, 2), B(64, 64, 4, 2), B(32, 128, 8, 2)],
     },
 }
 WHERE = {"forward": 0, "queries": 1, "events": 2, "summaries": 3}

@@ -10,7 +10,9 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e30)
-"""Score of a key that a row does not see: finite, so that a row which has met no key yet stays finite."""
+"""Score of a key that a row does not see."""
+LOWEST = tl.constexpr(-1.0e20)
+"""A row's maximum before it has met a key: far above HIDDEN times any scale, so that hidden keys weigh exactly 0."""
 
 
 @triton.jit

@@ -22,6 +22,8 @@ class Impl(StrEnum):
     """Triton kernels: CUDA devices (or the Triton interpreter)."""
 
 
+NAMES = tuple(each.value for each in Impl)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -43,9 +45,8 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, unfit: str = ""
         if logger.isEnabledFor(logging.DEBUG):  # asked in each layer of each append
             logger.debug("implementation chosen", extra={"impl": chosen.value, "why_not_triton": reason})
         return chosen
-    if impl not in [each.value for each in Impl]:
-        names = ", ".join(["auto", *(each.value for each in Impl)])
-        raise ImplUnavailableError(f"impl must be one of {names}: got {impl!r}.")
+    if impl not in NAMES:
+        raise ImplUnavailableError(f"impl must be one of auto, {', '.join(NAMES)}: got {impl!r}.")
     if impl == Impl.TRITON and (reason := unfit or _why_no_triton(device, dtype)):
         raise ImplUnavailableError(f'impl="triton" cannot run: {reason}. Use impl="torch", or "auto" to choose.')
     return Impl(impl)
@@ -55,7 +56,7 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str:
     """Say why Triton cannot run here; empty if it can."""
     if dtype not in TRITON_DTYPES:
         return f"its kernels take float16, bfloat16 or float32, got {dtype}"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if device.type != "cuda" and not _interpreting():
         return f"it needs a CUDA device, got tensors on {device}"

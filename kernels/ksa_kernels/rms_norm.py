@@ -1,5 +1,6 @@
 """Root-mean-square normalisation (arXiv 1910.07467): torch's own on a GPU, fewer operators on a CPU."""
 
+import math
 from functools import cache
 
 import torch
@@ -19,13 +20,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     """
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
-    # On a CPU torch's own is made of a dozen operators, once a third of the time of appending an event. These are six
-    # (a number that is no tensor costs more than the operator that takes it), and they train no slower.
-    per_dim, added = _constants(x.shape[-1], eps, x.dtype)
-    return x * torch.addcmul(added, x.square().sum(-1, keepdim=True), per_dim).rsqrt() * weight
+    # On a CPU torch's own is made of a dozen operators, once a third of the time of appending an event. These are four,
+    # by |x| / sqrt(D) = sqrt(mean(x ** 2)), and they train no slower.
+    none, added = _constants(x.shape[-1], eps, x.dtype)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcdiv(none, x * weight, torch.hypot(length, added), value=math.sqrt(x.shape[-1]))
 
 
 @cache
 def _constants(dim: int, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return 0 and sqrt(D eps) as tensors: an operator takes those faster than numbers."""
     with torch.inference_mode(False):
-        return torch.tensor(1.0 / dim, dtype=dtype), torch.tensor(eps, dtype=dtype)
+        return torch.zeros((), dtype=dtype), torch.tensor(math.sqrt(dim * eps), dtype=dtype)

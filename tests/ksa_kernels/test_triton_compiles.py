@@ -53,9 +53,9 @@ for kernel, more in [(forward_kernel, {"SAME_STRIDES": FUSED}), (queries_kernel,
     assert ARCH != 90 or "wgmma" in asm["ptx"]
 
 tile = dict(D=32, PRECISION="tf32", BLOCK_N=BLOCK)
-rule = dict(H=8, G=2, K=8, M=1, CAPPED=True, EVENT_PAGE=16, SUMMARY_PAGE=16, SPLITS=2, QUERIES=8, ROWS=16)
-compile(triton_append.append_kernel, {"out_ptr": "*fp32"}, **tile, **rule)
-compile(triton_append.join_kernel, {"part_lse_ptr": "*fp32"}, H=8, D=32, SPLITS=2)
+rule = dict(H=8, G=2, K=8, M=1, CAPPED=True, EVENT_PAGE=16, SUMMARY_PAGE=16, QUERIES=8, ROWS=16)
+for splits in (1, 4):
+    compile(triton_append.append_kernel, {"count_ptr": "*i32"}, SPLITS=splits, **tile, **rule)
 items = {"users_ptr": "*bf16"}
 compile(triton_log_z.forward_kernel, items, BIASED=True, BLOCK_M=BLOCK, **tile)
 compile(triton_log_z.gradient_kernel, items, BIASED=True, ROWS_ARE_USERS=FUSED, BLOCK_M=BLOCK, **tile)

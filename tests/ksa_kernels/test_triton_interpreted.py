@@ -58,7 +58,7 @@ def test_triton_chunks_longer_than_a_tile():
     run_interpreted(f"check(Case([145], {rule}, 1, 1))")
 
 
-def test_the_operator_passes_torchs_own_checks():
+def test_the_operator_passes_torchs_own_checks_and_compiles_whole():
     run_interpreted(
         """
 from ksa_kernels.summary_attention import triton_op as op
@@ -69,5 +69,16 @@ maps = [tiles(layout, kind, 32) for kind in ("queries", "queries", "events", "su
 arguments = (*events, *summaries, maps, 4, 1, 1, -1)
 checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
 torch.library.opcheck(op.summary_attention_op, arguments, test_utils=checks)
+
+
+from ksa_kernels import impl
+impl._interpreting = lambda: True  # dynamo does not trace Triton's own switches
+
+def run(events, summaries):
+    return summary_attention(events, summaries, layout, impl="triton").events
+
+expected = run(events, summaries)
+compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+assert torch.equal(compiled(events, summaries), expected)
 """
     )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ksa_kernels._triton import HIDDEN, LOG2E
+from ksa_kernels._triton import HIDDEN, LOG2E, LOWEST
 
 PROGRAMS = 264
 """Programs that fill an H100: two a multiprocessor."""
@@ -57,7 +57,7 @@ def forward_kernel(
 ):  # fmt: skip
     first, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     users = _load(users_ptr, first, num_users, dim, BLOCK_M, D)
-    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     stop = tl.minimum((split + 1) * items_a_split, num_items)
     for at in range(split * items_a_split, stop, BLOCK_N):

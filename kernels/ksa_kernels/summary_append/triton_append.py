@@ -1,9 +1,12 @@
 """Append in Triton: one launch for all users' new events and the summaries they close, keys read from pages in place.
 
 A program takes a few queries of one user, all query heads of one key head (rows = queries x G), and every
-`SPLITS`-th tile of the keys they see; a second, small kernel joins the splits:
+`SPLITS`-th tile of the keys they see; of the programs that share rows, the last one to finish joins the splits:
 
     lse = log2 sum_s 2**lse_s,   out = sum_s 2**(lse_s - lse) out_s
+
+always in the same order, so results are the same every time. Who is last is counted on the device; it sets the
+count back to 0 for the next launch.
 
 Shapes depend on the tile map only, so a captured CUDA graph serves new lengths by copying a new map and table.
 
@@ -28,15 +31,15 @@ FIELDS = tl.constexpr(6)
 LOG2E = 1.4426950408889634
 BLOCK_N = 64
 STAGES = 3
-PROGRAMS = 264
-"""Programs that fill an H100: two a multiprocessor."""
-MOST_SPLITS = 32
+PROGRAMS = 528
+"""Programs that fill an H100: four a multiprocessor."""
+MOST_SPLITS = 64
 
 
 @triton.jit
 def append_kernel(
     eq_ptr, sq_ptr, ek_ptr, ev_ptr, sk_ptr, sv_ptr, event_table_ptr, summary_table_ptr,
-    out_ptr, lse_ptr, tiles_ptr,
+    part_ptr, part_lse_ptr, count_ptr, eo_ptr, so_ptr, elsep_ptr, slsep_ptr, tiles_ptr,
     scale, window, visible, num_event_rows, num_rows, event_ring, summary_ring,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
     EVENT_PAGE: tl.constexpr, SUMMARY_PAGE: tl.constexpr, SPLITS: tl.constexpr,
@@ -111,32 +114,30 @@ def append_kernel(
     saw = total > 0
     out = acc / tl.where(saw, total, 1.0)[:, None]
     lse2 = tl.where(saw, top + tl.log2(tl.where(saw, total, 1.0)), HIDDEN)
-    out_rows = (split * num_rows + tl.where(is_summary, num_event_rows, 0) + rows) * H + head
-    tl.store(out_ptr + out_rows[:, None] * D + offsets_d[None, :], out, mask=exists[:, None])
-    tl.store(lse_ptr + out_rows, lse2, mask=exists)
-
-
-@triton.jit
-def join_kernel(
-    part_ptr, part_lse_ptr, eo_ptr, so_ptr, elsep_ptr, slsep_ptr, num_event_rows, num_rows,
-    H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64)
-    offsets_d = tl.arange(0, D)
-    part = tl.arange(0, SPLITS).to(tl.int64) * num_rows * H + at
-    lse2 = tl.load(part_lse_ptr + part)
-    outs = tl.load(part_ptr + part[:, None] * D + offsets_d[None, :])
-    top = tl.max(lse2, 0)
-    weights = tl.exp2(lse2 - top)
-    total = tl.sum(weights, 0)
-    out = tl.sum(weights[:, None] * outs, 0) / total
-    num_events = tl.cast(num_event_rows, tl.int64) * H
-    is_event = at < num_events
-    out_at = tl.where(is_event, at, at - num_events)
-    out_ptr = tl.where(is_event, eo_ptr, so_ptr)
-    lse_ptr = tl.where(is_event, elsep_ptr, slsep_ptr)
-    tl.store(out_ptr + out_at * D + offsets_d, out.to(eo_ptr.dtype.element_ty))
-    tl.store(lse_ptr + out_at, (top + tl.log2(total)) * LN2)
+    out_ptr, lse_ptr = tl.where(is_summary, so_ptr, eo_ptr), tl.where(is_summary, slsep_ptr, elsep_ptr)
+    if SPLITS == 1:
+        at = rows * H + head
+        tl.store(out_ptr + at[:, None] * D + offsets_d[None, :], out.to(eo_ptr.dtype.element_ty), mask=exists[:, None])
+        tl.store(lse_ptr + at, lse2 * LN2, mask=exists)
+    else:
+        first_row = tl.where(is_summary, num_event_rows, 0)
+        at = (split * num_rows + first_row + rows) * H + head
+        tl.store(part_ptr + at[:, None] * D + offsets_d[None, :], out, mask=exists[:, None])
+        tl.store(part_lse_ptr + at, lse2, mask=exists)
+        tl.debug_barrier()  # all threads' parts are written before the program counts itself
+        if tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1:
+            for r in range((stop - start) * G):
+                row = (shift + start + r // G) * H + kv_head * G + r % G
+                part = (tl.arange(0, SPLITS).to(tl.int64) * num_rows + first_row) * H + row
+                part_lse = tl.load(part_lse_ptr + part, cache_modifier=".cg")
+                parts = tl.load(part_ptr + part[:, None] * D + offsets_d[None, :], cache_modifier=".cg")
+                most = tl.max(part_lse, 0)
+                shares = tl.exp2(part_lse - most)
+                whole = tl.sum(shares, 0)
+                joined = tl.sum(shares[:, None] * parts, 0) / whole
+                tl.store(out_ptr + row * D + offsets_d, joined.to(eo_ptr.dtype.element_ty))
+                tl.store(lse_ptr + row, (most + tl.log2(whole)) * LN2)
+            tl.store(count_ptr + tl.program_id(0), 0)
 
 
 def attend(
@@ -150,8 +151,9 @@ def attend(
     num_kv_heads = num_heads // group
     splits = _splits(len(where) * num_kv_heads)
     num_rows = len(event_query) + len(summary_query)
-    part = event_query.new_empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32)
-    part_lse = event_query.new_empty(splits, num_rows, num_heads, dtype=torch.float32)
+    num_parts = splits * num_rows if splits > 1 else 0
+    part = event_query.new_empty(num_parts, num_heads, head_dim, dtype=torch.float32)
+    part_lse = event_query.new_empty(num_parts, num_heads, dtype=torch.float32)
     eo, so = event_query.new_empty(event_query.shape), summary_query.new_empty(summary_query.shape)
     elsep, slsep = (each.new_empty(each.shape[:2], dtype=torch.float32) for each in (eo, so))
     if not num_rows:
@@ -160,7 +162,8 @@ def attend(
     with torch.cuda.device(event_query.device if event_query.is_cuda else -1):
         append_kernel[(len(where) * num_kv_heads, splits)](
             event_query.contiguous(), summary_query.contiguous(), *_pools(cache.events), *_pools(cache.summaries),
-            cache.events.table, cache.summaries.table, part, part_lse, where,
+            cache.events.table, cache.summaries.table,
+            part, part_lse, _counts(layout, len(where) * num_kv_heads), eo, so, elsep, slsep, where,
             head_dim**-0.5 * LOG2E, FOREVER if window is None else window, visible or 0,
             len(event_query), num_rows, cache.events.table.shape[1], max(1, cache.summaries.table.shape[1]),
             H=num_heads, G=group, D=head_dim, K=layout.chunk_size, M=layout.summaries_per_chunk,
@@ -169,16 +172,20 @@ def attend(
             ROWS=max(16, triton.next_power_of_2(queries * group)), BLOCK_N=BLOCK_N,
             PRECISION="ieee" if event_query.dtype is torch.float32 else "tf32", num_warps=4, num_stages=STAGES,
         )  # fmt: skip
-        join_kernel[(num_rows * num_heads,)](
-            part, part_lse, eo, so, elsep, slsep, len(event_query), num_rows,
-            H=num_heads, D=head_dim, SPLITS=splits, num_warps=1,
-        )  # fmt: skip
     return eo, so, elsep, slsep
 
 
 def _splits(programs: int) -> int:
     """Return into how many parts, a power of two, the keys are split so that the device is full."""
     return min(MOST_SPLITS, max(1, triton.next_power_of_2(PROGRAMS // max(1, programs) + 1) // 2))
+
+
+def _counts(layout: ChunkLayout, programs: int) -> Tensor:
+    """Return int32 [programs], 0 between launches: how many splits of the same rows have finished."""
+    name = f"append counts {programs}"
+    if name not in layout.plans:
+        layout.plans[name] = torch.zeros(programs, dtype=torch.int32, device=layout.device)
+    return layout.plans[name]
 
 
 def _pools(pages: Pages) -> tuple[Any, Any]:

@@ -106,8 +106,11 @@ def _attend(piece: Piece, events: QKV, summaries: QKV) -> tuple[Tensor, Tensor]:
     key, value = _rows(events.key, piece.events), _rows(events.value, piece.events)
     if piece.summaries[0] < piece.summaries[1]:
         old_key, old_value = _rows(summaries.key, piece.summaries), _rows(summaries.value, piece.summaries)
-        order = 1 if piece.are_events else -1  # what is causal goes last
-        key, value = torch.cat((old_key, key)[::order]), torch.cat((old_value, value)[::order])
+        if num_rows == 1 and _follow(key, old_key) and _follow(value, old_value):
+            key, value = _joined(key, old_key), _joined(value, old_value)
+        else:
+            order = 1 if piece.are_events else -1  # what is causal goes last
+            key, value = torch.cat((old_key, key)[::order]), torch.cat((old_value, value)[::order])
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     # [J, rows * G, D], the G query heads of a key head side by side
     q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
@@ -127,6 +130,21 @@ def _attend(piece: Piece, events: QKV, summaries: QKV) -> tuple[Tensor, Tensor]:
 
 def _rows(whole: Tensor, bounds: tuple[int, int]) -> Tensor:
     return whole if bounds == (0, len(whole)) else whole[bounds[0] : bounds[1]]
+
+
+def _follow(first: Tensor, second: Tensor) -> bool:
+    """Whether the rows of `second` lie in memory right behind those of `first`, and no gradient is wanted."""
+    return (
+        not torch.is_grad_enabled()
+        and first.stride() == second.stride()
+        and first.data_ptr() + len(first) * first.stride(0) * first.element_size() == second.data_ptr()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    )
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """Return a view over both; see `_follow`."""
+    return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
 
 
 def _any_needs_grad(*tensors: Tensor) -> bool:

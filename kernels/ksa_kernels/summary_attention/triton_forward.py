@@ -17,7 +17,7 @@ Letters: K chunk_size, M summaries_per_chunk, D head dim. Log-sum-exps are store
 import triton
 import triton.language as tl
 
-from ksa_kernels._triton import HIDDEN, LN2, load_rows, softmax_step
+from ksa_kernels._triton import HIDDEN, LN2, LOWEST, load_rows, softmax_step
 from ksa_kernels.summary_attention.triton_ranges import (
     edge_tile,
     load_fields,
@@ -59,7 +59,7 @@ def _summary_queries(
     q_rows = sq_base + tl.cast(slot_first, tl.int64) * sq_row
     q = load_rows(q_rows, sq_row, slot_stop - slot_first, BLOCK_S, D, True)
     acc = tl.zeros([BLOCK_S, D], tl.float32)
-    top = tl.full([BLOCK_S], HIDDEN, tl.float32)
+    top = tl.full([BLOCK_S], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
     if FUSED:
         at = chunk_first * K
@@ -127,7 +127,7 @@ def forward_kernel(
     q_rows = eq_base + tl.cast(start, tl.int64) * eq_row
     q = tl.load(q_rows + tl.arange(0, BLOCK_M)[:, None] * eq_row + offsets_d[None, :], mask=exists[:, None], other=0.0)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for t in range(num_edge_tiles(events, old)):
         is_old, at, stop = edge_tile(t, events, old, BLOCK_N)

@@ -54,7 +54,7 @@ class Tuning(NamedTuple):
 # Tuned on an NVIDIA H100 80 GB (d = 64 and 128; 16 and 32 follow 64); kernels/README.md says what else was tried.
 NARROW = Tuning(
     forward=Blocks(64, 64, 4, 3, 128),
-    queries=Blocks(64, 64, 4, 3, 168, fuse=False),
+    queries=Blocks(64, 32, 4, 3, 128),
     events=Blocks(32, 64, 4, 3, 168),
     summaries=Blocks(64, 64, 4, 3),
 )
@@ -207,8 +207,8 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _same_strides(ek: Tensor, ev: Tensor, sk: Tensor, sv: Tensor) -> bool:
-    """Whether summaries' rows lie as far apart as events': loops over both then keep their addresses."""
-    return not len(sk) or (ek.stride(0), ev.stride(0)) == (sk.stride(0), sv.stride(0))
+    """Whether all rows of keys and values lie equally far apart: loops over them then share their addresses."""
+    return len({each.stride(0) for each in (ek, ev, sk, sv) if len(each)}) <= 1
 
 
 def _rule(window: int, visible: int) -> tuple[int, int]:

@@ -97,8 +97,8 @@ def load_keys(
     is_old, at, count, ek_base, ev_base, sk_base, sv_base, ek_row, ev_row, sk_row, sv_row,
     ROWS: tl.constexpr, D: tl.constexpr, SAME_STRIDES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of keys and values, of events or of summaries; SAME_STRIDES says that their row strides agree."""
-    k_row, v_row = ek_row, ev_row
+    """Load a tile of keys and values, of events or of summaries; SAME_STRIDES says that all row strides agree."""
+    k_row, v_row = ek_row, ek_row
     if not SAME_STRIDES:
         k_row, v_row = tl.where(is_old, sk_row, ek_row), tl.where(is_old, sv_row, ev_row)
     k = load_rows(tl.where(is_old, sk_base, ek_base) + at.to(tl.int64) * k_row, k_row, count, ROWS, D, MASKED)
