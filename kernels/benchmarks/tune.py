@@ -25,9 +25,8 @@ B = Blocks
 VARIANTS: dict[int, dict[str, list[Blocks]]] = {
     32: {
         "forward": [
-            *(B(64, 64, 4, stages, registers) for registers in (64, 80, 128) for stages in (3, 4)),
+            *(B(64, 64, 4, 3, registers) for registers in (80, 96, 128)),
             B(128, 64, 8, 3, 80),
-            B(128, 64, 4, 3, 168),
         ],
         "queries": [B(64, 64, 4, 3, registers) for registers in (80, 96, 128, 168)],
         "events": [B(32, 64, 4, 3, registers) for registers in (96, 128, 168)],
@@ -56,9 +55,9 @@ VARIANTS: dict[int, dict[str, list[Blocks]]] = {
         "forward": [
             B(128, 64, 8, 2, 128),
             B(128, 64, 8, 2, 128, False),
+            B(128, 32, 8, 3, 128),
+            B(128, 32, 8, 4, 128),
             B(128, 64, 8, 3),
-            B(128, 64, 8, 2),
-            B(64, 64, 4, 2, 168),
         ],
         "queries": [B(64, 64, 4, 2), B(64, 64, 4, 2, None, False), B(64, 64, 8, 2), B(128, 64, 8, 2)],
         "events": [B(64, 64, 4, 2), B(32, 64, 4, 2), B(32, 64, 4, 3)],
