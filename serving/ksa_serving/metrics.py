@@ -25,6 +25,7 @@ class Metrics:
         self.commit = self._histogram("commit_seconds", "Commits of the event log, fsync included", SECONDS)
         self.commit_calls = self._histogram("commit_calls", "Calls in one commit", (1, 2, 4, 8, 16, 64, 256, 1024))
         self.refused = self._counter("refused", "Requests refused for want of room or time", "code")
+        self.audits = self._counter("audits", "States computed anew and compared", "result")
         self.forgotten = self._counter("forgotten_users", "Users deleted")
 
     def text(self) -> bytes:

@@ -12,6 +12,7 @@ the work is done in the background.
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,7 @@ class Service:
         self._changing = asyncio.Lock()
         self._purging: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
+        self._auditing = False
         self.releases = Releases(release, releases, self._prepare)
         self.served = self.releases.active
         log.on_commit = self._on_commit
@@ -464,6 +466,9 @@ class Service:
             return _Found(
                 served, record, source, (await self._in_thread(self.log.head, owner)).last_seq, stale, deadline
             )
+        if source == "host" and random.random() < self.settings.audit_share and not self._auditing:
+            self._auditing = True
+            self._task(self._audit(served, record))
         return _Found(served, record, source, record.seq, stale, deadline)
 
     async def _reached(self, owner: Owner, min_seq: int, deadline: float) -> bool:
@@ -598,6 +603,21 @@ class Service:
             logger.exception("a state could not be computed in the background")
         finally:
             self._settling.discard(owner)
+
+    async def _audit(self, served: Served, record: StateRecord) -> None:
+        """Compute a state anew and compare; one that differs is dropped, counted, and told loudly."""
+        try:
+            loop = asyncio.get_running_loop()
+            difference = await loop.run_in_executor(self._slow, served.states.audit, record)
+            if difference is None:
+                return
+            equal = difference <= self.settings.audit_tolerance
+            self.metrics.audits.labels("equal" if equal else "different").inc()
+            if not equal:
+                logger.error("audit: a state differs from its log by %.1e; it is dropped", difference)
+                await self._in_thread(self.store.drop, record.owner)
+        finally:
+            self._auditing = False
 
     async def _purge(self) -> None:
         """Have what was deleted overwritten; try again until nothing of it is left."""

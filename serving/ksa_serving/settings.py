@@ -60,6 +60,10 @@ class ServeSettings(Strict):
     """Of one client (token, else address), with bursts of twice as many; beyond it: 429. None: no bound."""
     purge_after_seconds: PositiveFloat = 10.0
     """Deletions are gathered so long before the cold store is rewritten without them."""
+    audit_share: NonNegativeFloat = 1e-4
+    """Share of the answers whose state is computed anew in the background and compared."""
+    audit_tolerance: PositiveFloat = 1e-5
+    """Largest difference of a row, relative to its norm, that an audit takes as none (float32)."""
     warm_users: NonNegativeInt = 1000
     """Users whose states are made ready in a new release before it is activated, the last active first."""
     group_events: PositiveInt = 4096

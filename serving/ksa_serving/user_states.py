@@ -115,6 +115,18 @@ class UserStates:
         """Return the whole state whatever it costs, and hold it; for background work."""
         return self.current(owner, inline=False)[0]
 
+    def audit(self, record: StateRecord) -> float | None:
+        """Return how far a state is from one computed anew (`Model.difference`); None where it cannot be told.
+
+        That is where the log has lost some of the record's events since: retracted, or the user deleted.
+        """
+        with self._log.view(record.owner) as view:
+            events = [event for event in view.newest(view.head.num_events) if event.seq <= record.seq]
+            if view.head.generation != record.generation or len(events) != record.num_events:
+                return None
+        anew = self._append(self.empty(record.owner, UserHead(record.generation)), events)
+        return self._model.difference(record.state, anew.state)
+
     def catch_up(self, owner: Owner) -> None:
         """Bring a state that is held up to the log, where that is cheap.
 

@@ -335,3 +335,27 @@ def test_unready_while_draining_or_unwritable(make_service: MakeService):
         assert service.unready() == "draining"
 
     asyncio.run(story())
+
+
+def test_an_audit_finds_a_state_that_is_wrong_and_drops_it(make_service: MakeService, caplog: pytest.LogCaptureFixture):
+    async def story() -> None:
+        service = make_service(settings=ServeSettings(audit_share=1.0))
+        await post(service, "ann", *(event(f"item-{n}", n) for n in range(9)))
+        await ask(service, "ann")
+        await ask(service, "ann")
+        while not service.metrics.text().count(b'ksa_audits_total{result="equal"} 1.0'):
+            await asyncio.sleep(0.01)
+        record = service.states.held(Owner("ann"))
+        assert record is not None
+        wrong = replace(record, seq=record.seq, state=replace(record.state, seen=frozenset({"item-77"})))
+        service.store.drop(Owner("ann"))
+        service.store.put(wrong)
+        await ask(service, "ann")
+        while service.states.held(Owner("ann")) is not None:
+            await asyncio.sleep(0.01)
+        assert (await ask(service, "ann")).state_source == "rebuilt"
+        await service.close()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(story())
+    assert "a state differs from its log" in caplog.text
