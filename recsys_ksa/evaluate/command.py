@@ -29,6 +29,7 @@ from recsys_ksa.evaluate.protocol import (
     honest_request_times,
 )
 from recsys_ksa.evaluate.rankings import write_rankings
+from recsys_ksa.evaluate.record import write_record
 from recsys_ksa.evaluate.report import markdown
 from recsys_ksa.evaluate.rows import MAIN, Row, write_rows
 from recsys_ksa.run import METRICS_FILE, Run, load_scoring_network, open_run
@@ -168,9 +169,9 @@ def _publish(
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(evaluation, dataset, runs)
     print(text)
-    report, rows = out / "report.md", out / "rows.json"
+    report = out / "report.md"
     report.write_text(text, encoding="utf-8")
-    write_rows(evaluation.rows, rows)
+    record = write_record(evaluation, dataset, runs, out)
     print(f"report: {report}")
     curves = runs[0].run.path / METRICS_FILE
     plots: list[Path] = []
@@ -187,7 +188,7 @@ def _publish(
     if store is None:
         print("tracking: none, as asked")
     else:
-        place = store.record(evaluation, dataset, runs, curves, [report, rows, *plots])
+        place = store.record(evaluation, dataset, runs, curves, [report, *record, *plots])
         print(f"tracking: {place}")
 
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from recsys_ksa.errors import RunError, UsageError
 from recsys_ksa.evaluate.baselines import baselines
 from recsys_ksa.evaluate.ksa_scorer import AttentionImpl, RunScorer, run_scorers, window_events
@@ -21,7 +24,7 @@ from recsys_ksa.evaluate.protocol import (
 )
 from recsys_ksa.evaluate.ranking import Ranks, Scorer, rank_targets
 from recsys_ksa.evaluate.rows import MAIN, Row, make_rows
-from recsys_ksa.evaluate.slices import columns, slices
+from recsys_ksa.evaluate.slices import Column, columns, slices
 from recsys_ksa.evaluate.stored_summaries import Memory, has_summaries
 
 if TYPE_CHECKING:
@@ -62,6 +65,12 @@ class Evaluation:
     num_targets: int
     repeat_share: float
     """Share of the targets that the user had before."""
+    users: NDArray[np.int64]
+    """[U] rows of the users asked, ascending."""
+    columns: list[Column]
+    """What each column of `values` holds, C of them."""
+    values: NDArray[np.float64]
+    """[U, C] each user's mean; NaN where there is none."""
 
 
 def check_run(run: "Run", dataset: "Dataset") -> None:
@@ -199,6 +208,9 @@ def evaluate_protocol(
         num_questions=len(questions),
         num_targets=len(questions.target_item),
         repeat_share=float((distance > 0).mean()),
+        users=np.unique(questions.user),
+        columns=names,
+        values=values,
     )
 
 

@@ -1,4 +1,4 @@
-"""Bootstrap over users: means, their intervals, and intervals of paired differences. Numpy, seeded.
+"""Bootstrap over users: means, their intervals, intervals of paired differences; paired tests. Numpy, seeded.
 
 U users, C columns (one a model, slice and metric), B resamples.
 """
@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 1000
+FLIPS = 10_000
+"""Draws of a sign-flip test."""
 COVERAGE = 0.95
 SEED = 20_240_424
 _DRAWN = 1 << 22
@@ -83,3 +85,36 @@ def _resampled_means(
         counts = (weight @ patterns)[:, pattern.ravel()]
         means.append(weight @ filled / counts)
     return np.concatenate(means)
+
+
+def sign_flip_p(differences: NDArray[np.float64], *, draws: int = FLIPS, seed: int = SEED) -> NDArray[np.float64]:
+    """Return the two-sided p-value of each mean difference: users' differences take random signs. float64 [P].
+
+    If two models are equally good, a user's difference is as likely with the other sign. The observed signs count as
+    one draw, so no p is below 1 / (draws + 1).
+
+    Args:
+        differences: float64 [U, P], paired by user.
+        draws: of the signs of all users.
+        seed: of the draws.
+    """
+    num_users = len(differences)
+    observed = np.abs(differences.sum(axis=0))
+    # Sums of the same numbers in another order may differ in the last digits: those count as equal.
+    observed -= 1e-12 * np.abs(differences).sum(axis=0)
+    rng = np.random.default_rng(seed)
+    reached = np.zeros(differences.shape[1])
+    step = max(1, _DRAWN // max(num_users, 1))
+    for start in range(0, draws, step):
+        size = min(step, draws - start)
+        signs = rng.integers(0, 2, size=(size, num_users), dtype=np.int8).astype(np.float64) * 2.0 - 1.0
+        reached += (np.abs(signs @ differences) >= observed).sum(axis=0)
+    return (1.0 + reached) / (1.0 + draws)
+
+
+def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return Holm's step-down corrected p-values: among all tests, a false alarm at level a has probability <= a."""
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return corrected

@@ -56,6 +56,19 @@ class Store:
                 metrics += [Metric(f"training.{_safe(name)}", value, 0, step) for name, value in point.items()]
             for start in range(0, len(metrics), _BATCH):
                 self.client.log_batch(number, metrics=metrics[start : start + _BATCH])
+        return self._finish(number, artefacts)
+
+    def record_files(self, name: str, params: dict[str, str], artefacts: Sequence[Path]) -> str:
+        """Record files as one run; return where it is and how to look."""
+        from mlflow.entities import Param
+
+        with _quiet():
+            number = self.client.create_run(self.experiment, run_name=name).info.run_id
+            self.client.log_batch(number, params=[Param(key, value[:500]) for key, value in params.items()])
+        return self._finish(number, artefacts)
+
+    def _finish(self, number: str, artefacts: Sequence[Path]) -> str:
+        with _quiet():
             for path in artefacts:
                 self.client.log_artifact(number, str(path))
             self.client.set_terminated(number)
