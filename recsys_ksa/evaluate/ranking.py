@@ -18,6 +18,7 @@ from torch import Tensor
 from recsys_ksa.evaluate.metrics import TOP, Pairs, target_ranks
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime
+from recsys_ksa.evaluate.tiles import top_k
 from recsys_ksa.progress import progress
 
 MAX_SCORES = 1 << 24
@@ -142,7 +143,7 @@ def rank_targets(
 
 def first_items(scores: Tensor) -> Tensor:
     """Return the item_index of each row's `TOP` best items, int32 [Q, TOP]; 0 where fewer have a score. [Q, I + 1]."""
-    best = scores[:, 1:].topk(min(TOP, scores.shape[1] - 1), dim=1)
+    value, index = top_k(scores[:, 1:], min(TOP, scores.shape[1] - 1))
     top = torch.zeros(len(scores), TOP, dtype=torch.int32, device=scores.device)
-    top[:, : best.indices.shape[1]] = torch.where(best.values > -torch.inf, best.indices + 1, 0).to(torch.int32)
+    top[:, : index.shape[1]] = torch.where(value > -torch.inf, index + 1, 0).to(torch.int32)
     return top

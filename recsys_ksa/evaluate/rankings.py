@@ -12,6 +12,7 @@ import torch
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions
 from recsys_ksa.evaluate.ranking import Chunk, Scorer, chunks
+from recsys_ksa.evaluate.tiles import top_k
 
 if TYPE_CHECKING:
     from recsys_ksa.data.dataset import Dataset
@@ -63,8 +64,8 @@ def write_rankings(
         for chunk in chunks(questions, dataset.num_items - 1):
             gathered = Chunk.of(chunk, ownership, device)
             scores = gathered.scores(scorer, exclude_seen=exclude_seen)
-            best = scores[:, 1:].topk(min(DEPTH, scores.shape[1] - 1), dim=1)
-            item, score = best.indices.cpu().numpy() + 1, best.values.cpu().numpy()
+            best, index = top_k(scores[:, 1:], min(DEPTH, scores.shape[1] - 1))
+            item, score = index.cpu().numpy() + 1, best.cpu().numpy()
             question = np.repeat(np.arange(len(chunk)), item.shape[1]).reshape(item.shape)
             stride = dataset.num_items
             is_target = np.isin(question * stride + item, chunk.target_question * stride + chunk.target_item)
