@@ -121,11 +121,11 @@ def append_log(
 
 def _config(before: Manifest, dataset: Path, mapping: PrepareConfig | None) -> PrepareConfig:
     config = parse_config(PrepareConfig, before.config, str(dataset))
-    if config.min_item_count > 1 or config.min_user_events > 1:
+    if config.filters:
         raise DataError(
-            f"{dataset}: expected a data set without filters, this one has min_item_count {config.min_item_count} and "
-            f"min_user_events {config.min_user_events}: a later log would change what was dropped. Prepare it without "
-            "them, and filter with `ksa view`."
+            f"{dataset}: expected a data set without filters, this one has min_item_count {config.min_item_count}, "
+            f"min_user_events {config.min_user_events}, k_core {config.k_core}: a later log would change what was "
+            "dropped. Prepare it without them, and filter with `ksa view`."
         )
     if mapping is None:
         return config

@@ -90,6 +90,8 @@ class PrepareConfig(Strict):
     """Items with fewer events are dropped, with their events."""
     min_user_events: NonNegativeInt = 0
     """Then users with fewer events are dropped."""
+    k_core: NonNegativeInt = 0
+    """Then items and users with fewer events are dropped, in turns, until every one left has so many."""
     max_timestamp: PositiveInt = FAR_FUTURE
     """Unix seconds; later events are rejected as far future."""
     num_buckets: int = Field(NUM_BUCKETS, ge=1, le=4096)
@@ -98,6 +100,11 @@ class PrepareConfig(Strict):
     columns: ColumnsConfig = ColumnsConfig()
     items: ItemsConfig = ItemsConfig()
     split: SplitConfig = SplitConfig()
+
+    @property
+    def filters(self) -> bool:
+        """Whether events are dropped for what the whole log holds; such a data set takes no increments."""
+        return max(self.min_item_count, self.min_user_events, self.k_core) > 1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

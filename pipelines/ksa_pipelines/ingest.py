@@ -136,27 +136,37 @@ def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log
     Raises:
         DataError: nothing is left.
     """
-    if config.min_item_count <= 1 and config.min_user_events <= 1:
+    if not config.filters:
         return ingested
-    kept = None
-    if config.min_item_count > 1:
-        items = ingested.counted().items
-        kept = set(items.filter(items["count"] >= config.min_item_count)["item_id"])
-    function = partial(keep_items, kept=kept, min_user_events=config.min_user_events)
-    results = list(engine.map(function, ingested.buckets))
-    rare, short = sum(rare for _, rare, _ in results), sum(short for *_, short in results)
-    counts = {
-        f"of items with fewer than {config.min_item_count}": rare,
-        f"of users with then fewer than {config.min_user_events}": short,
-    }
-    filtered = {name: count for name, count in counts.items() if count}
-    buckets = tuple(bucket for bucket, *_ in results if bucket is not None)
-    num_events = sum(bucket.num_events for bucket in buckets)
+    source, filtered = ingested.source, dict[str, int]()
+    if config.min_item_count > 1 or config.min_user_events > 1:
+        ingested, rare, short = _filter(ingested, config.min_item_count, config.min_user_events, engine)
+        filtered[f"of items with fewer than {config.min_item_count}"] = rare
+        filtered[f"of users with then fewer than {config.min_user_events}"] = short
+    outside, dropped = 0, config.k_core > 1
+    while dropped and ingested.buckets:
+        ingested, rare, short = _filter(ingested, config.k_core, config.k_core, engine)
+        dropped = rare + short
+        outside += dropped
+    filtered[f"outside the {config.k_core}-core"] = outside
+    filtered = {name: count for name, count in filtered.items() if count}
+    num_events = sum(bucket.num_events for bucket in ingested.buckets)
     if filtered:
         report(f"{num_events:,} events kept{listed('dropped', filtered)}")
-    source = ingested.source
     refuse_nothing_left(num_events, log, source.rejected | source.duplicates | filtered)
-    return replace(ingested, buckets=buckets, source=source.model_copy(update={"filtered": filtered}))
+    return replace(ingested, source=source.model_copy(update={"filtered": filtered}))
+
+
+def _filter(ingested: Ingested, min_item: int, min_user: int, engine: Engine) -> tuple[Ingested, int, int]:
+    """Drop rare items, then users with few events left; return what is left and the events dropped by each."""
+    kept = None
+    if min_item > 1:
+        items = ingested.counted().items
+        kept = set(items.filter(items["count"] >= min_item)["item_id"])
+    function = partial(keep_items, kept=kept, min_user_events=min_user)
+    results = list(engine.map(function, ingested.buckets))
+    buckets = tuple(bucket for bucket, *_ in results if bucket is not None)
+    return replace(ingested, buckets=buckets), sum(rare for _, rare, _ in results), sum(short for *_, short in results)
 
 
 def _refuse_other_columns(known: Known, spilled: Spilled, log: str) -> None:

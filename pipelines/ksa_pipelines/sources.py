@@ -113,7 +113,8 @@ def reading(what: str) -> Iterator[None]:
         raise SchemaError(
             f"{what}: expected the same columns and types in every file: {_first_line(error)}. Mend the file."
         ) from error
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        # A Parquet file whose pages are damaged can make Polars panic.
         raise DataError(f"{what}: cannot be read: {_first_line(error)}. Mend or replace the file.") from error
 
 

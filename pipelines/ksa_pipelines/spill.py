@@ -4,7 +4,7 @@ A chunk is an Arrow IPC file with one record batch a bucket, so that a bucket is
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ksa_pipelines.report import tally
 from ksa_pipelines.sources import ROW, File, Format, reading, scan
 from ksa_pipelines.vocab import user_bucket
 from recsys_ksa.data.manifest import Forgotten
-from recsys_ksa.errors import SchemaError
+from recsys_ksa.errors import DataError, SchemaError
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,9 @@ def spill(task: SpillTask) -> Spilled:
     """
     config, rejected, chunks, num_rows = task.config, Counter[str](), list[Path](), 0
     bucket_rows = np.zeros(config.num_buckets, dtype=np.int64)
-    with reading(task.log), Quarantine(task.folder / f"rejected-{task.number:06d}.parquet") as quarantine:
-        raw = scan(task.format, task.file, config.read)
-        schema = dict(raw.collect_schema())
-        columns = column_kinds(config.columns, schema)
-        mapped = raw.pipe(map_columns, config.columns, schema, task.log, config.read)
-        rows = mapped.pipe(mark_rejected, config, task.forgotten)
-        for batch in rows.collect_batches(chunk_size=task.chunk_rows, maintain_order=True, engine="streaming"):
+    columns = dict[str, str]()
+    with Quarantine(task.folder / f"rejected-{task.number:06d}.parquet") as quarantine:
+        for batch in _read(task, columns):
             num_rows += batch.height
             refuse_milliseconds(batch.lazy(), config, task.log)
             bad = batch.filter(pl.col(REASON).is_not_null())
@@ -84,6 +80,34 @@ def spill(task: SpillTask) -> Spilled:
                 bucket_rows += write_chunk(batch.drop(REASON), config.num_buckets, path)
                 chunks.append(path)
     return Spilled(num_rows, dict(rejected), columns, tuple(chunks), bucket_rows)
+
+
+def _read(task: SpillTask, columns: dict[str, str]) -> Iterator[pl.DataFrame]:
+    """Yield the file's mapped and marked rows; fill in the kinds of its columns."""
+    config = task.config
+    with reading(task.log):  # what goes wrong while chunks are written is not the file's fault, and not caught here
+        raw = scan(task.format, task.file, config.read)
+        schema = dict(raw.collect_schema())
+        columns |= column_kinds(config.columns, schema)
+        mapped = raw.pipe(map_columns, config.columns, schema, task.log, config.read)
+        rows = mapped.pipe(mark_rejected, config, task.forgotten)
+        met = 0
+        for batch in rows.collect_batches(chunk_size=task.chunk_rows, maintain_order=True, engine="streaming"):
+            met += batch.height
+            yield batch
+        _refuse_lost_rows(task, met)
+
+
+def _refuse_lost_rows(task: SpillTask, met: int) -> None:
+    """Refuse a file whose footer names more rows than came: pages that are damaged can end the reading unsaid."""
+    if task.format in ("csv", "ndjson"):
+        return
+    named = scan(task.format, task.file, task.config.read).select(pl.len()).collect().item()
+    if named != met:
+        raise DataError(
+            f"{task.log}: cannot be read: {Path(task.file).name}: expected the {named:,} rows that it names, got "
+            f"{met:,}. Mend or replace the file."
+        )
 
 
 def write_chunk(rows: pl.DataFrame, num_buckets: int, path: Path) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clock", choices=["unix", "relative", "ordinal"], help="what a timestamp is (default: unix)")
     parser.add_argument("--num-buckets", type=int, metavar="N", help="buckets of users, one part each (default: 64)")
+    parser.add_argument("--k-core", type=int, metavar="N", help="keep items and users with N events or more")
     add_resources(parser)
 
 
@@ -25,7 +26,8 @@ def _run(args: argparse.Namespace) -> None:
     from ksa_pipelines.config import resolve_config
     from ksa_pipelines.prepare import prepare
 
-    said = {name: getattr(args, name) for name in ("tie", "clock", "num_buckets") if getattr(args, name) is not None}
+    names = ("tie", "clock", "num_buckets", "k_core")
+    said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = resolve_config(args.preset, args.config, said)
     counts = prepare(args.log, args.out, config, args.items, step_report(), resources_of(args)).counts
     print(

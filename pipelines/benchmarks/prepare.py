@@ -1,0 +1,103 @@
+"""Events per second and peak memory of `ksa prepare`, of pandas doing the same, and of an append of 1%.
+
+    python pipelines/benchmarks/prepare.py --events 1000000 10000000 --json figures.json
+
+Logs come from `ksa synth`, seed 1. Each run is a process of its own; memory is the largest sum of the resident sets
+of the process and its children, read four times a second (pages of mapped files count).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import polars as pl
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    """Run a command; return its seconds, and the peak of resident memory in MiB."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, tree_memory(process.pid))
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
+    return {"seconds": round(time.monotonic() - began, 2), "peak_mib": peak >> 20}
+
+
+def tree_memory(process: int) -> int:
+    """Return the resident bytes of a process and its children."""
+    try:
+        resident = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except (OSError, IndexError):
+        return 0
+    return resident + sum(tree_memory(int(child)) for child in children)
+
+
+def split_log(log: Path, folder: Path, share: float) -> tuple[Path, Path]:
+    """Write the log's last `share` of events by time, and the rest, as two folders of one file a part."""
+    cut = pl.scan_parquet(log / "*.parquet").select(pl.col("timestamp").quantile(1 - share, "lower")).collect().item()
+    for name, keep in (("old", pl.col("timestamp") <= cut), ("new", pl.col("timestamp") > cut)):
+        (folder / name).mkdir()
+        for part in sorted(log.glob("*.parquet")):
+            pl.scan_parquet(part).filter(keep).sink_parquet(folder / name / part.name)
+    return folder / "old", folder / "new"
+
+
+def ksa(*arguments: object) -> list[str]:
+    """Return the command line of a verb."""
+    code = "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def bench(events: int, folder: Path, peers: bool, memory: str) -> list[dict]:
+    """Return the figures of one size."""
+    log = folder / "log"
+    rows = [{"what": "synth", **measured(ksa("synth", "--out", log, "--events", events, "--seed", 1))}]
+    rows.append({"what": "prepare", **measured(ksa("prepare", log, "--out", folder / "ds", "--memory", memory))})
+    if peers:
+        peer = Path(__file__).with_name("pandas_prepare.py")
+        rows.append({"what": "pandas", **measured([sys.executable, str(peer), str(log), str(folder / "pandas")])})
+        shutil.rmtree(folder / "pandas")
+        shutil.rmtree(folder / "ds")
+        old, new = split_log(log, folder, 0.01)
+        rows.append({"what": "rebuild of 99%", **measured(ksa("prepare", old, "--out", folder / "ds"))})
+        rows.append({"what": "append of 1%", **measured(ksa("append-log", folder / "ds", new))})
+    return [{"events": events, **row, "events_per_second": round(events / row["seconds"])} for row in rows]
+
+
+def main() -> None:
+    """Run and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    parser.add_argument("--memory", default="4GiB")
+    parser.add_argument("--no-peers", action="store_true", help="prepare alone, without pandas and append")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for events in args.events:
+        folder = Path(tempfile.mkdtemp(prefix="ksa-prepare-"))
+        try:
+            for row in bench(events, folder, not args.no_peers, args.memory):
+                rows.append(row)
+                print(
+                    "{events:>13,} {what:<16} {seconds:8.2f} s {events_per_second:>10,}/s {peak_mib:>7,} MiB".format(
+                        **row
+                    )
+                )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""`ksa view`: caps, bots and k-core of a data set, as a new one."""
+
+import argparse
+from pathlib import Path
+
+from ksa_pipelines.commands.arguments import add_resources, resources_of, step_report
+from recsys_ksa.cli import Verb
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DS", type=Path, help="as `ksa prepare` wrote it")
+    parser.add_argument("--out", metavar="VIEW", required=True, type=Path, help="data set to write; must not exist")
+    parser.add_argument("--k-core", type=int, default=0, metavar="N", help="items and users with N events or more")
+    parser.add_argument("--max-user-events", type=int, metavar="N", help="only the newest N events of each user")
+    parser.add_argument("--drop-bots", action="store_true", help="leave out users that `ksa inspect` calls bots")
+    add_resources(parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ksa_pipelines.bots import BotRule
+    from ksa_pipelines.view import Limits, view
+    from recsys_ksa.errors import UsageError
+
+    if args.max_user_events is not None and args.max_user_events < 1:
+        raise UsageError(f"--max-user-events: expected at least 1, got {args.max_user_events}.")
+    limits = Limits(args.k_core, args.max_user_events, BotRule() if args.drop_bots else None)
+    counts = view(args.dataset, args.out, limits, step_report(), resources_of(args)).counts
+    print(f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events")
+
+
+verb = Verb(
+    summary="write a smaller data set: k-core, caps, without bots",
+    example="ksa view data/shop --out data/shop-5 --k-core 5 --drop-bots",
+    configure=_configure,
+    run=_run,
+)

@@ -1,0 +1,101 @@
+"""A smaller data set out of a prepared one: caps, bots and cores, which increments could not keep up with."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from ksa_pipelines.arrow import to_arrow
+from ksa_pipelines.bots import BotRule, find_bots
+from ksa_pipelines.config import ColumnsConfig, PrepareConfig, ReadConfig
+from ksa_pipelines.histories import as_events
+from ksa_pipelines.ingest import Resources
+from ksa_pipelines.prepare import prepare
+from ksa_pipelines.report import Report
+from recsys_ksa.config import parse_config
+from recsys_ksa.data.dataset import Dataset, open_dataset
+from recsys_ksa.data.manifest import Manifest
+from recsys_ksa.data.parts import blocks, checked_parts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What of a data set is kept; items and users are counted until nothing changes (a core)."""
+
+    k_core: int = 0
+    """Every item and every user that is kept has at least so many events that are kept."""
+    max_user_events: int | None = None
+    """The newest events of a user that are kept."""
+    bots: BotRule | None = None
+    """Whom to leave out; None: nobody."""
+
+
+def view(
+    dataset: Path,
+    target: Path,
+    limits: Limits,
+    report: Report,
+    resources: Resources = Resources(),  # noqa: B008  frozen
+) -> Manifest:
+    """Write what `limits` keeps of a data set as a new one, and return its manifest. Items and users count anew.
+
+    Raises:
+        DataError: nothing is left, `target` exists, or the data set is damaged.
+    """
+    source = open_dataset(dataset)
+    config = parse_config(PrepareConfig, source.manifest.config, str(dataset))
+    plain = {"read": ReadConfig(), "columns": ColumnsConfig(), "tie": source.manifest.tie, "k_core": limits.k_core}
+    plain |= {"min_item_count": 0, "min_user_events": 0}
+    config = config.model_copy(update=plain)
+    items_columns = config.items.model_copy(update={"item_id": "item_id", "title": "title"})
+    if source.items.title is None:
+        items_columns = items_columns.model_copy(update={"title": ""})
+    config = config.model_copy(update={"items": items_columns})
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
+        log, items = Path(folder) / "log", Path(folder) / "items.parquet"
+        log.mkdir()
+        for number, frame in enumerate(_kept_events(source, limits, report)):
+            pq.write_table(to_arrow(frame), log / f"part-{number:06d}.parquet")
+        _items_file(source).write_parquet(items)
+        return prepare(str(log), target, config, str(items), report, resources)
+
+
+def _kept_events(source: Dataset, limits: Limits, report: Report) -> Iterator[pl.DataFrame]:
+    """Yield the events as a log, users by index, each user's in order, a block of users at a time."""
+    names = pl.Series(source.items.item_id, dtype=pl.String)
+    types = pl.Series(source.vocab.get("event_type", [None]), dtype=pl.String)
+    num_bots = num_cut = 0
+    for block in blocks(checked_parts(source.path, source.manifest)):
+        if limits.bots is not None:
+            lists = block.column("item_index").combine_chunks()
+            times = block.column("timestamp").combine_chunks()
+            offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+            bots = find_bots(lists.flatten().to_numpy(), times.flatten().to_numpy(), offsets, limits.bots)
+            num_bots += int(bots.sum())
+            block = block.filter(pl.Series(~bots).to_arrow())
+        users = pl.DataFrame(block.select(["user_index", "user_id"]))
+        events = as_events(block).join(users, on="user_index", how="left", maintain_order="left")
+        height = events.height
+        if limits.max_user_events is not None:
+            events = events.filter(pl.int_range(pl.len()).reverse().over("user_index") < limits.max_user_events)
+        num_cut += height - events.height
+        columns = [pl.col("user_id"), names.gather(events["item_index"]).alias("item_id"), pl.col("timestamp")]
+        if "event_type" in events.columns:
+            columns.append(types.gather(events["event_type"].cast(pl.UInt32)).alias("event_type"))
+        if "event_id" in events.columns:
+            columns.append(pl.col("event_id"))
+        yield events.select(columns)
+    report(f"left out {num_bots:,} bots, and {num_cut:,} older events of users")
+
+
+def _items_file(source: Dataset) -> pl.DataFrame:
+    columns = {"item_id": pl.Series(source.items.item_id, dtype=pl.String)}
+    for name, index in source.items.side.items():
+        columns[name] = pl.Series(source.vocab[name], dtype=pl.String).gather(index)
+    if source.items.title is not None:
+        columns["title"] = pl.Series(source.items.title, dtype=pl.String)
+    return pl.DataFrame(columns).drop_nulls("item_id")
