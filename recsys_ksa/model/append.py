@@ -93,8 +93,8 @@ def _grown(
     grown: list[LayerState] = []
     for layer, events, summaries, span, new in zip(layers, events_of, summaries_of, layout.spans, place.new_summaries):
         gone = window_start(config, "summary", span.num_events) - span.key_start
-        # The window is a tensor of its own: a view would keep what left it, and other users' rows, alive.
-        window = events if len(layers) == 1 and not gone else events[gone:].clone()
+        # The window is a tensor of its own: a view would keep what left it, summaries and other users' rows alive.
+        window = events[gone:].clone()
         closed = layer.summaries.extend(summaries[-new:]) if new else layer.summaries
         if config.max_visible_chunks is not None:
             before, after = (first_visible_chunk(config, count) for count in (span.query_start, span.num_events))

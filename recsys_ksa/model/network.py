@@ -191,9 +191,16 @@ def _merge(
     """Return the rows that a layer's queries may see: each user's earlier ones, then its new ones."""
     events, summaries = new.events, new.summaries
     if earlier is not None:
-        events = _behind(earlier[depth].events, events, place.new_events)
-        if kind == "summary":
-            summaries = _behind(earlier[depth].summaries, summaries, place.new_summaries)
+        before = earlier[depth]
+        if kind == "summary" and len(place.new_events) == 1:
+            # One tensor, events first: an event attends to its window and the summaries behind it in place.
+            joined = torch.cat((*before.events[0], events, *before.summaries[0], summaries))
+            counts = place.layouts[kind].num_key_events, place.layouts[kind].num_key_summaries
+            events, summaries = joined.split_with_sizes(counts)
+        else:
+            events = _behind(before.events, events, place.new_events)
+            if kind == "summary":
+                summaries = _behind(before.summaries, summaries, place.new_summaries)
     if fixed is not None and (known := fixed[depth]) is not None:
         return Rows(events, known.summaries) if kind == "summary" else known
     return Rows(events, summaries)

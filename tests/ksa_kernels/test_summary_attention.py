@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from ksa_kernels import QKV, summary_attention
+from ksa_kernels import QKV, ChunkLayout, summary_attention
 from ksa_kernels.errors import ImplUnavailableError, ShapeError
 from ksa_kernels.summary_attention import fused_cpu, small, torch_blocked
 from ksa_kernels.testing import error_budget, make_layout, make_qkv, relative_error
@@ -164,6 +164,25 @@ def test_queries_on_top_of_a_state_equal_rows_of_the_full_computation(seed):
         )
         assert_equal_within([out.events, out.events_lse], [expected.events[start:], expected.events_lse[start:]], 1e-12)
         assert_equal_within([out.summaries], [expected.summaries[asking:]], 1e-12)
+
+
+@torch.no_grad()
+def test_one_event_attends_in_place_to_summaries_behind_the_window(rng):
+    for _ in range(20):
+        n = rng.randint(1, 60)
+        start = max(0, (n - 1) // 4 - 1) * 4
+        layout = ChunkLayout.from_offsets([0, n], **RULE, query_start=[n - 1], key_start=[start])
+        num_events, num_summaries = layout.num_key_events, layout.num_key_summaries
+        rows = torch.randn(num_events + num_summaries, 2, 1, 8, dtype=torch.float64)
+        queries = [torch.randn(size, 2, 8, dtype=torch.float64) for size in (1, layout.num_query_summaries)]
+        together = rows[:num_events], rows[num_events:]
+        apart = [part.clone() for part in together]
+        outputs = [
+            summary_attention(*(QKV(q, *kv.unbind(1)) for q, kv in zip(queries, parts)), layout, impl=impl)
+            for parts, impl in ((together, "torch"), (apart, "torch"), (apart, "reference"))
+        ]
+        assert_equal_within(outputs[0], outputs[2], 1e-12)
+        assert_equal_within(outputs[1], outputs[2], 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -112,8 +112,7 @@ def _attend(piece: Piece, events: QKV, summaries: QKV) -> tuple[Tensor, Tensor]:
             order = 1 if piece.are_events else -1  # what is causal goes last
             key, value = torch.cat((old_key, key)[::order]), torch.cat((old_value, value)[::order])
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    # [J, rows * G, D], the G query heads of a key head side by side
-    q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+    q = _by_key_head(query, num_kv_heads).to(dtype)
     key, value = key.to(dtype).transpose(0, 1), value.to(dtype).transpose(0, 1)
     bias = _hide_later(num_rows, q.shape[1], key) if num_rows > 1 else None
     if query.device.type == "cpu" and not (torch.is_grad_enabled() and _any_needs_grad(q, key, value)):
@@ -123,13 +122,23 @@ def _attend(piece: Piece, events: QKV, summaries: QKV) -> tuple[Tensor, Tensor]:
         scores = scores if bias is None else scores + bias
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ value
+    if num_rows == 1:
+        return out.reshape(query.shape).to(query.dtype), lse.reshape(1, num_heads)
     out = out.reshape(num_kv_heads, num_rows, -1, head_dim).transpose(0, 1).reshape(query.shape)
     lse = lse.reshape(num_kv_heads, num_rows, -1).transpose(0, 1).reshape(num_rows, num_heads)
     return out.to(query.dtype), lse
 
 
+def _by_key_head(query: Tensor, num_kv_heads: int) -> Tensor:
+    """Return queries [rows, H, D] as [J, rows * G, D], the G query heads of a key head side by side."""
+    num_rows, _, head_dim = query.shape
+    if num_rows == 1:
+        return query.view(num_kv_heads, -1, head_dim)
+    return query.view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+
+
 def _rows(whole: Tensor, bounds: tuple[int, int]) -> Tensor:
-    return whole if bounds == (0, len(whole)) else whole[bounds[0] : bounds[1]]
+    return whole if bounds == (0, whole.shape[0]) else whole[bounds[0] : bounds[1]]
 
 
 def _follow(first: Tensor, second: Tensor) -> bool:
@@ -137,14 +146,14 @@ def _follow(first: Tensor, second: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and first.stride() == second.stride()
-        and first.data_ptr() + len(first) * first.stride(0) * first.element_size() == second.data_ptr()
+        and first.data_ptr() + first.shape[0] * first.stride(0) * first.element_size() == second.data_ptr()
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     )
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
     """Return a view over both; see `_follow`."""
-    return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
+    return first.as_strided((first.shape[0] + second.shape[0], *first.shape[1:]), first.stride())
 
 
 def _any_needs_grad(*tensors: Tensor) -> bool:
