@@ -57,9 +57,8 @@ class Projection(nn.Module):
         return 2 * self.num_kv_heads * self.head_dim
 
     def _queries(self, columns: Tensor, rotary: Rotary, impl: str) -> tuple[Tensor, Tensor]:
-        parts = columns.view(-1, 2, self.num_heads, self.head_dim)
-        query = norm_rotary(parts[:, :1], self.query_gain, *rotary, eps=EPS, impl=impl)
-        return query[:, 0], parts[:, 1]
+        query, gate = columns.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+        return norm_rotary(query[:, None], self.query_gain, *rotary, eps=EPS, impl=impl)[:, 0], gate
 
     def _keys_values(self, columns: Tensor, rotary: Rotary, impl: str) -> Tensor:
         parts = columns.view(-1, 2, self.num_kv_heads, self.head_dim)
