@@ -38,8 +38,10 @@ def run(args: argparse.Namespace) -> None:
     from recsys_ksa.evaluate.comparison import compare, read_evaluations
     from recsys_ksa.evaluate.comparison_plots import draw
     from recsys_ksa.evaluate.plots import read_curves
+    from recsys_ksa.run import METRICS_FILE
 
-    evaluations = [recorded for path in args.runs for recorded in read_evaluations(path)]
+    by_run = [read_evaluations(path) for path in args.runs]
+    evaluations = [recorded for found in by_run for recorded in found]
     comparisons = compare(evaluations)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
             f"--out {args.out}: expected a directory that can be written, got: {error.strerror}."
         ) from error
     store = None if args.tracking == "none" else tracking.open_store(args.tracking)
-    curves = {path.resolve().name: read_curves(path / "metrics.jsonl") for path in args.runs}
+    curves = {found[0].record.runs[0].name: read_curves(path / METRICS_FILE) for path, found in zip(args.runs, by_run)}
     plots = [draw(comparison, curves) for comparison in comparisons]
     files = [args.out / PAGE, args.out / TEXT]
     text = page.markdown(args.title, comparisons)

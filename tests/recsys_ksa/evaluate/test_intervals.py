@@ -31,3 +31,23 @@ def test_users_without_a_value_are_left_out():
 def test_the_same_values_give_the_same_interval():
     values = np.random.default_rng(1).random((50, 3))
     assert Bootstrap(values).interval(2) == Bootstrap(values).interval(2)
+
+
+def test_a_resample_is_that_of_users_drawn_one_by_one(rng):
+    """Means of whole resamples, users without a value left out of theirs: against a loop over the same draws."""
+    values = rng.random((17, 4))
+    values[rng.random((17, 4)) < 0.2] = np.nan
+    values[:, 3] = np.nan
+    values[2, 3] = 0.5
+    seed = int(rng.integers(1 << 30))
+    found = Bootstrap(values, resamples=50, seed=seed)
+    drawn = np.random.default_rng(seed).integers(0, 17, size=(50, 17))
+    for column in range(4):
+        means = []
+        for users in drawn:
+            kept = [values[user, column] for user in users if not np.isnan(values[user, column])]
+            means.append(np.mean(kept) if kept else np.nan)
+        np.testing.assert_allclose(found.resampled[:, column], means)
+        low, high = np.nanquantile(means, [0.025, 0.975])
+        interval = found.interval(column)
+        np.testing.assert_allclose([interval.low, interval.high], [low, high])
