@@ -17,6 +17,7 @@ from typing import Any
 
 import append
 import catalogue
+import pointwise
 import torch
 import verify
 from cases import CASES, Case
@@ -76,9 +77,11 @@ def main(out: Path | None, cases: Sequence[str], peers: Sequence[str], num_cases
             )
     appended = append.rows(copied) if not peers else []
     catalogued = catalogue.rows(flops) if not peers else []
+    pointwise_rows = pointwise.rows() if not peers else []
     if out:
         limits = {"device": device, "torch": torch.__version__, "matrix_flops": flops, "copy_bytes": copied}
-        out.write_text(json.dumps({**limits, "rows": rows, "append": appended, "catalogue": catalogued}, indent=1))
+        others = {"append": appended, "catalogue": catalogued, "pointwise": pointwise_rows}
+        out.write_text(json.dumps({**limits, "rows": rows, **others}, indent=1))
     return 0
 
 
