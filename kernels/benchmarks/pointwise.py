@@ -1,4 +1,4 @@
-"""Time norm_rotary and sigmoid_gate by Triton and by PyTorch: 131,072 tokens, H = 8, d = 64, bf16, as a layer uses them.
+"""Time norm_rotary and sigmoid_gate by Triton and by PyTorch as a layer uses them: 131,072 tokens, H = 8, d = 64, bf16.
 
 PYTHONPATH=kernels python kernels/benchmarks/pointwise.py
 """

@@ -11,6 +11,8 @@ from ksa_kernels.testing import error_budget, make_qkv, nan_filled_empty, relati
 
 from .cases import Case, random_case
 from .test_catalogue_softmax import value_and_gradients
+from .test_norm_rotary import check as check_norm_rotary
+from .test_sigmoid_gate import check as check_sigmoid_gate
 from .test_summary_append import check as check_append
 
 pytestmark = [
@@ -76,6 +78,14 @@ def test_the_catalogues_normaliser_equals_reference(sizes, dtype):
     expected = value_and_gradients("reference", *sizes, torch.float64, "cuda", rounded=dtype)
     for one, other in zip(actual, expected, strict=True):
         assert relative_error(one, other) <= error_budget(dtype) or float(other.norm()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norm_rotary_and_gate_equal_reference(dtype):
+    for shape in ((1, 1, 1, 16), (1000, 2, 3, 32), (777, 1, 8, 64)):
+        check_norm_rotary("triton", shape, dtype, "cuda")
+    for shape in ((1, 1, 8), (1000, 3, 32), (777, 8, 64)):
+        check_sigmoid_gate("triton", shape, dtype, "cuda")
 
 
 def test_torch_compile_takes_the_operator_whole():
