@@ -62,9 +62,11 @@ import random, sys
 sys.path.insert(0, {str(HERE)!r})
 import torch
 from test_summary_append import check
+from ksa_kernels.summary_append import triton_append
 torch.set_num_threads(1)
 rng = random.Random(8)
-for _ in range(3):
+for splits in (1, 2, 4):
+    triton_append.MOST_SPLITS = splits
     check(rng, "triton", longest=40)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
