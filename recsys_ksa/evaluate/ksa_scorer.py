@@ -120,10 +120,11 @@ def run_scorers(
         ]
     )
     vectors: list[list[Tensor]] = [[] for _ in variants]
-    read = min((length for length in (max_length, network.max_length) if length is not None), default=None)
-    batches = list(_batches(questions, read))
+    limit = min((length for length in (max_length, network.max_length) if length is not None), default=None)
+    read = _shared(questions, limit, network.config.chunk_size)
+    batches = list(_batches(questions, read, limit))
     for rows in progress(batches, f"reading histories: {name}", unit="batch"):
-        batch = _batch(dataset, questions, rows, network.config.chunk_size, read)
+        batch = _batch(dataset, questions, read, rows, network.config.chunk_size, limit)
         batch = batch.to(network.start.device)
         users = np.unique(questions.user[rows])
         fixed = stored_summaries(network, histories, users, batch, memory, attention_impl)
@@ -215,25 +216,32 @@ def window_events(config: "ModelConfig") -> int:
     return (config.window_chunks + 1) * config.chunk_size
 
 
-def _batch(dataset: "Dataset", questions: Questions, rows: slice, chunk_size: int, max_length: int | None) -> Batch:
-    user = questions.user[rows]
-    if max_length is None:
-        users, question_user = np.unique(user, return_inverse=True)
-    else:
-        # Each question is cut elsewhere, so each is a history of its own.
-        users, question_user = user, np.arange(len(user))
-    cuts = questions.cut[rows]
+def _shared(questions: Questions, max_length: int | None, chunk_size: int) -> NDArray[np.int64]:
+    """Return which history each question reads, int64 [Q], ascending: those of one user and first event share one."""
+    start = span_start(questions.cut, max_length, chunk_size)
+    fresh = (np.diff(questions.user) != 0) | (np.diff(start) != 0)
+    return np.concatenate(([0], np.cumsum(fresh)))[: len(questions)]
+
+
+def _batch(
+    dataset: "Dataset",
+    questions: Questions,
+    read: NDArray[np.int64],
+    rows: slice,
+    chunk_size: int,
+    max_length: int | None,
+) -> Batch:
+    _, first, question_user = np.unique(read[rows], return_index=True, return_inverse=True)
+    users, cuts = questions.user[rows][first], questions.cut[rows]
     return questions_batch(dataset.histories, users, question_user, cuts, chunk_size=chunk_size, max_length=max_length)
 
 
-def _batches(questions: Questions, max_length: int | None) -> Iterator[slice]:
-    """Cut the questions into runs of whole users (of whole questions if only `max_length` events are read)."""
-    if max_length is None:
-        ends = np.append(np.flatnonzero(np.diff(questions.user)) + 1, len(questions))
-        cost = questions.cut[ends - 1]
-    else:
-        ends = np.arange(1, len(questions) + 1)
-        cost = np.minimum(questions.cut, max_length)
+def _batches(questions: Questions, read: NDArray[np.int64], max_length: int | None) -> Iterator[slice]:
+    """Cut the questions into runs of whole histories within `BATCH_EVENTS`, one history at least."""
+    ends = np.append(np.flatnonzero(np.diff(read)) + 1, len(questions))
+    cost = questions.cut[ends - 1]
+    if max_length is not None:
+        cost = np.minimum(cost, max_length)
     start, spent = 0, 0
     for at in range(len(ends)):
         if spent and spent + cost[at] > BATCH_EVENTS:

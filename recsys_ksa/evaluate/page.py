@@ -13,7 +13,7 @@ from recsys_ksa.evaluate.report import PROTOCOL_WORDS, table
 HEAD = ("model", *METRICS, f'"again" {METRIC}', f'"new for you" {METRIC}', COVERAGE, "KB of state")
 PAIR_HEAD = ("model", "other", "difference", "p", "p, Holm")
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }

@@ -1,6 +1,7 @@
 """What must hold of every architecture: nothing looks ahead, users do not meet, and what keeps no state says so."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,23 @@ def test_it_is_trained_and_evaluated_like_any_run_and_refuses_the_rest(architect
         with pytest.raises(RunError, match=f"{architecture}, which is for comparison and keeps no user state"):
             refused()
     assert main(["index", str(run)]) == 2
+
+
+def test_a_report_of_one_says_that_it_keeps_no_state(tiny_data, tiny_run, tmp_path, capsys):
+    """Evaluated as the main run, beside a run of the network: no truncated form, no stored summaries, no KB."""
+    run = tmp_path / "hstu"
+    config = str(CONFIGS / "baselines" / "hstu.toml")
+    call_verb("train", [config, "--data", str(tiny_data), "--out", str(run), "--steps", "0", "--set",
+                        "model.side_features=[]"])  # fmt: skip
+    call_verb("evaluate", [str(run), "--data", str(tiny_data), "--compare", str(tiny_run), "--protocol", "loo",
+                           "--baselines", "popularity", "--request-time", "drawn", "--tracking", "none"])  # fmt: skip
+    rows = json.loads((run / "evaluation" / "loo" / "rows.json").read_text())
+    assert {row["model"] for row in rows if "-minus-" not in row["model"]} == {"ksa", "smoke", "popularity"}
+    printed = capsys.readouterr().out
+    assert "keeps no state" in printed
+    assert "ksa-zeroed: left out: the run keeps no summaries" in printed
+    call_verb("report", [str(run), "--out", str(tmp_path / "report"), "--tracking", "none"])
+    assert "architecture hstu" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_positions_of_its_own_bound_what_is_trained_on_and_read(tiny_data, tmp_path, dataset):

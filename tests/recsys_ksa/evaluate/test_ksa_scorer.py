@@ -129,10 +129,14 @@ def test_truncated_counts_owned_items_in_its_window_only(dataset, recommender, q
     assert torch.all(scores[held] > plain[held])
 
 
-def test_the_newest_events_alone_give_what_they_give_at_their_true_positions(dataset, recommender, ownership, rng):
-    """Any reach: against the plain forward pass over the same span; a reach beyond every history changes nothing."""
+@pytest.mark.parametrize("protocol", ["loo", "global"])
+def test_the_newest_events_alone_give_what_they_give_at_their_true_positions(
+    protocol, dataset, recommender, ownership, rng
+):
+    """Any reach, questions that share a span together: against a plain forward pass for each alone; a reach beyond
+    every history changes nothing."""
     network = recommender.network
-    questions = ask(dataset.histories, "loo")
+    questions = ask(dataset.histories, protocol)
     k = network.config.chunk_size
     length = int(rng.integers(k, 60))
     (scorer,) = run_scorers("ksa", network, dataset, questions, ownership, ["none"], max_length=length)
