@@ -26,7 +26,7 @@ from recsys_ksa.model.network import Network
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import UserState
 from recsys_ksa.order import OrderKey, order_key
-from recsys_ksa.retrieval.index import Index, TorchIndex, load_index
+from recsys_ksa.retrieval.index import Found, Index, TorchIndex, load_index
 from recsys_ksa.retrieval.popularity_column import PopularityColumn, popularity_column
 from recsys_ksa.run import INDEX_FOLDER, Run, load_counts, load_network, open_run
 from recsys_ksa.schema import UNKNOWN_ITEM
@@ -216,14 +216,19 @@ class Recommender:
         request_time: int | None = None,
         exclude_seen: bool | None = None,
         only_seen: bool = False,
+        found: Found | None = None,
     ) -> Answer:
-        """Return `recommend`'s answer where the user's vector is known already, as from a batch of `ask`."""
+        """Return `recommend`'s answer where the user's vector is known already, as from a batch of `ask`.
+
+        Args:
+            found: the index's answer to this vector, k and the user's own items, where a batch was searched at once.
+        """
         exclude = self.run.info.exclude_seen and not only_seen if exclude_seen is None else exclude_seen
         vector = user_vector.to("cpu", torch.float32).numpy()
         owned = state.seen.item_index.astype(np.int64)
         rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
         if not only_seen:
-            rows, scores = self.index.search(vector, k, owned)
+            rows, scores = found if found is not None else self.index.search(vector, k, owned)
         if not exclude and len(owned):
             # Owned items carry a bias of their own, so they are scored directly; the merge stays exact.
             rows = np.concatenate((rows, owned))

@@ -23,6 +23,7 @@ from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserState, first_visible_chunk
 from recsys_ksa.order import order_key
 from recsys_ksa.recommender import Recommender, roll_history
+from recsys_ksa.retrieval.index import Found, TorchIndex
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 
@@ -201,7 +202,8 @@ class LibraryModel:
         buckets = [request_bucket(asked.state.last_timestamp, asked.request_time) for asked in questions]
         memories = [asked.state.memory for asked in questions]
         vectors = ask(self.recommender.network, memories, buckets, self.recommender.attention_impl)
-        return [self._ranked(asked, vector) for asked, vector in zip(questions, vectors)]
+        found = self._search(questions, vectors)
+        return [self._ranked(asked, vector, rows) for asked, vector, rows in zip(questions, vectors, found)]
 
     def score(self, state: UserState, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
         """Return each item's score."""
@@ -235,20 +237,38 @@ class LibraryModel:
 
     # -- helpers ----------------------------------------------------------------------------------------------
 
-    def _ranked(self, asked: Question, vector: Tensor) -> Scored:
-        def rank(k: int) -> Scored:
-            return self.recommender.rank(
-                asked.state, vector, k, asked.request_time, asked.exclude_seen, asked.only_seen
-            )
+    def _search(self, questions: Sequence[Question], vectors: Tensor) -> list[Found | None]:
+        """Search for several users at once where the index is a matrix: its rows are read once for all of them."""
+        index = self.recommender.index
+        if not isinstance(index, TorchIndex) or len(questions) == 1:
+            return [None] * len(questions)
+        found: list[Found | None] = []
+        for start in range(0, len(questions), SEARCHED_AT_ONCE):
+            part = questions[start : start + SEARCHED_AT_ONCE]
+            scores_UI = vectors[start : start + SEARCHED_AT_ONCE].to(index.vectors) @ index.vectors.T
+            scores_UI[:, UNKNOWN_ITEM] = -torch.inf
+            for asked, scores in zip(part, scores_UI):
+                scores[torch.from_numpy(asked.state.seen.item_index.astype(np.int64)).to(scores.device)] = -torch.inf
+                values, rows = scores.topk(min(_depth(asked), len(scores)))
+                kept = values > -torch.inf
+                found.append((rows[kept].cpu().numpy(), values[kept].cpu().numpy()))
+        return found
 
-        if asked.allow is None and not asked.deny:
-            return rank(asked.k)
+    def _ranked(self, asked: Question, vector: Tensor, found: Found | None) -> Scored:
         if asked.allow is not None:
-            return self._among(asked, vector)
-        # At most len(deny) items are lost, so this many hold k that are not denied.
-        return [pair for pair in rank(asked.k + len(asked.deny)) if pair[0] not in asked.deny][: asked.k]
+            return self._among(asked)
+        ranked = self.recommender.rank(
+            asked.state,
+            vector,
+            _depth(asked),
+            asked.request_time,
+            asked.exclude_seen,
+            asked.only_seen,
+            found,
+        )
+        return [pair for pair in ranked if pair[0] not in asked.deny][: asked.k]
 
-    def _among(self, asked: Question, vector: Tensor) -> Scored:
+    def _among(self, asked: Question) -> Scored:
         """Score the allowed items directly; the filters hold as in a search."""
         assert asked.allow is not None
         recommender = self.recommender
@@ -337,6 +357,13 @@ class LibraryModel:
 
 
 _no_input = torch.zeros(0)
+SEARCHED_AT_ONCE = 16
+"""Users whose scores of all items are in memory at once."""
+
+
+def _depth(asked: Question) -> int:
+    """Return how many items hold k that are not denied: at most as many are lost as are denied."""
+    return asked.k + len(asked.deny)
 
 
 class _LazyBytes(dict[bytes, Any]):

@@ -8,7 +8,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
-from ksa_serving.errors import ServiceError
+from ksa_serving.errors import DeadlineError, OverloadedError, ServiceError
 from ksa_serving.messages import Problem
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,14 @@ def problem(status: int, code: str, detail: str, headers: dict[str, str] | None 
     )
 
 
-def on_service_error(_: Request[Any, Any, Any], error: ServiceError) -> Response[bytes]:
-    """Answer one of the service's own errors; overload and an unwritable log ask to come back."""
-    if error.status >= 500:
+def on_service_error(request: Request[Any, Any, Any], error: ServiceError) -> Response[bytes]:
+    """Answer one of the service's own errors; overload and an unwritable log ask to come back.
+
+    Refusals for want of room or time are counted and not logged: under overload there would be a line a request.
+    """
+    if isinstance(error, OverloadedError | DeadlineError):
+        request.app.state.service.metrics.refused.labels(error.code).inc()
+    elif error.status >= 500:
         logger.error("%s: %s", error.code, error)
     return problem(error.status, error.code, str(error), {"Retry-After": "1"} if error.status == 503 else None)
 

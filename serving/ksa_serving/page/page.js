@@ -42,6 +42,7 @@ function askForToken() {
 // An id of dots alone would be taken for a relative path.
 const userPath = (verb = "") => `/v1/users/${encodeURIComponent(shown.user).replaceAll(".", "%2E")}${verb}`;
 const bytes = (n) => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed(1)} KiB` : `${(n / 1048576).toFixed(1)} MiB`;
+const small = (n) => Math.abs(n) >= 0.0005 ? n.toFixed(3) : n.toExponential(0);
 const day = (seconds) => new Date(seconds * 1000).toISOString().slice(0, 16).replace("T", " ");
 
 function requestTime() {
@@ -177,7 +178,7 @@ async function explain(item, title) {
     + `went to the far past, through summaries; the rest to the newest events.`;
   $("reasons").replaceChildren(...answer.chunks.map((chunk) => {
     const names = [...new Set(chunk.events.map((event) => event.title || event.item_id))];
-    const change = chunk.score_change === null ? "" : `, score ${chunk.score_change >= 0 ? "+" : ""}${chunk.score_change.toFixed(3)}`;
+    const change = chunk.score_change === null ? "" : `, score ${chunk.score_change >= 0 ? "+" : ""}${small(chunk.score_change)}`;
     const bar = element("span", { class: `bar ${chunk.seen_as}` });
     bar.style.width = `${Math.max(1, 100 * chunk.attention)}%`;
     return element(
