@@ -34,7 +34,7 @@ def test_torch_equals_reference_forward_and_backward(seed):
 
 def test_random_cases_take_every_way_through_the_code(rng):
     layouts = [random_case(rng).layout for _ in range(200)]
-    ways = [(small.is_small(layout), fused_cpu.is_dense(layout)) for layout in layouts]
+    ways = [(small.plan(layout) is not None, fused_cpu.is_dense(layout)) for layout in layouts]
     assert {(True, False), (False, True), (False, False)} <= set(ways)
 
 
@@ -208,7 +208,7 @@ def make_qkv_pair(case, dtype):
 def test_gradients_pass_gradcheck():
     for rule in ({**RULE, "max_visible_chunks": 2}, {**RULE, "summaries_per_chunk": 0, "window_chunks": None}):
         layout = make_layout([26, 3, 5], **rule)
-        assert not small.is_small(layout)
+        assert small.plan(layout) is None
         events, summaries = make_qkv(layout, head_dim=2, num_heads=2, num_kv_heads=1, requires_grad=True)
 
         def run(*tensors, layout=layout):

@@ -93,20 +93,25 @@ def _check(events: QKV, summaries: QKV, layout: ChunkLayout) -> None:
     event_rows = layout.num_query_events, layout.num_key_events
     summary_rows = layout.num_query_summaries, layout.num_key_summaries
     for kind, qkv, (query_rows, key_rows) in (("events", events, event_rows), ("summaries", summaries, summary_rows)):
-        _check_tensor(f"{kind}.query", qkv.query, (query_rows, num_heads, head_dim), query, layout)
-        _check_tensor(f"{kind}.key", qkv.key, (key_rows, num_kv_heads, head_dim), query, layout)
-        _check_tensor(f"{kind}.value", qkv.value, (key_rows, num_kv_heads, head_dim), query, layout)
+        key_shape = key_rows, num_kv_heads, head_dim
+        _check_tensor(kind, "query", qkv.query, (query_rows, num_heads, head_dim), query, layout)
+        _check_tensor(kind, "key", qkv.key, key_shape, query, layout)
+        _check_tensor(kind, "value", qkv.value, key_shape, query, layout)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int, int], like: Tensor, layout: ChunkLayout) -> None:
+def _check_tensor(
+    kind: str, field: str, tensor: Tensor, shape: tuple[int, int, int], like: Tensor, layout: ChunkLayout
+) -> None:
+    device = tensor.device
     if (
         tensor.shape == shape
         and tensor.dtype is like.dtype
-        and tensor.device == like.device
-        and tensor.device.type == layout.device.type
+        and device == like.device
+        and device.type == layout.device.type
         and (shape[2] <= 1 or tensor.stride(2) == 1)
     ):
         return
+    name = f"{kind}.{field}"
     if tuple(tensor.shape) != shape:
         raise ShapeError(
             f"{name} must have shape {list(shape)} (rows by the layout's offsets, heads, head dim): "

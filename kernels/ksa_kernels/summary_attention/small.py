@@ -34,8 +34,14 @@ class Piece(NamedTuple):
     summaries: tuple[int, int]
 
 
-def is_small(layout: ChunkLayout) -> bool:
-    """Whether the layout's queries touch at most MAX_PIECES chunks in all."""
+def plan(layout: ChunkLayout) -> list[Piece] | None:
+    """Return what the layout's queries see, piece by piece; None if they touch more than MAX_PIECES chunks."""
+    if "small" not in layout.plans:
+        layout.plans["small"] = list(_pieces(layout)) if _is_small(layout) else None
+    return layout.plans["small"]
+
+
+def _is_small(layout: ChunkLayout) -> bool:
     pieces = 0
     for span in layout.spans:
         if span.num_query_events:
@@ -45,11 +51,11 @@ def is_small(layout: ChunkLayout) -> bool:
     return True
 
 
-def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend(events: QKV, summaries: QKV, pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
-    pieces = layout.plans.get("small")
-    if pieces is None:
-        pieces = layout.plans["small"] = list(_pieces(layout))
+    if len(pieces) == 1:  # no chunk is closed: no summary asks
+        out, lse = _attend(pieces[0], events, summaries)
+        return out, summaries.query, lse, lse[:0]
     found = [_attend(piece, events, summaries) for piece in pieces]
     event_parts = [part for piece, part in zip(pieces, found) if piece.are_events]
     summary_parts = [part for piece, part in zip(pieces, found) if not piece.are_events]
@@ -103,17 +109,13 @@ def _attend(piece: Piece, events: QKV, summaries: QKV) -> tuple[Tensor, Tensor]:
     query = _rows((events if piece.are_events else summaries).query, piece.query)
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads = events.key.shape[1]
-    key, value = _rows(events.key, piece.events), _rows(events.value, piece.events)
-    if piece.summaries[0] < piece.summaries[1]:
-        old_key, old_value = _rows(summaries.key, piece.summaries), _rows(summaries.value, piece.summaries)
-        if num_rows == 1 and _follow(key, old_key) and _follow(value, old_value):
-            key, value = _joined(key, old_key), _joined(value, old_value)
-        else:
-            order = 1 if piece.are_events else -1  # what is causal goes last
-            key, value = torch.cat((old_key, key)[::order]), torch.cat((old_value, value)[::order])
+    key = _seen(events.key, summaries.key, piece, num_rows)
+    value = _seen(events.value, summaries.value, piece, num_rows)
+    q = _by_key_head(query, num_kv_heads)
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    q = _by_key_head(query, num_kv_heads).to(dtype)
-    key, value = key.to(dtype).transpose(0, 1), value.to(dtype).transpose(0, 1)
+    if query.dtype is not dtype:
+        q, key, value = q.to(dtype), key.to(dtype), value.to(dtype)
+    key, value = key.transpose(0, 1), value.transpose(0, 1)
     bias = _hide_later(num_rows, q.shape[1], key) if num_rows > 1 else None
     if query.device.type == "cpu" and not (torch.is_grad_enabled() and _any_needs_grad(q, key, value)):
         out, lse = fused_cpu.attend_rows(q, key, value, bias)
@@ -123,10 +125,33 @@ def _attend(piece: Piece, events: QKV, summaries: QKV) -> tuple[Tensor, Tensor]:
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ value
     if num_rows == 1:
-        return out.reshape(query.shape).to(query.dtype), lse.reshape(1, num_heads)
-    out = out.reshape(num_kv_heads, num_rows, -1, head_dim).transpose(0, 1).reshape(query.shape)
-    lse = lse.reshape(num_kv_heads, num_rows, -1).transpose(0, 1).reshape(num_rows, num_heads)
-    return out.to(query.dtype), lse
+        out, lse = out.reshape(query.shape), lse.reshape(1, num_heads)
+    else:
+        out = out.reshape(num_kv_heads, num_rows, -1, head_dim).transpose(0, 1).reshape(query.shape)
+        lse = lse.reshape(num_kv_heads, num_rows, -1).transpose(0, 1).reshape(num_rows, num_heads)
+    return out if query.dtype is dtype else out.to(query.dtype), lse
+
+
+def _seen(events: Tensor, summaries: Tensor, piece: Piece, num_rows: int) -> Tensor:
+    """Return the keys (or values) a piece sees, [L, J, D]; what is causal among several rows goes last."""
+    (first, stop), (old, old_stop) = piece.events, piece.summaries
+    if old == old_stop:
+        return _rows(events, piece.events)
+    if num_rows == 1 and old == 0 and stop == events.shape[0] and _follow(events, summaries):
+        where = events.storage_offset() + first * events.stride(0)
+        return events.as_strided((stop - first + old_stop, *events.shape[1:]), events.stride(), where)
+    parts = _rows(summaries, piece.summaries), _rows(events, piece.events)
+    return torch.cat(parts if piece.are_events else parts[::-1])
+
+
+def _follow(first: Tensor, second: Tensor) -> bool:
+    """Whether the rows of `second` lie in memory right behind those of `first`, and no gradient is wanted."""
+    return (
+        not torch.is_grad_enabled()
+        and first.data_ptr() + first.shape[0] * first.stride(0) * first.element_size() == second.data_ptr()
+        and first.stride() == second.stride()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    )
 
 
 def _by_key_head(query: Tensor, num_kv_heads: int) -> Tensor:
@@ -139,21 +164,6 @@ def _by_key_head(query: Tensor, num_kv_heads: int) -> Tensor:
 
 def _rows(whole: Tensor, bounds: tuple[int, int]) -> Tensor:
     return whole if bounds == (0, whole.shape[0]) else whole[bounds[0] : bounds[1]]
-
-
-def _follow(first: Tensor, second: Tensor) -> bool:
-    """Whether the rows of `second` lie in memory right behind those of `first`, and no gradient is wanted."""
-    return (
-        not torch.is_grad_enabled()
-        and first.stride() == second.stride()
-        and first.data_ptr() + first.shape[0] * first.stride(0) * first.element_size() == second.data_ptr()
-        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    )
-
-
-def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """Return a view over both; see `_follow`."""
-    return first.as_strided((first.shape[0] + second.shape[0], *first.shape[1:]), first.stride())
 
 
 def _any_needs_grad(*tensors: Tensor) -> bool:

@@ -47,8 +47,8 @@ HIDDEN = -1e30
 
 def attend(events: QKV, summaries: QKV, layout: ChunkLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
-    if small.is_small(layout):
-        return small.attend(events, summaries, layout)
+    if (pieces := small.plan(layout)) is not None:
+        return small.attend(events, summaries, pieces)
     if events.query.device.type == "cpu" and fused_cpu.is_dense(layout):
         return fused_cpu.attend_dense(events, summaries, layout)
     plan = layout.plans.get("torch")
