@@ -1,22 +1,23 @@
-"""`ksa recommend`: answer for one user whose events are in a file."""
+"""`ksa recommend`: answer for one user whose events are in a file, or whom a running service knows."""
 
 import argparse
 import csv
 from pathlib import Path
 
-from recsys_ksa.cli import Verb
-from recsys_ksa.errors import DataError, SchemaError
+from recsys_ksa.cli import Verb, call_verb
+from recsys_ksa.errors import DataError, SchemaError, UsageError
 
 Columns = dict[str, list[str]]
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run directory or bundle")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="run directory or bundle")
+    parser.add_argument("--url", help="ask this running service, for --user, instead of RUN and --events")
+    parser.add_argument("--user", metavar="ID", help="whom the service knows")
     parser.add_argument(
         "--events",
         metavar="FILE",
         type=Path,
-        required=True,
         help="one user's events, .csv or .parquet: item_id, timestamp, and event_type, event_id where present",
     )
     parser.add_argument("--k", type=int, default=10, help="how many items (default 10)")
@@ -27,6 +28,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.url is not None:
+        _ask_service(args)
+        return
+    if args.run is None or args.events is None:
+        raise UsageError("ksa recommend: expected RUN and --events FILE, or --url URL and --user ID. See --help.")
     columns = read_events(args.events)
     from recsys_ksa.recommender import Recommender
 
@@ -51,6 +57,15 @@ def _run(args: argparse.Namespace) -> None:
     for rank, (item_id, score) in enumerate(answer, start=1):
         title = titles[rec.run.items.index_of[item_id]] if titles else None
         print(f"{rank:>4}  {score:>9.4f}  {item_id}{'  ' + title if title else ''}")
+
+
+def _ask_service(args: argparse.Namespace) -> None:
+    """Let the service's own verb ask; nothing is loaded here."""
+    if args.user is None or args.run is not None or args.events is not None:
+        raise UsageError("ksa recommend: expected --user ID beside --url, and neither RUN nor --events. See --help.")
+    which = "again" if args.again else "new" if args.new else "all"
+    when = [] if args.request_time is None else ["--request-time", str(args.request_time)]
+    call_verb("ask", [args.user, "--url", args.url, "--k", str(args.k), "--list", which, *when])
 
 
 def read_events(file: Path) -> Columns:

@@ -20,6 +20,7 @@ from ksa_serving.messages import EventMessage
 from ksa_serving.service import Service
 from ksa_serving.settings import Limits, ServeSettings
 from ksa_serving.testing import ToyModel
+from recsys_ksa.cli import main
 from recsys_ksa.errors import UsageError
 
 pytestmark = pytest.mark.service
@@ -261,6 +262,28 @@ def test_the_client_tries_again_where_there_was_no_room():
     with pytest.raises(ClientError, match="ConnectError"):
         client.state("ann")
     assert len(waits) == 2
+
+
+def test_verbs_send_a_log_and_ask(client: httpx.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = tmp_path / "log.csv"
+    rows = [f"{user},item-{n % 9},{100 + n},e{n}" for user in ("7", "8") for n in range(600)]
+    log.write_text("user_id,item_id,timestamp,event_id\n" + "\n".join(rows))
+    url = str(client.base_url).rstrip("/")
+    assert main(["events", str(log), "--url", url]) == 0
+    assert "1200 accepted" in capsys.readouterr().out
+    assert main(["events", str(log), "--url", url]) == 0
+    assert "1200 duplicate" in capsys.readouterr().out
+    assert main(["ask", "7", "--url", url, "--k", "3", "--why"]) == 0
+    asked = capsys.readouterr().out
+    assert asked.startswith("600 events")
+    assert "of the attention on summaries" in asked
+    assert main(["recommend", "--url", url, "--user", "7", "--k", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:4] == asked.splitlines()[1:4]
+    assert main(["recommend", "--url", url]) == 2
+    assert main(["ask", "7", "--url", "http://127.0.0.1:9", "--k", "0"]) == 2
+    log.write_text("user,item_id,timestamp\n")
+    assert main(["events", str(log), "--url", url]) == 2
+    assert "expected the column user_id" in capsys.readouterr().err
 
 
 def test_load_is_sent_and_reported(client: httpx.Client):

@@ -3,14 +3,28 @@ import sys
 
 SERVICE_MODULES = [
     "app",
+    "auth",
+    "batcher",
+    "client",
+    "client_commands",
+    "cold_store",
     "command",
     "event_log",
+    "guards",
+    "lmdb_engine",
+    "load",
+    "metrics",
+    "models",
+    "redis_engine",
     "release",
+    "releases",
+    "replay_command",
     "server",
     "service",
     "state_store",
     "testing",
     "user_states",
+    "user_view",
 ]
 
 

@@ -170,3 +170,30 @@ def test_an_index_of_another_run_is_refused(tiny_run: Path, tmp_path: Path):
     manifest.write_text(json.dumps({**values, "release_hash": "0" * 64}))
     with pytest.raises(RunError, match="index"):
         load_release(indexed)
+
+
+def test_replaying_a_stopped_services_log_finds_what_it_stored(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from ksa_serving.command import open_store
+    from ksa_serving.event_log import EventLog
+    from recsys_ksa.cli import main
+
+    release = load_release(tiny_run)
+    settings = ServeSettings(spill_events=10)
+    log = EventLog(tmp_path, release.tie)
+    models = {release.state_fingerprint: release.model}
+    service = Service(release, log, open_store("lmdb", tmp_path, models, log.salt, settings), settings, models=models)
+
+    async def story() -> None:
+        for n, user in enumerate(("ann", "bob", "cat")):
+            events = history(n, 150)
+            await service.post_events(user, EventsRequest(events[:100] + events[101:]))
+            await ask(service, user, k=1)
+            await service.post_events(user, EventsRequest([events[100]]))  # late
+            await ask(service, user, k=1)
+        await service.close()
+
+    asyncio.run(story())
+    assert main(["replay", str(tiny_run), "--state-dir", str(tmp_path)]) == 0
+    assert "450 events of 3 users; 3 states stored" in capsys.readouterr().out
