@@ -1,4 +1,4 @@
-"""Events per second and peak memory of `ksa prepare`, of pandas doing the same, and of an append of 1%.
+"""Events per second, processor seconds and peak memory of `ksa prepare`, of pandas doing the same, and of an append of 1%.
 
     python pipelines/benchmarks/prepare.py --events 1000000 10000000 --json figures.json
 
@@ -9,6 +9,7 @@ of the process and its children, read four times a second (pages of mapped files
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,8 @@ import polars as pl
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Run a command; return its seconds, and the peak of resident memory in MiB."""
-    began = time.monotonic()
+    """Run a command; return its seconds, its processor seconds, and the peak of resident memory in MiB."""
+    began, used = time.monotonic(), processor_seconds()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
@@ -29,7 +30,14 @@ def measured(command: list[str]) -> dict[str, float]:
         time.sleep(0.05)
     if process.returncode:
         sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
-    return {"seconds": round(time.monotonic() - began, 2), "peak_mib": peak >> 20}
+    seconds = round(time.monotonic() - began, 2)
+    return {"seconds": seconds, "processor_seconds": round(processor_seconds() - used, 2), "peak_mib": peak >> 20}
+
+
+def processor_seconds() -> float:
+    """Return the processor time of all children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def tree_memory(process: int) -> int:
@@ -89,7 +97,7 @@ def main() -> None:
             for row in bench(events, folder, not args.no_peers, args.memory):
                 rows.append(row)
                 print(
-                    "{events:>13,} {what:<16} {seconds:8.2f} s {events_per_second:>10,}/s {peak_mib:>7,} MiB".format(
+                    "{events:>13,} {what:<16} {seconds:8.2f} s {processor_seconds:8.2f} s of processors {events_per_second:>10,}/s {peak_mib:>7,} MiB".format(
                         **row
                     )
                 )

@@ -24,19 +24,26 @@ def encode(values: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:
     return codes.indices.fill_null(-1).to_numpy(), pl.Series(values.name, codes.dictionary, dtype=values.dtype)
 
 
-def write_frame(frame: pl.DataFrame, path: Path) -> None:
-    """Write a frame as an Arrow IPC file."""
-    table = to_arrow(frame)
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a table as an Arrow IPC file."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
 
-def read_frame(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
-    """Return the frame that `write_frame` wrote, copied into memory: the file may be written again."""
-    options = None
-    if columns is not None:
-        with pa.OSFile(str(path)) as source:
-            names = pa.ipc.open_file(source).schema.names
-        options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Return the table that `write_table` wrote, copied into memory: the file may be written again."""
     with pa.OSFile(str(path)) as source:
-        return pl.DataFrame(pa.ipc.open_file(source, options=options).read_all())
+        names = pa.ipc.open_file(source).schema.names
+    wanted = [names.index(name) for name in columns or names]
+    with pa.OSFile(str(path)) as source:
+        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted)).read_all()
+
+
+def write_frame(frame: pl.DataFrame, path: Path) -> None:
+    """Write a frame as an Arrow IPC file."""
+    write_table(to_arrow(frame), path)
+
+
+def read_frame(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
+    """Return the frame that `write_frame` wrote; see `read_table`."""
+    return pl.DataFrame(read_table(path, columns))

@@ -6,7 +6,7 @@ gathered lies in the bucket's folder until the third pass (`part.py`) has the vo
     events.arrow   user, item (rows of the two below), timestamp, arrival; event_type, event_id where the log has them
     users.arrow    user_id, and user_index where the data set knows the user
     items.arrow    item_id, and item_index where the data set knows the item; count and first_seen in this bucket
-    old.parquet    the histories of these users that the data set already has
+    old.arrow      the histories of these users that the data set already has
 """
 
 import shutil
@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ksa_pipelines.arrow import encode, read_frame, write_frame
+from ksa_pipelines.arrow import encode, read_frame, write_frame, write_table
 from ksa_pipelines.clean import drop_duplicates
 from ksa_pipelines.histories import as_events
 from ksa_pipelines.spill import read_bucket
 from ksa_pipelines.ties import TiedPairs, count_tied_pairs, sort_by_time
 from recsys_ksa.data.parts import newest_rows
 
-EVENTS, USERS, ITEMS, OLD = "events.arrow", "users.arrow", "items.arrow", "old.parquet"
+EVENTS, USERS, ITEMS, OLD = "events.arrow", "users.arrow", "items.arrow", "old.arrow"
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ def gather(task: GatherTask) -> Gathered | None:
     if task.known is not None:
         user_table, item_table, histories = _recognise(task.known, task.bucket, user_table, item_table)
         if histories is not None:
-            pq.write_table(histories, task.folder / OLD)
-            old = _as_events(histories, user_table, item_table, task.known.event_types)
+            write_table(histories, task.folder / OLD)
+            old = _as_events(histories, events, user_table, item_table, task.known.event_types)
     events, duplicates = drop_duplicates(events, old)
     write_frame(user_table, task.folder / USERS)
     write_frame(item_table, task.folder / ITEMS)
@@ -168,12 +167,22 @@ def _recognise(
 
 
 def _as_events(
-    histories: pa.Table, users: pl.DataFrame, items: pl.DataFrame, event_types: tuple[str | None, ...]
+    histories: pa.Table,
+    new: pl.DataFrame,
+    users: pl.DataFrame,
+    items: pl.DataFrame,
+    event_types: tuple[str | None, ...],
 ) -> pl.DataFrame:
-    """Return old histories as events in the codes of the new ones; an item that the log does not have is null."""
+    """Return what of old histories could be the same as a new event, in the codes of the new ones.
+
+    An item that the log does not have is null.
+    """
     code = pl.DataFrame({"user_index": users["user_index"], "user": np.arange(users.height, dtype=np.int32)})
     item = pl.DataFrame({"item_index": items["item_index"], "item": np.arange(items.height, dtype=np.int32)})
-    events = as_events(histories).drop("tie")
+    same = pl.col("timestamp").is_between(new["timestamp"].min(), new["timestamp"].max())
+    if "event_id" in new.columns:
+        same = pl.col("event_id").is_in(new["event_id"].drop_nulls().unique().implode()) | same
+    events = as_events(histories.drop_columns("tie")).filter(same)
     events = events.join(code, on="user_index", how="left", maintain_order="left")
     events = events.join(item.drop_nulls(), on="item_index", how="left", maintain_order="left")
     if "event_type" in events.columns:

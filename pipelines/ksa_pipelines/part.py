@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
-from ksa_pipelines.arrow import read_frame, write_frame
+from ksa_pipelines.arrow import read_frame, read_table, write_frame
 from ksa_pipelines.bucket import EVENTS, ITEMS, OLD, USERS
 from ksa_pipelines.catalogue import Catalogue, Counted, log_items
 from ksa_pipelines.engine import Engine
@@ -46,7 +45,7 @@ def write_bucket(task: PartTask) -> int:
     events = read_frame(task.folder / EVENTS)
     users = number_users(task, events)
     new = sort_by_order(_as_numbers(task, events, users), task.tie)
-    old = pq.read_table(task.folder / OLD) if (task.folder / OLD).exists() else None
+    old = read_table(task.folder / OLD) if (task.folder / OLD).exists() else None
     ordered = new if old is None else merge_by_order(as_events(old), new)
     users = users.filter(pl.col("user_index").is_not_null()).sort("user_index")
     user_index, offsets = user_offsets(ordered)
@@ -120,10 +119,12 @@ def number_users(task: PartTask, events: pl.DataFrame) -> pl.DataFrame:
 
 def merge_by_order(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
     """Return old and new events in one order; equal keys as they were stored, then by arrival."""
-    columns = [name for name in old.columns if name in new.columns]
-    rows = pl.concat([old.select(columns), new.select(columns)])
-    # Both are in order, so that a stable sort keeps equal keys as they are.
-    return rows.sort("user_index", "timestamp", "tie", maintain_order=True)
+    new = new.select(old.columns)
+    is_before = pl.col("timestamp") < new["timestamp"].min()
+    # Most of a history lies before a later log: only the rest is sorted. Both parts are in order already, so that
+    # stable sorts keep equal keys as they are.
+    rest = pl.concat([old.filter(~is_before), new]).sort("user_index", "timestamp", "tie", maintain_order=True)
+    return pl.concat([old.filter(is_before), rest]).sort("user_index", maintain_order=True)
 
 
 def _as_numbers(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame:

@@ -20,9 +20,9 @@ from recsys_ksa.data.hashes import Split
 from recsys_ksa.data.manifest import Manifest, check_file
 from recsys_ksa.errors import DataError
 
-BLOCK_EVENTS = 1 << 20
+BLOCK_EVENTS = 1 << 18
 """Events of one block, about."""
-ROW_GROUP_EVENTS = 1 << 18
+ROW_GROUP_EVENTS = 1 << 16
 """Events of one row group of a part, about: what a reader must hold of each part."""
 _GLOBAL = {"global_valid": "valid_start", "global_test": "test_start"}
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ksa_pipelines.commands.arguments import add_resources, resources_of, step_report
+from ksa_pipelines.commands.arguments import add_resources, resources_of, share_cores, step_report
 from recsys_ksa.cli import Verb
 
 
@@ -16,6 +16,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    share_cores()
     from ksa_pipelines.append import append_log
     from ksa_pipelines.config import PrepareConfig
     from recsys_ksa.config import load_config
