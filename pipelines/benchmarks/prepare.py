@@ -1,4 +1,4 @@
-"""Events per second, processor seconds and peak memory of `ksa prepare`, of pandas doing the same, and of an append of 1%.
+"""Events per second, processor seconds and peak memory: `ksa prepare`, pandas doing the same, an append of 1%.
 
     python pipelines/benchmarks/prepare.py --events 1000000 10000000 --json figures.json
 
@@ -96,11 +96,9 @@ def main() -> None:
         try:
             for row in bench(events, folder, not args.no_peers, args.memory):
                 rows.append(row)
-                print(
-                    "{events:>13,} {what:<16} {seconds:8.2f} s {processor_seconds:8.2f} s of processors {events_per_second:>10,}/s {peak_mib:>7,} MiB".format(
-                        **row
-                    )
-                )
+                spent = "{seconds:8.2f} s {processor_seconds:8.2f} s of processors {events_per_second:>10,}/s"
+                line = "{events:>13,} {what:<16} " + spent + " {peak_mib:>7,} MiB"
+                print(line.format(**row), flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     if args.json:
