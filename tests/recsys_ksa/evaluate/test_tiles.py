@@ -71,3 +71,22 @@ def test_counting_and_sorting_give_the_same_ranks(rng, monkeypatch):
         found.append(target_ranks(scores, targets, owned, is_owned))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_a_cpu_finds(rng):
+    """Whole numbers: equal to the last bit, tiles and ranks."""
+    users = torch.from_numpy(rng.integers(-9, 10, (50, 8)).astype(np.float32))
+    items = torch.from_numpy(rng.integers(-9, 10, (5000, 8)).astype(np.float32))
+    value, _ = stream_top_k(users.cuda(), items.cuda(), 10, tile_items=700)
+    assert torch.equal(value.cpu(), stream_top_k(users, items, 10)[0])
+    scores = users @ items.T
+    question = torch.arange(50)
+    targets = Pairs(question, torch.from_numpy(rng.integers(1, 5000, 50)))
+    owned = Pairs(question, targets.item)
+    found = []
+    for device in ("cpu", "cuda"):
+        pairs = [Pairs(pair.question.to(device), pair.item.to(device)) for pair in (targets, owned)]
+        mine = torch.ones(50, dtype=torch.bool, device=device)
+        found.append([ranks.cpu() for ranks in target_ranks(scores.to(device), *pairs, mine)])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
