@@ -249,6 +249,11 @@ class Recommender:
             scores = np.where(owned[at] == rows, self._owned_scores(state, vector, request_time)[at], scores)
         return [None if row == UNKNOWN_ITEM else float(score) for row, score in zip(rows, scores)]
 
+    @property
+    def item_vectors(self) -> NDArray[np.float32]:
+        """The vectors that scores are inner products with, float32 [I, E (+ 1)], row = item_index."""
+        return self._vectors
+
     def _owned_scores(self, state: UserState, vector: NDArray[np.float32], request_time: int | None) -> NDArray:
         seen = state.seen
         scores = self._vectors[seen.item_index] @ vector

@@ -6,7 +6,7 @@ not change speed). It is written to `runs/reference` the first time. Needs the p
     append     append one event and recommend, against computing the history anew, at 10^3, 10^4, 10^5 events
     memory     users per GB by measured bytes, against the formula and against a full K/V cache
     late       a late event, 10, 1,000 and 20,000 events back, in a history of 10^5
-    http       /recommend at 100 requests/s and events at 1,000/s, service and client on the same cores
+    http       /recommend at 100 requests/s and events at 1,000/s, IVF index, service and client on the same cores
 """
 
 import argparse
@@ -57,7 +57,29 @@ def reference_run() -> Path:
         changes = [part for setting in shape for part in ("--set", f"model.{setting}")]
         command = ["configs/smoke.toml", "--data", f"{folder}/ds", "--out", str(REFERENCE), "--steps", "0"]
         call_verb("train", [*command, *changes])
+    cluster_items()
     return REFERENCE
+
+
+def cluster_items() -> None:
+    """Put the reference model's items around 2,000 centres, as trained ones lie: random ones have no nearness."""
+    import torch
+    from safetensors.torch import save_file
+
+    from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
+    from recsys_ksa.run import load_network, open_run
+
+    network = load_network(open_run(REFERENCE))
+    weights = network.state_dict()
+    (name,) = [name for name, value in weights.items() if value.dim() == 2 and len(value) == NUM_ITEMS + 1]
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(2000, weights[name].shape[1], generator=draw)
+    near = 0.5 * torch.randn(weights[name].shape, generator=draw)
+    weights[name].copy_(0.1 * (centres[torch.randint(2000, (NUM_ITEMS + 1,), generator=draw)] + near))
+    save_file({key: value.contiguous() for key, value in weights.items()}, REFERENCE / "model.safetensors")
+    info = json.loads((REFERENCE / "run.json").read_text())
+    info |= {"release_hash": release_hash(network), "state_fingerprint": state_fingerprint(network)}
+    (REFERENCE / "run.json").write_text(json.dumps(info))
 
 
 def history(length: int, seed: int = 0) -> list[Any]:
@@ -187,8 +209,8 @@ def http_figures(seconds: float = 10.0) -> None:
 
     lengths = [100_000, *[10_000] * 2, *[1000] * 47, *[100] * 150]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "recsys_ksa.cli", "serve", str(reference_run())]
-        command = [str(Path(sys.executable).parent / "ksa"), *command[3:], "--port", "0", "--state-dir", folder]
+        command = [str(Path(sys.executable).parent / "ksa"), "serve", str(reference_run()), "--index", "ivf"]
+        command += ["--port", "0", "--state-dir", folder]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         url = process.stdout.readline().split()[1]

@@ -34,6 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="where long users' summaries are kept: a file in DIR, nowhere, or redis://HOST:PORT/DB "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--index",
+        choices=["exact", "ivf"],
+        default="exact",
+        help="how items are searched; ivf is approximate, for large catalogues, and must reach recall@100 of 0.98",
+    )
     parser.add_argument("--releases", type=Path, metavar="DIR", help="folder of further runs that may be activated")
     parser.add_argument("--admin-port", type=int, metavar="P", help="loopback port for releases; 0 takes a free one")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings (settings.py lists them)")
@@ -173,7 +179,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     tokens = None if args.tokens is None else Tokens(args.tokens)
     # Also before torch: several model threads share the cores, so each gets its part of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.model_threads)))
-    release = load_release(args.run)
+    release = load_release(args.run, args.index)
     state_dir = prepare_state_dir(args.state_dir)
     log = EventLog(
         state_dir,
@@ -186,7 +192,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
         models: dict[str, Model] = {release.state_fingerprint: release.model}
         store = open_store(args.store, state_dir, models, log.salt, settings)
         num_users, num_events = log.counts()
-        service = Service(release, log, store, settings, models=models, releases=args.releases)
+        service = Service(release, log, store, settings, models=models, releases=args.releases, index=args.index)
         ports = [listener.getsockname()[1] for listener in listeners]
         name = f"[{args.host}]" if ":" in args.host else args.host
         ready = (

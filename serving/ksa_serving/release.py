@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from recsys_ksa.recommender import Recommender
 
 Clock = Literal["unix", "relative", "ordinal"]
-EXACT_KINDS = ("exact", "FAISS flat")
-"""Kinds of index that need no recall gate."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,23 @@ class Release:
     """The run's folder, for people."""
 
 
-def load_release(run: Path) -> Release:
+def load_release(run: Path, index: Literal["exact", "ivf"] = "exact") -> Release:
     """Load a run or bundle for serving.
 
+    Args:
+        index: how items are searched: as the run says, exactly, or by an approximate index that passes the recall gate.
+
     Raises:
-        RunError: it is damaged, or its index belongs to other weights.
+        RunError: it is damaged, its index belongs to other weights, or misses too many items.
     """
     from ksa_serving.library_model import LibraryModel  # imports torch
     from recsys_ksa.recommender import Recommender
 
     recommender = Recommender.load(run)
-    if not recommender.index.kind.startswith(EXACT_KINDS):
+    if index == "ivf":
+        from ksa_serving.ivf_index import IvfIndex
+
+        recommender.index = IvfIndex(recommender.item_vectors, recommender.index.version)
         check_recall(recommender)
     info = recommender.run.info
     return Release(
@@ -76,14 +80,15 @@ def check_recall(recommender: "Recommender", num_queries: int = 1000, seed: int 
         RunError: it is below `MIN_RECALL`.
     """
     import numpy as np
+    import torch
 
     from recsys_ksa.retrieval.index import TorchIndex
 
-    vectors = recommender.network.item_vectors().detach().float().cpu()
-    exact = TorchIndex(vectors)
+    vectors = recommender.item_vectors
+    exact = TorchIndex(torch.from_numpy(vectors))
     draw = np.random.default_rng(seed)
     rows = draw.integers(1, len(vectors), num_queries)
-    near = vectors[rows].numpy() + draw.normal(0, 0.5 / vectors.shape[1] ** 0.5, (num_queries, vectors.shape[1]))
+    near = vectors[rows] + draw.normal(0, 0.5 / vectors.shape[1] ** 0.5, (num_queries, vectors.shape[1]))
     found = hits = 0
     for query in near.astype(np.float32):
         wanted, _ = exact.search(query, 100)
@@ -94,6 +99,6 @@ def check_recall(recommender: "Recommender", num_queries: int = 1000, seed: int 
     if recall < MIN_RECALL:
         raise RunError(
             f"{recommender.run.path}: index: expected recall@100 of at least {MIN_RECALL} against exact search, got "
-            f"{recall:.4f}. Build it again with a wider search."
+            f"{recall:.4f}. Serve it with --index exact."
         )
     return recall

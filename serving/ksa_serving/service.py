@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from msgspec import UNSET, UnsetType
@@ -113,6 +113,7 @@ class Service:
         clock: seconds since 1970; for the future check and missing request times.
         models: filled with the model of each state fingerprint in use; a cold store reads it.
         releases: folder of further runs that may be loaded.
+        index: how their items are searched.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Service:
         clock: Callable[[], float] = time.time,
         models: dict[str, Model] | None = None,
         releases: Path | None = None,
+        index: Literal["exact", "ivf"] = "exact",
     ):
         self.log = log
         self.store = store
@@ -142,7 +144,7 @@ class Service:
         self._purging: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self._auditing = False
-        self.releases = Releases(release, releases, self._prepare)
+        self.releases = Releases(release, releases, self._prepare, index)
         self.served = self.releases.active
         log.on_commit = self._on_commit
         self.metrics.watch(self)

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ksa_serving import releases as releases_module
 from ksa_serving.errors import ReleaseError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import StoredEvent
+from ksa_serving.ivf_index import IvfIndex
 from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.models import Question
 from ksa_serving.release import Release, check_recall, load_release
@@ -22,6 +25,7 @@ from ksa_serving.settings import ServeSettings
 from ksa_serving.state_store import MemoryStateStore
 from ksa_serving.testing import ToyModel, toy_release
 from recsys_ksa.errors import RunError
+from recsys_ksa.retrieval.index import TorchIndex
 
 NOW = 1_700_000_000
 
@@ -52,7 +56,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
     (tmp_path / "state").mkdir()
     made = {name: release(name) for name in "abc"} | {"late": release("late", tie="hash")}
-    monkeypatch.setattr(releases_module, "load_release", lambda path: made[path.name])
+    monkeypatch.setattr(releases_module, "load_release", lambda path, index: made[path.name])
     log = EventLog(tmp_path / "state", "arrival")
     settings = ServeSettings(warm_users=50)
     yield Service(made["a"], log, MemoryStateStore(10**7), settings, clock=lambda: NOW, releases=tmp_path / "runs")
@@ -209,3 +213,25 @@ def test_an_index_that_misses_too_much_is_refused(tiny_run: Path):
     model.recommender.index = Lossy()
     with pytest.raises(RunError, match=r"recall@100 of at least 0\.98"):
         check_recall(model.recommender, num_queries=20)
+
+
+def test_an_approximate_index_finds_almost_all_and_hides_what_it_is_told(rng: np.random.Generator):
+    centres = rng.normal(size=(200, 16))
+    vectors = (centres[rng.integers(200, size=20_000)] + 0.3 * rng.normal(size=(20_000, 16))).astype(np.float32)
+    exact, index = TorchIndex(torch.from_numpy(vectors)), IvfIndex(vectors, "v")
+    hits = 0
+    for query in vectors[rng.integers(1, 20_000, 100)]:
+        hidden = rng.integers(1, 20_000, 500)
+        wanted, _ = exact.search(query, 50, hidden)
+        rows, scores = index.search(query, 50, hidden)
+        assert not set(rows.tolist()) & {0, *hidden.tolist()}
+        np.testing.assert_allclose(scores, vectors[rows] @ query, rtol=1e-4)
+        hits += len(set(rows.tolist()) & set(wanted.tolist()))
+    assert hits / 5000 > 0.98
+    assert index.version == IvfIndex(vectors, "v").version
+
+
+def test_a_run_is_served_by_an_approximate_index_with_its_own_version(tiny_run: Path):
+    exact, approximate = load_release(tiny_run), load_release(tiny_run, "ivf")
+    assert approximate.index_version != exact.index_version
+    assert "IVF" in approximate.index_source
