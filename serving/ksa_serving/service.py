@@ -458,6 +458,8 @@ class Service:
         deadline = self._check_deadline(context)
         served = self.served
         stale = not await self._reached(owner, min_seq, deadline)
+        if stale:  # waited in vain; the answer without it is still wanted
+            deadline = max(deadline, time.monotonic() + 1.0)
         lock = self._lock(owner)
         async with lock:
             if time.monotonic() > deadline:
