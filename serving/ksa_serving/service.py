@@ -68,8 +68,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-MAX_CATCHING_UP = 256
-"""Users whose states may wait to catch up in the background; others catch up when next asked for."""
+MAX_CATCHING_UP = 4
+"""Users whose states may wait to catch up in the background; others catch up when next asked for, then in one step.
+Few: an event at a time costs the model as much as many at once, and under load answers need the cores."""
 MAX_SETTLING = 1024
 """Users whose states may wait to be computed at length."""
 RESULTS: dict[Outcome, EventResult] = {
