@@ -15,11 +15,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
 
     Args:
         x: [..., D], float32 or float64.
-        weight: [D].
+        weight: [D], or of a shape that broadcasts with x and ends in D.
         eps: added to the mean square.
     """
     if x.device.type != "cpu":
-        return F.rms_norm(x, weight.shape, weight, eps)
+        if weight.dim() == 1:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, weight.shape[-1:], None, eps) * weight
     # On a CPU torch's own is made of a dozen operators, once a third of the time of appending an event. These are four,
     # by |x| / sqrt(D) = sqrt(mean(x ** 2)), and they train no slower.
     none, added = _constants(x.shape[-1], eps, x.dtype)

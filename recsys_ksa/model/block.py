@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksa_kernels import QKV, ChunkLayout, summary_attention
-from ksa_kernels.norm_rotary import norm_rotary
+from ksa_kernels.norm_rotary import norm_rotary, norm_rotary_pair
 from ksa_kernels.rms_norm import EPS, rms_norm
 from ksa_kernels.sigmoid_gate import sigmoid_gate
 from recsys_ksa.config import LayerKind, ModelConfig
@@ -36,16 +36,25 @@ class Projection(nn.Module):
     def forward(self, x_TE: Tensor, rotary: Rotary, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
         """Return `queries` and `keys_values` of one product."""
         heads = rms_norm(x_TE, self.gain) @ self.weight
-        row, query = heads.split_with_sizes((self.num_row_columns, self.weight.shape[1] - self.num_row_columns), 1)
-        return *self._queries(query, rotary, impl), self._keys_values(row, rotary, impl)
+        columns = self.num_row_columns
+        row = heads[:, :columns].view(-1, 2, self.num_kv_heads, self.head_dim)
+        query, gate = heads[:, columns:].view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+        rows, turned = norm_rotary_pair(
+            row, query[:, None], self.key_gain, self.query_gain, *rotary, eps=EPS, impl=impl
+        )
+        return turned[:, 0], gate, rows
 
     def queries(self, x_TE: Tensor, rotary: Rotary, impl: str = "auto") -> tuple[Tensor, Tensor]:
         """Return queries [T, H, D] and what the output's gate opens by [T, H, D] (arXiv 2505.06708)."""
-        return self._queries(rms_norm(x_TE, self.gain) @ self.weight[:, self.num_row_columns :], rotary, impl)
+        columns = rms_norm(x_TE, self.gain) @ self.weight[:, self.num_row_columns :]
+        query, gate = columns.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+        return norm_rotary(query[:, None], self.query_gain, *rotary, eps=EPS, impl=impl)[:, 0], gate
 
     def keys_values(self, x_TE: Tensor, rotary: Rotary, impl: str = "auto") -> Tensor:
         """Return keys and values side by side, [T, 2, H_kv, D]: the rows a user state keeps."""
-        return self._keys_values(rms_norm(x_TE, self.gain) @ self.weight[:, : self.num_row_columns], rotary, impl)
+        columns = rms_norm(x_TE, self.gain) @ self.weight[:, : self.num_row_columns]
+        parts = columns.view(-1, 2, self.num_kv_heads, self.head_dim)
+        return norm_rotary(parts, self.key_gain, *rotary, eps=EPS, impl=impl)
 
     def row_weights(self) -> dict[str, Tensor]:
         """Return the parameters that `keys_values` reads, by name."""
@@ -55,14 +64,6 @@ class Projection(nn.Module):
     def num_row_columns(self) -> int:
         """Columns of `weight` that keys and values read, the first ones."""
         return 2 * self.num_kv_heads * self.head_dim
-
-    def _queries(self, columns: Tensor, rotary: Rotary, impl: str) -> tuple[Tensor, Tensor]:
-        query, gate = columns.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
-        return norm_rotary(query[:, None], self.query_gain, *rotary, eps=EPS, impl=impl)[:, 0], gate
-
-    def _keys_values(self, columns: Tensor, rotary: Rotary, impl: str) -> Tensor:
-        parts = columns.view(-1, 2, self.num_kv_heads, self.head_dim)
-        return norm_rotary(parts, self.key_gain, *rotary, eps=EPS, impl=impl)
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ksa_kernels.errors import ShapeError
-from ksa_kernels.norm_rotary import norm_rotary
+from ksa_kernels.norm_rotary import norm_rotary, norm_rotary_pair
 from ksa_kernels.testing import error_budget, relative_error
 
 HERE = Path(__file__).parent
@@ -49,6 +49,23 @@ def check(impl, shape, dtype, device="cpu"):
 def test_torch_equals_reference(shape):
     expected = value_and_gradients("reference", shape)
     for one, other in zip(value_and_gradients("torch", shape), expected, strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_a_pair_equals_its_two_one_by_one(impl):
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((9, 2, 3, 8), (9, 1, 6, 8))]
+    weights = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in tensors]
+    cos, sin = torch.randn(2, 9, 1, 8, dtype=torch.float64)
+    together = norm_rotary_pair(*tensors, *weights, cos, sin, impl=impl)
+    apart = [norm_rotary(x, w, cos, sin, impl="reference") for x, w in zip(tensors, weights)]
+    for one, other in zip(together, apart, strict=True):
+        assert relative_error(one, other) < 1e-12
+    gradients = [
+        torch.autograd.grad(sum((out * out.cos()).sum() for out in outs), [*tensors, *weights])
+        for outs in (together, apart)
+    ]
+    for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < 1e-12
 
 
