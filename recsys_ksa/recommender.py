@@ -57,6 +57,9 @@ class Recommender:
         self.fingerprint = state_fingerprint(network)
         vectors = network.item_vectors().detach().to("cpu", torch.float32)
         self._vectors = (vectors if popularity is None else popularity.added_to(vectors)).numpy()
+        named = enumerate(run.items.item_id)
+        self._blanked = np.array([row for row, name in named if row != UNKNOWN_ITEM and name is None], dtype=np.int64)
+        """Items whose id `ksa forget` has blanked: they are never answered."""
         self.popularity = popularity
         """What items gain by their popularity as of a fixed time; None for a run without a popularity bias."""
 
@@ -228,11 +231,15 @@ class Recommender:
         owned = state.seen.item_index.astype(np.int64)
         rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
         if not only_seen:
-            rows, scores = found if found is not None else self.index.search(vector, k, owned)
+            hidden = np.union1d(owned, self._blanked) if len(self._blanked) else owned
+            rows, scores = found if found is not None else self.index.search(vector, k, hidden)
         if not exclude and len(owned):
             # Owned items carry a bias of their own, so they are scored directly; the merge stays exact.
             rows = np.concatenate((rows, owned))
             scores = np.concatenate((scores, self._owned_scores(state, vector, request_time)))
+        if len(self._blanked):
+            named = ~np.isin(rows, self._blanked)
+            rows, scores = rows[named], scores[named]
         best = np.lexsort((rows, -scores))[:k]
         return [(str(self.run.items.item_id[rows[at]]), float(scores[at])) for at in best]
 

@@ -111,6 +111,18 @@ def test_unknown_items_are_read_and_counted_but_never_recommended(rec: Recommend
     assert "nobody-knows" not in dict(answer)
 
 
+def test_items_whose_id_was_blanked_are_never_answered(tiny_run: Path, rng: np.random.Generator) -> None:
+    rec = Recommender.load(tiny_run)
+    items, times, types = draw_events(rec, rng, 20)
+    before = dict(rec.recommend(rec.append(rec.new_state(), items, times, types), k=5))
+    for item in before:
+        rec.run.items.item_id[rec.run.items.index_of[item]] = None
+    forgetful = Recommender(rec.run, rec.network, rec.index, popularity=rec.popularity)
+    after = forgetful.recommend(forgetful.append(forgetful.new_state(), items, times, types), k=5)
+    assert len(after) == 5
+    assert not {item for item, _ in after} & {*before, "None"}
+
+
 def test_a_late_event_is_refused_and_nothing_changes(rec: Recommender, rng: np.random.Generator) -> None:
     items, times, types = draw_events(rec, rng, 10)
     state = rec.append(rec.new_state(), items, times, types)
