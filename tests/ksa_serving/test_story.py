@@ -178,13 +178,17 @@ class Story(RuleBasedStateMachine):
         assert (record.num_events, record.seq) == (len(history), self.log.head(owner).last_seq)
 
     def teardown(self):
-        if hasattr(self, "log"):
-            for owner in USERS:
-                for served in (0, 1):
-                    self.check(owner, served)
-            self.store.cold.close()
-            self.log.close()
-            self.folder.cleanup()
+        try:
+            if hasattr(self, "log"):
+                for owner in USERS:
+                    for served in (0, 1):
+                        self.check(owner, served)
+        finally:
+            if hasattr(self, "log"):
+                self.store.cold.close()
+                self.log.close()
+            if hasattr(self, "folder"):
+                self.folder.cleanup()
 
 
 STEPS = int(os.environ.get("KSA_STORY_STEPS", "10000"))
