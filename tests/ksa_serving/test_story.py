@@ -5,6 +5,7 @@ background catching up, eviction from memory, crashes, a swap of releases and ba
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class ListModel:
 class Story(RuleBasedStateMachine):
     @initialize(tie=st.sampled_from(["id", "arrival", "hash"]), memory=st.sampled_from([400, 10**6]))
     def begin(self, tie: TieKind, memory: int):
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = Path(tempfile.mkdtemp())
         self.tie: TieKind = tie
         self.memory = memory
         self.releases = [toy_release(tie, fingerprint=name) for name in ("one", "two")]
@@ -83,7 +84,7 @@ class Story(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        path = Path(self.folder.name)
+        path = self.folder
         self.log = EventLog(path, self.tie)
         models = {release.state_fingerprint: release.model for release in self.releases}
         self.engine = LmdbEngine(path, 10**7)
@@ -188,7 +189,7 @@ class Story(RuleBasedStateMachine):
                 self.store.cold.close()
                 self.log.close()
             if hasattr(self, "folder"):
-                self.folder.cleanup()
+                shutil.rmtree(self.folder)
 
 
 STEPS = int(os.environ.get("KSA_STORY_STEPS", "10000"))
