@@ -5,6 +5,7 @@ Unknown keys are refused by their path. Code receives these objects and never re
 
 import tomllib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -22,6 +23,7 @@ from pydantic import (
 )
 
 from recsys_ksa.errors import ConfigError
+from recsys_ksa.features.calendar import CalendarFeature
 
 LayerKind = Literal["summary", "full"]
 TrainingSpan = Literal["any", "loo", "loo-classic", "global"]
@@ -72,6 +74,12 @@ class ModelConfig(Strict):
     """Add the event type to the input where the data set has one."""
     use_gap: bool = True
     """Add the bucketed time since the previous event to the input; needs a clock that is not ordinal."""
+    calendar: tuple[CalendarFeature, ...] = ()
+    """Add the `hour` of the day and the `weekday` (UTC) of an event to its input; needs a clock that is not ordinal."""
+    session_gap: PositiveInt | None = None
+    """Add how far into its session an event lies; a longer pause, in seconds, begins a session. Unset: no sessions."""
+    value_edges: tuple[float, ...] = ()
+    """Add the bucket of an event's value between these edges, ascending; none: values are not looked at."""
     use_request_time: bool = True
     """Let the last block and the head know when the recommendation is asked for."""
     item_vectors: Literal["tied", "untied", "content"] = "tied"
@@ -99,6 +107,10 @@ class ModelConfig(Strict):
             raise ValueError(f"chunk_size must be at least 2, got {self.chunk_size}")
         if not self.layers:
             raise ValueError("layers must name at least one layer")
+        if any(low >= high for low, high in pairwise(self.value_edges)):
+            raise ValueError(f"value_edges must ascend, got {list(self.value_edges)}")
+        if len(set(self.calendar)) != len(self.calendar):
+            raise ValueError(f"calendar must name each feature once, got {list(self.calendar)}")
         return self
 
     @property

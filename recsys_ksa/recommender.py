@@ -7,7 +7,6 @@
 Imports without polars, mlflow and faiss.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_ksa.errors import DataError, OutOfOrderError, StateError
-from recsys_ksa.features import NO_GAP, gap_buckets, request_bucket
+from recsys_ksa.events import Event, EventLike, ItemId, checked_events, roll_history
+from recsys_ksa.features import NO_GAP, EventFeatures, gap_buckets, request_bucket
 from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
 from recsys_ksa.model.fingerprint import state_fingerprint
 from recsys_ksa.model.network import Network
@@ -34,8 +34,6 @@ from recsys_ksa.schema import UNKNOWN_ITEM
 log = logging.getLogger(__name__)
 
 Answer = list[tuple[str, float]]
-ItemId = str | int
-"""Ids are strings; whole numbers are taken as their decimal digits, as the pipeline does."""
 
 
 class Recommender:
@@ -55,6 +53,7 @@ class Recommender:
         self.index = index
         self.attention_impl = attention_impl
         self.fingerprint = state_fingerprint(network)
+        self.event_features = EventFeatures.of(network.config)
         vectors = network.item_vectors().detach().to("cpu", torch.float32)
         self._vectors = (vectors if popularity is None else popularity.added_to(vectors)).numpy()
         named = enumerate(run.items.item_id)
@@ -123,7 +122,7 @@ class Recommender:
             item_ids: raw ids, n of them. An id the run does not know is counted and read as the unknown item.
             timestamps: Unix seconds (whatever the run's clock is), n of them.
             event_types, event_ids: n of them where the log has them. An unknown type is read as the unknown category.
-            features: no per-event features exist beyond these; must be empty.
+            features: `value`, n numbers or None, where the run reads values (`model.value_edges`); nothing else.
 
         Raises:
             DataError: lengths differ, or a value is of the wrong kind.
@@ -131,21 +130,20 @@ class Recommender:
             StateError: the state belongs to another network.
         """
         self._own(state)
-        if features:
-            raise DataError(f"features: this run knows no per-event features, got {sorted(features)}. Leave them out.")
-        events = _checked_events(item_ids, timestamps, event_types, event_ids)
+        reads_value = bool(self.event_features.value_edges)
+        events = checked_events(item_ids, timestamps, event_types, event_ids, features, reads_value=reads_value)
         if not events:
             return state
         kind = self.run.info.tie
-        keyed: list[tuple[OrderKey, tuple[str, int, str | None, str | None]]] = sorted(
+        keyed: list[tuple[OrderKey, Event]] = sorted(
             (
                 (
                     order_key(
                         kind,
-                        event[1],
-                        event[0],
-                        event_id=event[3],
-                        event_type=event[2],
+                        event.timestamp,
+                        event.item_id,
+                        event_id=event.event_id,
+                        event_type=event.event_type,
                         arrival=state.num_events + place,
                     ),
                     event,
@@ -160,18 +158,18 @@ class Recommender:
                 f"append: expected events from {state.last_key[0]} s on (after the state's last event), got one at "
                 f"{first[0]} s that sorts before it. Rebuild the state from all events, in order."
             )
-        items = np.array([self.run.items.index_of.get(event[0], UNKNOWN_ITEM) for _, event in keyed], dtype=np.int64)
-        times = np.array([event[1] for _, event in keyed], dtype=np.int64)
-        memory = append_events(
-            self.network, [state.memory], self._arrivals(state, items, times, keyed), self.attention_impl
-        )[0]
+        events = [event for _, event in keyed]
+        items, times = self.rows(events)
+        arrivals, session_place = self.arrivals(events, items, times, state.last_timestamp, state.session_place)
+        memory = append_events(self.network, [state.memory], arrivals, self.attention_impl)[0]
         return UserState(
             memory=memory,
             last_key=keyed[-1][0],
             seen=state.seen.add(items, times),
             num_unknown=state.num_unknown + int((items == UNKNOWN_ITEM).sum()),
-            history_hash=roll_history(state.history_hash, [event for _, event in keyed]),
+            history_hash=roll_history(state.history_hash, events),
             fingerprint=self.fingerprint,
+            session_place=session_place,
         )
 
     # --- answers ---
@@ -277,23 +275,46 @@ class Recommender:
             scores = scores - self.popularity.gain.numpy()[seen.item_index]
         return scores + bias.to("cpu", torch.float32).numpy()
 
-    def _arrivals(
+    def rows(self, events: Sequence[EventLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each event's item row and time, int64 [n] each; an id the run does not know is the unknown item."""
+        index_of = self.run.items.index_of
+        items = np.array([index_of.get(event.item_id, UNKNOWN_ITEM) for event in events], dtype=np.int64)
+        return items, np.array([event.timestamp for event in events], dtype=np.int64)
+
+    def arrivals(
         self,
-        state: UserState,
+        events: Sequence[EventLike],
         items: NDArray[np.int64],
         times: NDArray[np.int64],
-        keyed: Sequence[tuple[OrderKey, tuple[str, int, str | None, str | None]]],
-    ) -> Arrivals:
-        before = times[0] if state.last_timestamp is None else state.last_timestamp
-        gaps = gap_buckets(np.diff(times, prepend=before))
-        if state.last_timestamp is None:
+        last_timestamp: int | None,
+        session_place: int,
+    ) -> tuple[Arrivals, int]:
+        """Return one user's next events as the network reads them, and the place in its session after them.
+
+        Args:
+            events: at least one, in order.
+            items, times: as `rows` gives them.
+            last_timestamp: of the event before the first; None at a history's start.
+            session_place: of that event.
+        """
+        gaps = gap_buckets(np.diff(times, prepend=times[0] if last_timestamp is None else last_timestamp))
+        if last_timestamp is None:
             gaps[0] = NO_GAP
         device = self.network.start.device
         event_type = None
         if self.network.features.num_event_types:
             known = self.run.event_types
-            event_type = torch.tensor([known.get(event[2] or "", 0) for _, event in keyed], device=device)
-        return Arrivals([len(items)], torch.from_numpy(items).to(device), event_type, torch.from_numpy(gaps).to(device))
+            event_type = torch.tensor([known.get(event.event_type or "", 0) for event in events], device=device)
+        values = [event.value for event in events] if self.event_features.value_edges else None
+        columns, place = self.event_features.arrivals(times, values, last_timestamp, session_place)
+        arrivals = Arrivals(
+            [len(events)],
+            torch.from_numpy(items).to(device),
+            event_type,
+            torch.from_numpy(gaps).to(device),
+            {name: torch.from_numpy(column).to(device) for name, column in columns.items()},
+        )
+        return arrivals, place
 
     def _own(self, state: UserState) -> None:
         if state.fingerprint != self.fingerprint:
@@ -301,40 +322,3 @@ class Recommender:
                 f"state: expected one of this network ({self.fingerprint[:12]}), got {state.fingerprint[:12]}. "
                 "Rebuild it from the user's events."
             )
-
-
-def _checked_events(
-    item_ids: Sequence[ItemId],
-    timestamps: Sequence[int],
-    event_types: Sequence[str | None] | None,
-    event_ids: Sequence[str | None] | None,
-) -> list[tuple[str, int, str | None, str | None]]:
-    """Return (item, time, type, id) of each event, in the order given."""
-    n = len(item_ids)
-    for name, values in (("timestamps", timestamps), ("event_types", event_types), ("event_ids", event_ids)):
-        if values is not None and len(values) != n:
-            raise DataError(f"append: expected {n} {name}, one an item id, got {len(values)}.")
-    types = event_types if event_types is not None else [None] * n
-    ids = event_ids if event_ids is not None else [None] * n
-    events: list[tuple[str, int, str | None, str | None]] = []
-    for item, time, kind, event_id in zip(item_ids, timestamps, types, ids):
-        if isinstance(item, bool) or not isinstance(item, (str, int, np.integer)):
-            raise DataError(f"append: expected item ids as strings or whole numbers, got {item!r}.")
-        if isinstance(time, bool) or not isinstance(time, (int, np.integer)) or not 0 <= time < 2**62:
-            raise DataError(f"append: expected timestamps as whole seconds >= 0, got {time!r}.")
-        events.append((str(item), int(time), kind, event_id))
-    return events
-
-
-def roll_history(previous: bytes, events: Sequence[tuple[str, int, str | None, str | None]]) -> bytes:
-    """Return the rolling hash after `events`, (item, time, type, id) in order.
-
-    Each step hashes the last hash, then the event's length-marked parts.
-    """
-    for item, time, kind, event_id in events:
-        digest = hashlib.sha256(previous)
-        for part in (str(time), item, kind or "", event_id or ""):
-            data = part.encode()
-            digest.update(len(data).to_bytes(4, "big") + data)
-        previous = digest.digest()
-    return previous

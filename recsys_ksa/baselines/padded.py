@@ -44,7 +44,8 @@ class PaddedNetwork(ScoringNetwork):
         known = batch.question_row >= 0
         hidden = self.start.expand(batch.num_questions, -1)
         if batch.num_events:
-            events = self.embed(batch.item_index, batch.event_type, batch.gap_bucket, batch.offsets.diff())
+            lengths = batch.offsets.diff()
+            events = self.embed(batch.item_index, batch.event_type, batch.gap_bucket, lengths, batch.features)
             row = batch.question_row.clamp(min=0)
             bucket = torch.zeros_like(batch.item_index)
             bucket[row[known]] = batch.request_bucket[known]

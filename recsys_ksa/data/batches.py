@@ -17,12 +17,14 @@ from torch import Tensor
 from recsys_ksa.data.jagged_arrays import Ints, offsets_of, ragged_arange
 from recsys_ksa.data.own_items import OwnItemArrays, own_items
 from recsys_ksa.errors import DataError
-from recsys_ksa.features import NO_GAP, gap_buckets
+from recsys_ksa.features import NO_GAP, EventFeatures, gap_buckets
+from recsys_ksa.features.sessions import NO_PLACE
 
 if TYPE_CHECKING:
     from recsys_ksa.data.dataset import Histories
 
 _EMPTY = np.zeros(0, dtype=np.int64)
+_NO_FEATURES = EventFeatures()
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Batch:
     own: OwnItems | None
     target_time: Tensor | None = None
     """[Q] Unix seconds of the targets, in training; popularity is as of then."""
+    features: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """[T] each, by name: the features that are on (`EventFeatures`)."""
 
     @property
     def num_users(self) -> int:
@@ -148,6 +152,7 @@ def questions_batch(
     max_length: int | None = None,
     own_items: bool = False,
     max_own_items: int | None = None,
+    features: EventFeatures = _NO_FEATURES,
 ) -> Batch:
     """Return a batch that asks each user questions at given cuts, for evaluation: no targets.
 
@@ -164,6 +169,7 @@ def questions_batch(
             None: whole histories.
         own_items: gather what each user owned at each question (from the whole history, whatever `max_length`).
         max_own_items: keep only so many owned items of a user, the latest; None: all.
+        features: of events, that the network reads.
 
     Raises:
         DataError: cuts decrease within a user, or `max_length` leaves out the event a question asks from.
@@ -178,7 +184,9 @@ def questions_batch(
     times = np.zeros(len(cuts), dtype=np.int64) if request_times is None else np.asarray(request_times, dtype=np.int64)
     questions = Questions(question_user, cuts, times, shown)
     start = span_start(end, max_length, chunk_size)
-    return assemble(histories, users, start, end, questions, with_own=own_items, max_own_items=max_own_items)
+    return assemble(
+        histories, users, start, end, questions, with_own=own_items, max_own_items=max_own_items, features=features
+    )
 
 
 def span_start(end: Ints, max_length: int | None, chunk_size: int) -> Ints:
@@ -200,6 +208,7 @@ def assemble(
     *,
     with_own: bool,
     max_own_items: int | None,
+    features: EventFeatures = _NO_FEATURES,
 ) -> Batch:
     """Gather events start..end-1 of each user and the questions about them into a batch.
 
@@ -251,7 +260,34 @@ def assemble(
         target_weight=torch.from_numpy(questions.target_weight),
         own=own,
         target_time=None if questions.target_time is None else torch.from_numpy(questions.target_time),
+        features=event_columns(histories, base, start, end, features),
     )
+
+
+def event_columns(
+    histories: "Histories", base: Ints, start: Ints, end: Ints, features: EventFeatures
+) -> dict[str, Tensor]:
+    """Return the features of events start..end-1 of each user, [T] each, by name.
+
+    Args:
+        histories: the data set's.
+        base: row of each user's first event, int64 [U].
+        start, end: int64 [U].
+        features: which.
+    """
+    if not features.num_rows:
+        return {}
+    before = np.minimum(start, features.events_before)
+    lengths = before + end - start
+    rows = ragged_arange(base + start - before, lengths)
+    timestamp = np.asarray(histories.timestamp[rows], dtype=np.int64)
+    value = None
+    if features.value_edges and histories.value is not None:
+        value = np.asarray(histories.value[rows], dtype=np.float64)
+    nothing = np.full(len(base), NO_PLACE)
+    columns, _ = features.columns(timestamp, value, offsets_of(lengths), nothing, nothing)
+    given = ragged_arange(offsets_of(lengths)[:-1] + before, end - start)
+    return {name: torch.from_numpy(column[given]) for name, column in columns.items()}
 
 
 def _own_tensors(arrays: OwnItemArrays, questions: Ints) -> OwnItems:
@@ -271,6 +307,8 @@ def _to(holder, device):
             moved[field.name] = value.to(device, non_blocking=True)
         elif isinstance(value, OwnItems):
             moved[field.name] = value.to(device)
+        elif isinstance(value, dict):
+            moved[field.name] = {name: column.to(device, non_blocking=True) for name, column in value.items()}
     return dataclasses.replace(holder, **moved)
 
 
@@ -280,4 +318,6 @@ def _pin(holder):
         value = getattr(holder, field.name)
         if isinstance(value, Tensor | OwnItems):
             pinned[field.name] = value.pin_memory() if isinstance(value, Tensor) else value.pin()
+        elif isinstance(value, dict):
+            pinned[field.name] = {name: column.pin_memory() for name, column in value.items()}
     return dataclasses.replace(holder, **pinned)

@@ -36,6 +36,8 @@ class Histories:
     """[T], index into vocab["event_type"]; None where the log has none."""
     split: dict[str, NDArray[np.int32]]
     """[U] each, by name in `schema.SPLIT_COLUMNS`: where a protocol's validation (test) begins in the history."""
+    value: NDArray[np.float32] | None = None
+    """[T], NaN where an event has none; None where the log has no values."""
 
     @property
     def num_users(self) -> int:

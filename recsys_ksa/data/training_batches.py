@@ -12,6 +12,7 @@ from recsys_ksa.config import LossConfig, RunConfig
 from recsys_ksa.data.batches import Batch, Questions, assemble, span_start
 from recsys_ksa.data.jagged_arrays import Ints, offsets_of, ragged_arange, rank_within
 from recsys_ksa.errors import ConfigError, DataError
+from recsys_ksa.features import EventFeatures
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 if TYPE_CHECKING:
@@ -72,7 +73,17 @@ class TrainingBatches:
         start, end = self._start[users], self._end[users]
         questions = training_questions(self._histories, users, start, end, self._config.loss, random)
         own = self._config.model.own_item_bias
-        return assemble(self._histories, users, start, end, questions, with_own=own, max_own_items=MAX_OWN_ITEMS)
+        features = EventFeatures.of(self._config.model)
+        return assemble(
+            self._histories,
+            users,
+            start,
+            end,
+            questions,
+            with_own=own,
+            max_own_items=MAX_OWN_ITEMS,
+            features=features,
+        )
 
     def _epoch(self, epoch: int) -> list[Ints]:
         planned, batches = self._plan

@@ -20,7 +20,7 @@ from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime, held_out_start, request_times
 from recsys_ksa.evaluate.stored_summaries import Memory, stored_summaries
-from recsys_ksa.features import NO_GAP, gap_buckets
+from recsys_ksa.features import NO_GAP, EventFeatures, gap_buckets
 from recsys_ksa.model.network import Network
 from recsys_ksa.model.place import chunk_layout, place_histories
 from recsys_ksa.model.popularity import Popularity, add_popularity
@@ -124,7 +124,7 @@ def run_scorers(
     read = _shared(questions, limit, network.config.chunk_size)
     batches = list(_batches(questions, read, limit))
     for rows in progress(batches, f"reading histories: {name}", unit="batch"):
-        batch = _batch(dataset, questions, read, rows, network.config.chunk_size, limit)
+        batch = _batch(dataset, questions, read, rows, network.config, limit)
         batch = batch.to(network.start.device)
         users = np.unique(questions.user[rows])
         fixed = stored_summaries(network, histories, users, batch, memory, attention_impl)
@@ -170,7 +170,8 @@ def user_vectors(
         start = network.user_vectors(network.start.expand(batch.num_questions, -1)).to(torch.float32)
         return [start for _ in buckets]
     place = place_histories(network.config, batch.offsets, batch.first_position, device, network.dtype)
-    events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, batch.offsets.diff())
+    lengths = batch.offsets.diff()
+    events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, lengths, batch.features)
     encoded = network.encode(events, place, attention_impl, fixed=fixed)
     asking, layout = _asking_events(network, batch, place.layouts[network.last_kind])
     cos, sin = place.event_rotary
@@ -228,12 +229,20 @@ def _batch(
     questions: Questions,
     read: NDArray[np.int64],
     rows: slice,
-    chunk_size: int,
+    config: "ModelConfig",
     max_length: int | None,
 ) -> Batch:
     _, first, question_user = np.unique(read[rows], return_index=True, return_inverse=True)
     users, cuts = questions.user[rows][first], questions.cut[rows]
-    return questions_batch(dataset.histories, users, question_user, cuts, chunk_size=chunk_size, max_length=max_length)
+    return questions_batch(
+        dataset.histories,
+        users,
+        question_user,
+        cuts,
+        chunk_size=config.chunk_size,
+        max_length=max_length,
+        features=EventFeatures.of(config),
+    )
 
 
 def _batches(questions: Questions, read: NDArray[np.int64], max_length: int | None) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from recsys_ksa.data.batches import Batch, questions_batch
 from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange
+from recsys_ksa.features import EventFeatures
 from recsys_ksa.model.network import Network, Rows
 from recsys_ksa.model.place import num_summaries, place_histories
 from recsys_ksa.model.scoring import ScoringNetwork
@@ -87,9 +88,13 @@ def _encode(
     network: Network, histories: "Histories", users: NDArray[np.int64], cuts: NDArray[np.int64], impl: str
 ) -> list[Rows]:
     """Return the rows that the first `cuts` events of each user leave, a history of its own each."""
-    chunk_size = network.config.chunk_size
-    batch = questions_batch(histories, users, np.arange(len(users)), cuts, chunk_size=chunk_size)
+    config = network.config
+    features = EventFeatures.of(config)
+    batch = questions_batch(
+        histories, users, np.arange(len(users)), cuts, chunk_size=config.chunk_size, features=features
+    )
     batch = batch.to(network.start.device)
-    place = place_histories(network.config, batch.offsets, batch.first_position, network.start.device, network.dtype)
-    events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, batch.offsets.diff())
+    place = place_histories(config, batch.offsets, batch.first_position, network.start.device, network.dtype)
+    lengths = batch.offsets.diff()
+    events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, lengths, batch.features)
     return network.encode(events, place, impl).rows

@@ -4,8 +4,8 @@ Appending runs the same pass as training on the new events alone, on top of the 
 a history is cut into arrivals, state and answers equal those of one pass.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -26,12 +26,14 @@ class Arrivals:
 
     counts: events of each user, at least 1.
     item_index, gap_bucket: int64 [n]; event_type: int64 [n], or None where events have no type.
+    features: int64 [n] each, by name: the other features that are on (`EventFeatures`).
     """
 
     counts: list[int]
     item_index: Tensor
     event_type: Tensor | None
     gap_bucket: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def empty_memory(network: Network) -> Memory:
@@ -64,7 +66,7 @@ def append_events(
         for depth in range(len(config.layer_kinds))
     ]
     with network.arithmetic(), fitting_threads(sum(arrivals.counts)):
-        inputs = network.embed(arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.counts)
+        inputs = _inputs(network, arrivals)
         encoded = network.encode(inputs, place, attention_impl, earlier)
     layers = [
         _grown(config, [memory.layers[depth] for memory in memories], rows, place, had)
@@ -186,7 +188,7 @@ def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl:
     key_start: dict[LayerKind, list[int]] = {"summary": [window], "full": [0]}
     place = place_arrivals(config, [start], arrivals.counts, key_start, network.start.device, network.dtype)
     with network.arithmetic():
-        inputs = network.embed(arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.counts)
+        inputs = _inputs(network, arrivals)
         encoded = network.encode(inputs, place, attention_impl, earlier, fixed)
     keep = window_start(config, "summary", total) - window
     layers = tuple(
@@ -196,6 +198,13 @@ def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl:
         for layer, rows in zip(stored.layers, encoded.rows)
     )
     return Memory(total, layers, encoded.last_input[-1].clone())
+
+
+def _inputs(network: Network, arrivals: Arrivals) -> Tensor:
+    """Return the new events' inputs, [n, E]."""
+    return network.embed(
+        arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.counts, arrivals.features
+    )
 
 
 def _by_user(rows: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:

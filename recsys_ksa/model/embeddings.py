@@ -6,7 +6,8 @@ table, sharded or not, is looked up both ways.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,18 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys_ksa.config import ModelConfig
-from recsys_ksa.features import NUM_GAP_BUCKETS
+from recsys_ksa.features import NUM_GAP_BUCKETS, EventFeatures
 from recsys_ksa.model.features import FeatureSchema
 
 CANDIDATE = "candidate"
+NO_FEATURES: Mapping[str, Tensor] = MappingProxyType({})
 
 # TorchRec's jagged tensors ask torch.fx a question that warns each process once; it says nothing to our users.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 class EventEmbedding(nn.Module):
-    """Sum of an event's embeddings: item, event type, side features, bucketed gap."""
+    """Sum of an event's embeddings: item, event type, side features, bucketed gap, and what else is on."""
 
     def __init__(self, config: ModelConfig, features: FeatureSchema) -> None:
         super().__init__()
@@ -40,6 +42,8 @@ class EventEmbedding(nn.Module):
             rows["event_type"] = features.num_event_types
         if self.has_gap:
             rows["gap"] = NUM_GAP_BUCKETS
+        self.event_features = EventFeatures.of(config)
+        rows |= self.event_features.num_rows
         for name in self.side:
             rows[f"side_{name}"] = features.side[name].num_categories
             category = torch.from_numpy(features.side[name].category.astype("int64"))
@@ -76,19 +80,27 @@ class EventEmbedding(nn.Module):
         self.keys = list(self.table_of)
 
     def forward(
-        self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor | Sequence[int]
+        self,
+        item_index: Tensor,
+        event_type: Tensor | None,
+        gap_bucket: Tensor,
+        lengths: Tensor | Sequence[int],
+        features: Mapping[str, Tensor] = NO_FEATURES,
     ) -> Tensor:
         """Return event inputs of about unit elements, [T, E].
 
         Args:
             item_index, event_type, gap_bucket: int64 [T]; what the network does not use is not looked at.
             lengths: [U], events of each user.
+            features: int64 [T] each, by name: those of `EventFeatures` that are on.
         """
         ids = {"item": item_index}
         if self.has_event_type:
             ids["event_type"] = event_type if event_type is not None else torch.zeros_like(item_index)
         if self.has_gap:
             ids["gap"] = gap_bucket
+        for name in self.event_features.num_rows:
+            ids[name] = features[name]
         for name in self.side:
             ids[f"side_{name}"] = self._category(name)[item_index]
         found = self._look_up(ids, lengths)

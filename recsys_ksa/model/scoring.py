@@ -5,7 +5,7 @@ What lies between the inputs and the hidden rows is the architecture's (`Network
 that a comparison compares architectures and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import ConfigError
 from recsys_ksa.features import NUM_GAP_BUCKETS
-from recsys_ksa.model.embeddings import EventEmbedding
+from recsys_ksa.model.embeddings import NO_FEATURES, EventEmbedding
 from recsys_ksa.model.features import FeatureSchema
 from recsys_ksa.model.own_items import DAY, OwnItemBias
 from recsys_ksa.model.popularity import Centre, PopularityBias
@@ -65,13 +65,18 @@ class ScoringNetwork(nn.Module):
         raise NotImplementedError
 
     def embed(
-        self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, lengths: Tensor | Sequence[int]
+        self,
+        item_index: Tensor,
+        event_type: Tensor | None,
+        gap_bucket: Tensor,
+        lengths: Tensor | Sequence[int],
+        features: Mapping[str, Tensor] = NO_FEATURES,
     ) -> Tensor:
         """Return event inputs [T, E]; see `EventEmbedding.forward`. In training some items are hidden."""
         if self.training and self.config.item_dropout:
             hidden = torch.rand(item_index.shape, device=item_index.device) < self.config.item_dropout
             item_index = item_index.masked_fill(hidden, UNKNOWN_ITEM)
-        return self.dropout(self.embedding(item_index, event_type, gap_bucket, lengths).to(self.dtype))
+        return self.dropout(self.embedding(item_index, event_type, gap_bucket, lengths, features).to(self.dtype))
 
     def user_vectors(self, hidden: Tensor) -> Tensor:
         """Return unit vectors over temperature, and a trailing 1 with an item bias. [Q, E] -> [Q, E (+ 1)].
@@ -138,4 +143,9 @@ def _check(config: ModelConfig, features: FeatureSchema) -> None:
     if features.clock == "ordinal" and (config.use_gap or config.use_request_time):
         raise ConfigError(
             "model.use_gap, model.use_request_time: expected false on an ordinal clock, got true. Set both to false."
+        )
+    if features.clock == "ordinal" and (config.calendar or config.session_gap is not None):
+        raise ConfigError(
+            "model.calendar, model.session_gap: expected neither on an ordinal clock, which has no seconds. Leave both "
+            "out."
         )

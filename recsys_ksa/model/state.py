@@ -102,6 +102,7 @@ class UserState:
     num_unknown: events whose item the vocabulary does not know.
     history_hash: rolling SHA-256 of the events, 32 bytes.
     fingerprint: the network this state belongs to (see `recsys_ksa.model.fingerprint`).
+    session_place: of the last event in its session (`recsys_ksa.features.sessions`); 0 where sessions are off.
     """
 
     memory: Memory
@@ -110,6 +111,7 @@ class UserState:
     num_unknown: int
     history_hash: bytes
     fingerprint: str
+    session_place: int = 0
 
     @property
     def num_events(self) -> int:

@@ -20,6 +20,7 @@ from recsys_ksa.data.jagged_arrays import Ints, ragged_arange
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.data.spans import validation_span
 from recsys_ksa.data.training_batches import pack
+from recsys_ksa.features import EventFeatures
 from recsys_ksa.model.losses import own_bias, pair_items, pair_questions
 from recsys_ksa.model.popularity import Popularity, add_popularity
 from recsys_ksa.schema import UNKNOWN_ITEM
@@ -169,6 +170,7 @@ def _ask(
         chunk_size=model.chunk_size,
         max_length=config.data.max_length,
         own_items=model.own_item_bias or config.evaluate.exclude_seen,
+        features=EventFeatures.of(model),
     )
     item = np.asarray(histories.item_index[ragged_arange(base + cut, size)], dtype=np.int64)
     question = np.repeat(np.arange(len(users)), size)

@@ -16,13 +16,15 @@ from ksa_serving.attribution import explain
 from ksa_serving.events import StoredEvent
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
 from recsys_ksa.errors import OutOfOrderError, StateError
-from recsys_ksa.features import NO_GAP, gap_buckets, request_bucket
+from recsys_ksa.events import Event, roll_history
+from recsys_ksa.features import request_bucket
+from recsys_ksa.features.sessions import NO_PLACE
 from recsys_ksa.model.append import Arrivals, append_events, ask, replay, replay_start
 from recsys_ksa.model.place import num_summaries
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserState, first_visible_chunk
 from recsys_ksa.order import order_key
-from recsys_ksa.recommender import Recommender, roll_history
+from recsys_ksa.recommender import Recommender
 from recsys_ksa.retrieval.index import Found, TorchIndex
 from recsys_ksa.schema import UNKNOWN_ITEM
 
@@ -40,6 +42,7 @@ class _About(msgspec.Struct, frozen=True, array_like=True):
     """For each layer the names of its kept segments: summaries, or all events in a full layer."""
     tails: list[bytes]
     seen: tuple[bytes, bytes, bytes, bytes]
+    session_place: int = 0
 
 
 class LibraryModel:
@@ -51,6 +54,7 @@ class LibraryModel:
         self.chunk_size = self._config.chunk_size
         self.window_chunks = self._config.window_chunks
         self._by_id = recommender.run.info.tie == "id"
+        self._by_value = bool(recommender.event_features.value_edges)
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     # -- states -----------------------------------------------------------------------------------------------
@@ -67,26 +71,34 @@ class LibraryModel:
             [event.item_id for event in events],
             [event.timestamp for event in events],
             types if any(kind is not None for kind in types) else None,
+            features={"value": [event.value for event in events]} if self._by_value else None,
             event_ids=[event.event_id for event in events] if self._by_id else None,
         )
 
     def append_batch(self, states: Sequence[UserState], events: Sequence[Sequence[StoredEvent]]) -> list[UserState]:
         """Return each state with its events, in order and all after it, appended in one pass."""
-        parts = [self._arrivals(given, state.last_timestamp) for state, given in zip(states, events)]
+        read = [
+            self._arrivals(given, state.last_timestamp, state.session_place) for state, given in zip(states, events)
+        ]
+        parts = [part for part, _ in read]
         kinds = [part.event_type for part in parts if part.event_type is not None]
         arrivals = Arrivals(
             [len(given) for given in events],
             torch.cat([part.item_index for part in parts]),
             torch.cat(kinds) if kinds else None,
             torch.cat([part.gap_bucket for part in parts]),
+            {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
         )
         network, impl = self.recommender.network, self.recommender.attention_impl
         memories = append_events(network, [state.memory for state in states], arrivals, impl)
-        return [self._after(state, memory, given) for state, memory, given in zip(states, memories, events)]
+        return [
+            self._after(state, memory, given, place)
+            for state, memory, given, (_, place) in zip(states, memories, events, read)
+        ]
 
     def replay_start(self, num_events: int) -> int:
         """Return the first event needed to rebuild the window's rows from summaries."""
-        return replay_start(self._config, num_events)
+        return max(0, replay_start(self._config, num_events) - self.recommender.event_features.events_before)
 
     def rewind(
         self, state: UserState, num_events: int, first: int, events: Sequence[StoredEvent], mark: Mark
@@ -96,13 +108,15 @@ class LibraryModel:
             return self.new_state()
         if first_visible_chunk(self._config, state.num_events):
             raise StateError("rewind: expected every summary to be kept, got a state cut by max_visible_chunks.")
-        start = self.replay_start(num_events)
+        start = replay_start(self._config, num_events)
         assert len(events) == num_events - first
         assert first <= max(0, start - 1)
         before = None if start == 0 else events[start - 1 - first].timestamp
+        given = events[start - first :]
+        arrivals, session_place = self._arrivals(given, before, self._session_place(events[: start - first]))
         stored = Memory(num_events, tuple(self._cut(layer, num_events) for layer in state.memory.layers), _no_input)
         network, impl = self.recommender.network, self.recommender.attention_impl
-        memory = replay(network, stored, self._arrivals(events[start - first :], before), impl)
+        memory = replay(network, stored, arrivals, impl)
         return UserState(
             memory=memory,
             last_key=self._key(events[-1], num_events - 1),
@@ -112,6 +126,7 @@ class LibraryModel:
                 mark.history_hash, [self._hashed(event) for event in events[mark.num_events - first :]]
             ),
             fingerprint=self.recommender.fingerprint,
+            session_place=session_place,
         )
 
     def with_own_items(self, state: UserState, before: UserState | None, added: Sequence[StoredEvent]) -> UserState:
@@ -142,6 +157,7 @@ class LibraryModel:
             segments=[[self._name(part) for part in rows.segments] for rows in kept],
             tails=[_bytes(rows.tail) for rows in kept],
             seen=(seen.item_index.tobytes(), seen.count.tobytes(), seen.first.tobytes(), seen.last.tobytes()),
+            session_place=state.session_place,
         )
         parts = {self._name(part): part for rows in kept for part in rows.segments}
         return StateParts(msgspec.msgpack.encode(about), _LazyBytes(parts))
@@ -176,11 +192,19 @@ class LibraryModel:
             np.frombuffer(last, np.int64),
         )
         memory = Memory(about.num_events, tuple(layers), _no_input)
-        return UserState(memory, about.last_key, seen, about.num_unknown, about.history_hash, about.fingerprint)
+        return UserState(
+            memory,
+            about.last_key,
+            seen,
+            about.num_unknown,
+            about.history_hash,
+            about.fingerprint,
+            about.session_place,
+        )
 
     def difference(self, state: UserState, other: UserState) -> float:
         """Return the largest difference of a row, relative to its norm; infinite where the histories differ."""
-        told = ("history_hash", "num_events", "num_unknown", "last_key", "fingerprint")
+        told = ("history_hash", "num_events", "num_unknown", "last_key", "fingerprint", "session_place")
         if any(getattr(state, name) != getattr(other, name) for name in told):
             return float("inf")
         seen = ("item_index", "count", "first", "last")
@@ -286,7 +310,7 @@ class LibraryModel:
         known = [(item, score) for item, score in zip(allowed, scores) if score is not None]
         return sorted(known, key=lambda pair: (-pair[1], index_of[pair[0]]))[: asked.k]
 
-    def _after(self, state: UserState, memory: Memory, events: Sequence[StoredEvent]) -> UserState:
+    def _after(self, state: UserState, memory: Memory, events: Sequence[StoredEvent], session_place: int) -> UserState:
         items, times = self._rows(events)
         last_key = self._key(events[-1], memory.num_events - 1)
         if state.last_key is not None and self._key(events[0], state.num_events) < state.last_key:
@@ -298,10 +322,17 @@ class LibraryModel:
             num_unknown=state.num_unknown + int((items == UNKNOWN_ITEM).sum()),
             history_hash=roll_history(state.history_hash, [self._hashed(event) for event in events]),
             fingerprint=state.fingerprint,
+            session_place=session_place,
         )
 
-    def _hashed(self, event: StoredEvent) -> tuple[str, int, str | None, str | None]:
-        return event.item_id, event.timestamp, event.event_type, event.event_id if self._by_id else None
+    def _hashed(self, event: StoredEvent) -> Event:
+        return Event(
+            event.item_id,
+            event.timestamp,
+            event.event_type,
+            event.event_id if self._by_id else None,
+            event.value if self._by_value else None,
+        )
 
     def _key(self, event: StoredEvent, place: int) -> tuple[int, bytes]:
         kind = self.recommender.run.info.tie
@@ -309,22 +340,18 @@ class LibraryModel:
         return order_key(kind, event.timestamp, event.item_id, event_id=event_id, event_type=event_type, arrival=place)
 
     def _rows(self, events: Sequence[StoredEvent]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        index_of = self.recommender.run.items.index_of
-        items = np.array([index_of.get(event.item_id, UNKNOWN_ITEM) for event in events], dtype=np.int64)
-        return items, np.array([event.timestamp for event in events], dtype=np.int64)
+        return self.recommender.rows(events)
 
-    def _arrivals(self, events: Sequence[StoredEvent], before: int | None) -> Arrivals:
-        """Return events as the network reads them; `before` is the time of the event before the first."""
-        items, times = self._rows(events)
-        gaps = gap_buckets(np.diff(times, prepend=times[0] if before is None else before))
-        if before is None:
-            gaps[0] = NO_GAP
-        device = self.recommender.network.start.device
-        event_type = None
-        if self.recommender.network.features.num_event_types:
-            known = self.recommender.run.event_types
-            event_type = torch.tensor([known.get(event.event_type or "", 0) for event in events], device=device)
-        return Arrivals([len(items)], torch.from_numpy(items).to(device), event_type, torch.from_numpy(gaps).to(device))
+    def _arrivals(self, events: Sequence[StoredEvent], before: int | None, session_place: int) -> tuple[Arrivals, int]:
+        """Return events as the network reads them, and the place in its session after them."""
+        return self.recommender.arrivals(events, *self._rows(events), before, session_place)
+
+    def _session_place(self, events: Sequence[StoredEvent]) -> int:
+        """Return the place of the last of these events, which reach back far enough or to the history's start."""
+        if not events:
+            return NO_PLACE
+        times = np.array([event.timestamp for event in events], dtype=np.int64)
+        return self.recommender.event_features.arrivals(times, None, None, NO_PLACE)[1]
 
     def _cut(self, layer: LayerState, num_events: int) -> LayerState:
         if layer.kind == "full":

@@ -28,6 +28,7 @@ SHAPES: list[dict[str, Any]] = [
     {"layers": ["summary", "full"]},
     {"attention": "window"},
     {"num_kv_heads": 1},
+    {"calendar": ["hour", "weekday"], "session_gap": 40, "value_edges": [0.5, 2.0], "window_chunks": 0},
 ]
 
 
@@ -46,7 +47,14 @@ def make_model(run: Any, seed: int, **shape: Any) -> LibraryModel:
 def make_history(rng: np.random.Generator, length: int) -> list[StoredEvent]:
     times = T0 + np.sort(rng.integers(0, 50 * length + 1, length))
     return [
-        StoredEvent(n, f"i{rng.integers(60)}", int(time), None, str(rng.choice(["view", "buy"])), None)
+        StoredEvent(
+            n,
+            f"i{rng.integers(60)}",
+            int(time),
+            None,
+            str(rng.choice(["view", "buy"])),
+            None if rng.random() < 0.2 else float(rng.choice([0.0, 1.0, 3.5])),
+        )
         for n, time in enumerate(times)
     ]
 
@@ -57,12 +65,8 @@ def assert_same_state(found: UserState, expected: UserState) -> None:
             assert mine.num_rows == other.num_rows
             torch.testing.assert_close(mine.whole(), other.whole(), rtol=0, atol=1e-10)
     torch.testing.assert_close(found.memory.last_input, expected.memory.last_input, rtol=0, atol=1e-10)
-    assert (found.history_hash, found.last_key, found.num_unknown, found.num_events) == (
-        expected.history_hash,
-        expected.last_key,
-        expected.num_unknown,
-        expected.num_events,
-    )
+    for told in ("history_hash", "last_key", "num_unknown", "num_events", "session_place"):
+        assert getattr(found, told) == getattr(expected, told)
     for name in ("item_index", "count", "first", "last"):
         np.testing.assert_array_equal(getattr(found.seen, name), getattr(expected.seen, name))
 

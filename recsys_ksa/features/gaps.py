@@ -1,4 +1,4 @@
-"""Event features, defined once for training, pipeline and service. Torch-free: integers in, integers out."""
+"""The time since the previous event, and up to the request, in buckets. Integers in, integers out."""
 
 import numpy as np
 from numpy.typing import NDArray
