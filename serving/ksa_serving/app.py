@@ -18,6 +18,7 @@ from litestar.params import FromPath
 from litestar.types import ASGIApp
 
 from ksa_serving.auth import Tokens
+from ksa_serving.context import Context
 from ksa_serving.errors import InvalidRequestError, ServiceError
 from ksa_serving.guards import guard
 from ksa_serving.messages import (
@@ -34,7 +35,7 @@ from ksa_serving.messages import (
 )
 from ksa_serving.openapi import openapi_document
 from ksa_serving.problems import on_any_error, on_http_error, on_service_error
-from ksa_serving.service import Context, Service
+from ksa_serving.service import Service
 from recsys_ksa import __version__
 
 Asked = TypeVar("Asked")
@@ -86,14 +87,14 @@ def create_app(
 async def post_events(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Keep events."""
     asked = await _body(request, EventsRequest)
-    return _json(await _service(request).post_events(_text(segment), asked, _context(request)))
+    return _json(await _service(request).events.post(_text(segment), asked, _context(request)))
 
 
 @get("/v1/users/{segment:str}/events")
 async def get_events(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Return a user's newest events."""
     limit, before = _number(request, "limit", 1000), _number(request, "before", None)
-    history = await _service(request).history(_text(segment), limit or 0, before, _context(request))
+    history = await _service(request).events.history(_text(segment), limit or 0, before, _context(request))
     return _json(history)
 
 
@@ -102,73 +103,73 @@ async def put_event(request: AnyRequest, segment: FromPath[str], event_id: FromP
     """Correct an event."""
     asked = await _body(request, EventMessage)
     service = _service(request)
-    return _json(await service.correct_event(_text(segment), _text(event_id), asked, _context(request)))
+    return _json(await service.events.correct(_text(segment), _text(event_id), asked, _context(request)))
 
 
 @delete("/v1/users/{segment:str}/events/{event_id:str}", status_code=200)
 async def delete_event(request: AnyRequest, segment: FromPath[str], event_id: FromPath[str]) -> Response[bytes]:
     """Take an event back."""
-    return _json(await _service(request).retract_event(_text(segment), _text(event_id), _context(request)))
+    return _json(await _service(request).events.retract(_text(segment), _text(event_id), _context(request)))
 
 
 @post("/v1/users/{segment:str}/recommend", status_code=200)
 async def recommend(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Answer "what next?"."""
     asked = await _body(request, RecommendRequest)
-    return _json(await _service(request).recommend(_text(segment), asked, _context(request)))
+    return _json(await _service(request).questions.recommend(_text(segment), asked, _context(request)))
 
 
 @post("/v1/users/{segment:str}/score", status_code=200)
 async def score(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Score given items."""
     asked = await _body(request, ScoreRequest)
-    return _json(await _service(request).score(_text(segment), asked, _context(request)))
+    return _json(await _service(request).questions.score(_text(segment), asked, _context(request)))
 
 
 @post("/v1/users/{segment:str}/explain", status_code=200)
 async def explain(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Tell what carried an item's score."""
     asked = await _body(request, ExplainRequest)
-    return _json(await _service(request).explain(_text(segment), asked, _context(request)))
+    return _json(await _service(request).questions.explain(_text(segment), asked, _context(request)))
 
 
 @get("/v1/users/{segment:str}/state")
 async def state(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Tell what is kept of a user."""
-    return _json(await _service(request).state(_text(segment), _context(request)))
+    return _json(await _service(request).questions.state(_text(segment), _context(request)))
 
 
 @delete("/v1/users/{segment:str}", status_code=200)
 async def delete_user(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Delete a user."""
-    return _json(await _service(request).forget(_text(segment), _context(request)))
+    return _json(await _service(request).events.forget(_text(segment), _context(request)))
 
 
 @post("/v1/events:batch", status_code=200)
 async def post_events_batch(request: AnyRequest) -> Response[bytes]:
     """Keep events of several users."""
     asked = await _body(request, EventsBatchRequest)
-    return _json(await _service(request).post_events_batch(asked, _context(request)))
+    return _json(await _service(request).events.post_batch(asked, _context(request)))
 
 
 @post("/v1/recommend:batch", status_code=200)
 async def recommend_batch(request: AnyRequest) -> Response[bytes]:
     """Answer "what next?" for several users."""
     asked = await _body(request, RecommendBatchRequest)
-    return _json(await _service(request).recommend_batch(asked, _context(request)))
+    return _json(await _service(request).questions.recommend_batch(asked, _context(request)))
 
 
 @get("/v1/items")
 async def find_items(request: AnyRequest) -> Response[bytes]:
     """Find items by id or title."""
     text = request.query_params.get("text", "")
-    return _json(await _service(request).find_items(text, _number(request, "most", 10) or 0))
+    return _json(await _service(request).questions.find_items(text, _number(request, "most", 10) or 0))
 
 
 @post("/v1/items:titles", status_code=200)
 async def titles(request: AnyRequest) -> Response[bytes]:
     """Return items' titles."""
-    return _json(_service(request).titles((await _body(request, TitlesRequest)).item_ids))
+    return _json(_service(request).questions.titles((await _body(request, TitlesRequest)).item_ids))
 
 
 @get("/livez")
@@ -214,33 +215,31 @@ async def page(request: AnyRequest) -> Response[bytes]:
 @get("/admin/releases")
 async def releases(request: AnyRequest) -> Response[bytes]:
     """List the releases loaded."""
-    return _json(_service(request).list_releases())
+    return _json(_service(request).operator.list())
 
 
 @post("/admin/load", status_code=200)
 async def load(request: AnyRequest) -> Response[bytes]:
     """Load a release and warm it."""
-    return _json(await _service(request).load_release((await _body(request, LoadRequest)).run))
+    return _json(await _service(request).operator.load((await _body(request, LoadRequest)).run))
 
 
 @post("/admin/activate", status_code=200)
 async def activate(request: AnyRequest) -> Response[bytes]:
     """Serve a loaded release."""
-    return _json(await _service(request).activate_release((await _body(request, LoadRequest)).run))
+    return _json(await _service(request).operator.activate((await _body(request, LoadRequest)).run))
 
 
 @post("/admin/rollback", status_code=200)
 async def rollback(request: AnyRequest) -> Response[bytes]:
     """Serve the previous release again."""
-    return _json(await _service(request).roll_back())
+    return _json(await _service(request).operator.roll_back())
 
 
 @post("/admin/drain", status_code=200)
 async def drain(request: AnyRequest) -> Response[bytes]:
     """Turn unready, so that a proxy sends no more; requests are still answered."""
-    service = _service(request)
-    service.draining = True
-    return _json(service.list_releases())
+    return _json(_service(request).operator.drain())
 
 
 def _service(request: AnyRequest) -> Service:

@@ -138,7 +138,8 @@ def open_store(
         UsageError: it cannot be opened.
     """
     from ksa_serving.cold_store import ColdStateStore, EngineError
-    from ksa_serving.state_store import MemoryStateStore, TieredStateStore
+    from ksa_serving.memory_store import MemoryStateStore
+    from ksa_serving.tiered_store import TieredStateStore
 
     if kind == "memory":
         return MemoryStateStore(settings.state_bytes)

@@ -9,8 +9,9 @@ from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from ksa_serving.auth import Caller, RateLimit, Tokens, open_door
+from ksa_serving.context import Context
 from ksa_serving.problems import problem
-from ksa_serving.service import Context, Service
+from ksa_serving.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN = ("/livez", "/readyz", "/openapi.json", "/", "/page.js", "/page.css")

@@ -58,9 +58,12 @@ class _ServiceCollector:
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "states_held": ("States in memory", lambda: len(store)),
             "state_bytes": ("Bytes of states in memory", lambda: store.nbytes),
-            "log_waiting_calls": ("Calls that wait for the event log", lambda: service.log.num_waiting),
+            "log_waiting_calls": ("Calls that wait for the event log", lambda: service.log.writer.num_waiting),
             "waiting_questions": ("Questions that wait for the model", lambda: service.served.batcher.num_waiting),
-            "settling_users": ("Users whose states are computed in the background", lambda: service.num_settling),
+            "settling_users": (
+                "Users whose states are computed at length",
+                lambda: service.upkeep.num_settling,
+            ),
             "ready": ("1 when ready", lambda: service.unready() is None),
         }
         for name, (text, value) in gauges.items():

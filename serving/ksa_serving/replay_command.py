@@ -21,9 +21,9 @@ def _run(args: argparse.Namespace) -> None:
 
     from ksa_serving.command import open_store, prepare_state_dir
     from ksa_serving.event_log import EventLog
+    from ksa_serving.memory_store import MemoryStateStore
     from ksa_serving.release import load_release
     from ksa_serving.settings import ServeSettings
-    from ksa_serving.state_store import MemoryStateStore
     from ksa_serving.user_states import UserStates
 
     release = load_release(args.run)

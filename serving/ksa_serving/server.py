@@ -46,7 +46,7 @@ class ReadyServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Turn unready, then stop with exit code 0; a second SIGINT stops without waiting."""
-        self._service.draining = True
+        self._service.workers.draining = True
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True

@@ -15,11 +15,11 @@ from ksa_serving.app import create_app
 from ksa_serving.auth import Tokens
 from ksa_serving.command import listen
 from ksa_serving.event_log import EventLog
+from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.release import Release
 from ksa_serving.server import ReadyServer, server_config
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
-from ksa_serving.state_store import MemoryStateStore
 from ksa_serving.testing import toy_release
 from recsys_ksa.cli import call_verb
 from recsys_ksa.testing import lifelong_log, prepared_dataset

@@ -50,12 +50,12 @@ async def keep_events(service: Service, draw: random.Random, number: int) -> Non
         numbers = new + again
         events = [story_event(n) for n in numbers]
         wire = [EventMessage(event.item_id, event.timestamp, event.event_id, event.event_type) for event in events]
-        answer = await service.post_events(f"user-{user}", EventsRequest(wire))
+        answer = await service.events.post(f"user-{user}", EventsRequest(wire))
         outcomes = [[n, result.status] for n, result in zip(numbers, answer.results)]
         print(json.dumps([f"user-{user}", outcomes]), flush=True)
         sent += new
         if draw.random() < 0.4:
-            await service.recommend(f"user-{user}", RecommendRequest(k=1))
+            await service.questions.recommend(f"user-{user}", RecommendRequest(k=1))
 
 
 async def main(directory: Path, seed: int) -> None:

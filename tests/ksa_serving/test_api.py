@@ -142,8 +142,8 @@ def test_min_seq_waits_for_what_was_kept_and_tells_when_it_did_not_come(client: 
 
 def test_deadlines_drop_work_before_it_begins(make_service: MakeService, serve_in_thread: Any):
     service = make_service()
-    current = service.states.current
-    service.states.current = lambda *a: time.sleep(0.3) or current(*a)  # type: ignore[method-assign]
+    current = service.served.states.current
+    service.served.states.current = lambda *a: time.sleep(0.3) or current(*a)  # type: ignore[method-assign]
     with serve_in_thread(service) as client:
         late = client.post("/v1/users/ann/recommend", json={}, headers={"x-deadline-ms": "50"})
         assert_problem(late, 504, "deadline-exceeded")
@@ -311,7 +311,9 @@ def test_questions_that_wait_are_answered_in_one_pass(make_service: MakeService,
         service = make_service(replace(toy_release(), model=Slow()), ServeSettings(limits=Limits(), batch_questions=8))
         from ksa_serving.messages import RecommendRequest
 
-        answers = await asyncio.gather(*(service.recommend(f"u{n}", RecommendRequest(k=3)) for n in range(20)))
+        answers = await asyncio.gather(
+            *(service.questions.recommend(f"u{n}", RecommendRequest(k=3)) for n in range(20))
+        )
         assert len({answer.items[0].score for answer in answers}) >= 1
         assert service.log.head(Owner("u0")).num_events == 0
         await service.close()

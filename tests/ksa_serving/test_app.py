@@ -276,7 +276,7 @@ def test_a_mistake_of_ours_is_a_500_that_tells_nothing_private(
     def broken(*_: Any) -> Any:
         raise RuntimeError("boom")
 
-    service.states.current = broken  # type: ignore[method-assign]
+    service.served.states.current = broken  # type: ignore[method-assign]
     with serve_in_thread(service) as client:
         answer = ask(client, "ann-secret")
         assert_problem(answer, 500, "internal-error")
@@ -308,14 +308,14 @@ def test_limits_follow_the_settings(make_service: Callable[..., Service], serve_
 def test_requests_beyond_the_bound_are_told_to_come_back(make_service: Callable[..., Service], serve_in_thread: Any):
     service = make_service(settings=ServeSettings(concurrent_requests=2))
     started, go_on = threading.Semaphore(0), threading.Event()
-    current = service.states.current
+    current = service.served.states.current
 
     def slow(*arguments: Any) -> Any:
         started.release()
         assert go_on.wait(20)
         return current(*arguments)
 
-    service.states.current = slow  # type: ignore[method-assign]
+    service.served.states.current = slow  # type: ignore[method-assign]
     with serve_in_thread(service) as client, ThreadPoolExecutor() as pool:
         held = [pool.submit(ask, client, user) for user in ("ann", "bob")]
         for _ in held:

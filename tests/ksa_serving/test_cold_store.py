@@ -12,8 +12,9 @@ from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineErro
 from ksa_serving.events import Owner, StoredEvent
 from ksa_serving.lmdb_engine import LmdbEngine
 from ksa_serving.redis_engine import RedisEngine
-from ksa_serving.state_store import StateRecord, TieredStateStore
+from ksa_serving.state_store import StateRecord
 from ksa_serving.testing import ToyModel
+from ksa_serving.tiered_store import TieredStateStore
 
 ANN, BOB = Owner("ann"), Owner("bob")
 SALT = b"0" * 16

@@ -165,7 +165,7 @@ def test_a_call_that_cannot_be_written_does_not_fail_its_neighbours(log: EventLo
         futures[1].result()
     assert futures[2].result().outcomes == ["accepted"]
     assert [event.item_id for event in log.read(ANN)[1]] == ["a", "b"]
-    assert log.healthy
+    assert log.writer.healthy
 
 
 def test_a_failed_call_keeps_nothing_of_itself(log: EventLog):
@@ -178,12 +178,12 @@ def test_a_disk_that_cannot_be_written_is_told_and_recovers(log: EventLog):
     limit = log._connection.pragma("max_page_count", 1)  # the file may not grow
     with pytest.raises(EventLogError, match="full"):
         log.append(ANN, [NewEvent("x" * 200, n) for n in range(1000)])
-    assert not log.healthy
+    assert not log.writer.healthy
     kept = log.head(ANN).num_events
     log._connection.pragma("max_page_count", 1_000_000)
-    log.probe()
+    log.writer.probe()
     assert log.append(ANN, [NewEvent("after", 10**6)]).outcomes == ["accepted"]
-    assert log.healthy
+    assert log.writer.healthy
     assert log.head(ANN).num_events == kept + 1
     assert limit
 
@@ -270,6 +270,22 @@ def test_a_forgotten_user_starts_anew_and_leaves_no_bytes(tmp_path: Path):
     while log.purging:
         time.sleep(0.01)
     assert [event.item_id for event in log.read(ANN)[1]] == ["fresh"]
+    for file in tmp_path.iterdir():
+        assert b"secret-" not in file.read_bytes(), file
+    log.close()
+
+
+def test_forgotten_rows_leave_the_write_ahead_log_also_when_someone_still_reads_it(tmp_path: Path):
+    log = EventLog(tmp_path, "arrival")
+    log.append(ANN, [NewEvent(f"secret-{n}", n, f"id-{n}") for n in range(3000)])
+    with log.view(BOB) as view:
+        assert view.newest(0) == []
+        log._connection.set_busy_timeout(10)
+        assert log.forget(ANN).result() == 3000
+        time.sleep(0.3)
+        assert log.purging  # the reader still needs the old pages
+    while log.purging:
+        time.sleep(0.01)
     for file in tmp_path.iterdir():
         assert b"secret-" not in file.read_bytes(), file
     log.close()

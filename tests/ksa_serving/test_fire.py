@@ -43,19 +43,19 @@ def test_deleted_users_stay_deleted_while_everyone_reads_and_writes(tmp_path: Pa
         async def others(name: str) -> None:
             n = 0
             while not stop.is_set():
-                await service.post_events(name, EventsRequest([EventMessage(f"item-{n % 30}", 1000 + n, f"e{n}")]))
-                await service.recommend(name, RecommendRequest(k=1))
+                await service.events.post(name, EventsRequest([EventMessage(f"item-{n % 30}", 1000 + n, f"e{n}")]))
+                await service.questions.recommend(name, RecommendRequest(k=1))
                 n += 1
 
         async def doomed(name: str) -> None:
             events = [EventMessage(f"secret-{name}-{n}", 1000 + n, f"e{n}") for n in range(draw.randint(20, 60))]
-            await service.post_events(name, EventsRequest(events))
-            asking = [asyncio.create_task(service.recommend(name, RecommendRequest(k=1))) for _ in range(4)]
+            await service.events.post(name, EventsRequest(events))
+            asking = [asyncio.create_task(service.questions.recommend(name, RecommendRequest(k=1))) for _ in range(4)]
             await asyncio.sleep(draw.random() * 0.01)
-            await service.forget(name)
+            await service.events.forget(name)
             answers = await asyncio.gather(*asking)
             assert {answer.num_events for answer in answers} <= {0, len(events)}
-            assert (await service.recommend(name, RecommendRequest(k=1))).num_events == 0
+            assert (await service.questions.recommend(name, RecommendRequest(k=1))).num_events == 0
 
         crowd = [asyncio.create_task(others(f"u{n}")) for n in range(4)]
         for start in range(0, 60, 6):
@@ -84,13 +84,13 @@ def test_cancelled_questions_never_give_one_user_anothers_answer(tmp_path: Path,
     users = [f"u{n}" for n in range(20)]
     for number, user in enumerate(users):  # each user's items are its own, and so is its number of events
         service.log.append(Owner(user), [NewEvent(f"{user}-{n}", n) for n in range(40 + number)])
-        service.states.current(Owner(user))
+        service.served.states.current(Owner(user))
 
     async def story() -> None:
         cancelled = answered = 0
         while cancelled < NUM_CANCELLED:
             asked = [(user, draw.random() < 0.8) for user in draw.choices(users, k=16)]
-            tasks = [asyncio.create_task(service.recommend(user, RecommendRequest(k=1))) for user, _ in asked]
+            tasks = [asyncio.create_task(service.questions.recommend(user, RecommendRequest(k=1))) for user, _ in asked]
             for task, (_, cancel) in zip(tasks, asked):
                 if cancel:
                     await asyncio.sleep(0 if draw.random() < 0.5 else draw.random() * 0.001)
@@ -106,7 +106,7 @@ def test_cancelled_questions_never_give_one_user_anothers_answer(tmp_path: Path,
         assert service.store.hits["cold"] > 0  # type: ignore[attr-defined]
         assert service.store.misses["owner"] == 0
         for user in users:
-            record, _ = service.states.current(Owner(user))
+            record, _ = service.served.states.current(Owner(user))
             assert record.state.seen == {f"{user}-{n}" for n in range(40 + int(user[1:]))}
         await service.close()
 
@@ -118,11 +118,11 @@ def test_the_service_answers_while_redis_is_away(tmp_path: Path):
 
     async def story() -> None:
         for n in range(40):
-            await service.post_events("ann", EventsRequest([EventMessage(f"item-{n}", n)]))
-            answer: Any = await service.recommend("ann", RecommendRequest(k=1))
+            await service.events.post("ann", EventsRequest([EventMessage(f"item-{n}", n)]))
+            answer: Any = await service.questions.recommend("ann", RecommendRequest(k=1))
             assert answer.num_events == n + 1
-        await service.forget("ann")
-        service.draining = True  # the deletion is still owed to the server; closing does not wait for it
+        await service.events.forget("ann")
+        service.workers.draining = True  # the deletion is still owed to the server; closing does not wait for it
         await service.close()
 
     asyncio.run(story())

@@ -78,7 +78,7 @@ def check_against_log(directory: Path, acknowledged: dict[str, set[int]]) -> Non
 
 def check_state(service: Service, user: str) -> None:
     """The state that memory, the cold store or the log leads to is that of the log's events."""
-    record, _ = service.states.current(Owner(user))
+    record, _ = service.served.states.current(Owner(user))
     events = sorted(service.log.read(Owner(user))[1], key=lambda event: (event.timestamp, event.seq))
     toy = ToyModel("arrival")
     assert record.state == toy.append(toy.new_state(), events)

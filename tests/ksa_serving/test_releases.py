@@ -17,12 +17,12 @@ from ksa_serving.errors import ReleaseError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import StoredEvent
 from ksa_serving.ivf_index import IvfIndex
+from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.models import Question
 from ksa_serving.release import Release, check_recall, load_release
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
-from ksa_serving.state_store import MemoryStateStore
 from ksa_serving.testing import ToyModel, toy_release
 from recsys_ksa.errors import RunError
 from recsys_ksa.retrieval.index import TorchIndex
@@ -75,22 +75,24 @@ def test_a_swap_storm_mixes_nothing_and_loses_nothing(service: Service):
             draw = random.Random(name)
             while not stop.is_set():
                 n = sent[name]
-                posted = await service.post_events(
+                posted = await service.events.post(
                     name, EventsRequest([EventMessage(f"item-{n % 40}", 1000 + n, f"e{n}")])
                 )
                 assert posted.results[0].status == "accepted"
                 sent[name] += 1
-                answer = await service.recommend(name, RecommendRequest(k=3, request_time=draw.choice([None, 9999])))
+                answer = await service.questions.recommend(
+                    name, RecommendRequest(k=3, request_time=draw.choice([None, 9999]))
+                )
                 answers.append((name, sent[name], answer))
 
         users = [asyncio.create_task(user(name)) for name in sent]
         for turn in range(30):
             name = "bca"[turn % 3]
-            await service.load_release(name)
-            await service.activate_release(name)
+            await service.operator.load(name)
+            await service.operator.activate(name)
             if turn % 5 == 4:
-                await service.roll_back()
-                await service.roll_back()
+                await service.operator.roll_back()
+                await service.operator.roll_back()
             await asyncio.sleep(0.01)
         stop.set()
         await asyncio.gather(*users)
@@ -112,19 +114,19 @@ def test_a_swap_storm_mixes_nothing_and_loses_nothing(service: Service):
 
 def test_two_fingerprints_live_until_the_older_is_gone(service: Service):
     async def story() -> None:
-        await service.post_events("ann", EventsRequest([EventMessage("item-1", n, f"e{n}") for n in range(9)]))
-        await service.recommend("ann", RecommendRequest())
-        await service.load_release("b")
-        assert [info.role for info in service.list_releases().releases] == ["active", "loaded"]
-        await service.activate_release("b")
-        warmed = await service.recommend("ann", RecommendRequest())
+        await service.events.post("ann", EventsRequest([EventMessage("item-1", n, f"e{n}") for n in range(9)]))
+        await service.questions.recommend("ann", RecommendRequest())
+        await service.operator.load("b")
+        assert [info.role for info in service.operator.list().releases] == ["active", "loaded"]
+        await service.operator.activate("b")
+        warmed = await service.questions.recommend("ann", RecommendRequest())
         assert (warmed.model_version, warmed.state_source) == ("m-b", "host")  # warmed before it was activated
-        await service.roll_back()
-        back = await service.recommend("ann", RecommendRequest())
+        await service.operator.roll_back()
+        back = await service.questions.recommend("ann", RecommendRequest())
         assert (back.model_version, back.state_source) == ("m-a", "host")  # the old state is still there
-        await service.roll_back()
-        await service.load_release("c")
-        await service.activate_release("c")  # a is neither active nor previous now
+        await service.operator.roll_back()
+        await service.operator.load("c")
+        await service.operator.activate("c")  # a is neither active nor previous now
         assert {record.fingerprint for record in service.store.records()} == {"b", "c"}  # type: ignore[attr-defined]
         await service.close()
 
@@ -135,12 +137,12 @@ def test_two_fingerprints_live_until_the_older_is_gone(service: Service):
 def test_what_cannot_take_its_place_is_refused_and_serving_goes_on(service: Service, name: str):
     async def story() -> None:
         with pytest.raises(ReleaseError):
-            await service.load_release(name)
+            await service.operator.load(name)
         with pytest.raises(ReleaseError):
-            await service.activate_release("b")
+            await service.operator.activate("b")
         with pytest.raises(ReleaseError):
-            await service.roll_back()
-        assert (await service.recommend("ann", RecommendRequest())).model_version == "m-a"
+            await service.operator.roll_back()
+        assert (await service.questions.recommend("ann", RecommendRequest())).model_version == "m-a"
         await service.close()
 
     asyncio.run(story())

@@ -28,11 +28,11 @@ def statuses(answer: Any) -> list[tuple[str, str | None]]:
 
 
 async def post(service: Service, user_id: str, *events: EventMessage) -> Any:
-    return await service.post_events(user_id, EventsRequest(list(events)))
+    return await service.events.post(user_id, EventsRequest(list(events)))
 
 
 async def ask(service: Service, user_id: str, **fields: Any) -> Any:
-    return await service.recommend(user_id, msgspec.convert(fields, RecommendRequest))
+    return await service.questions.recommend(user_id, msgspec.convert(fields, RecommendRequest))
 
 
 def test_each_event_gets_its_own_result(make_service: MakeService):
@@ -56,7 +56,7 @@ def test_each_event_gets_its_own_result(make_service: MakeService):
             ("accepted", None),
         ]
         assert second.seq > first.seq
-        assert (await service.state("ann")).num_events == 4
+        assert (await service.questions.state("ann")).num_events == 4
         counted = {
             sample.labels["status"]: sample.value
             for family in service.metrics.events.collect()
@@ -107,7 +107,7 @@ def test_a_state_that_is_held_catches_up_in_the_background(make_service: MakeSer
         await post(service, "ann", event("item-1", 1))
         await ask(service, "ann")
         answer = await post(service, "ann", event("item-2", 2))
-        while (await service.state("ann")).state_seq != answer.seq:
+        while (await service.questions.state("ann")).state_seq != answer.seq:
             await asyncio.sleep(0.01)
         await service.close()
 
@@ -180,7 +180,7 @@ def test_request_events_serve_one_answer_only(make_service: MakeService):
         known = await ask(service, "ann", request_time=100)
         assert stranger.items == known.items
         assert (stranger.num_events, stranger.state_source) == (2, "none")
-        assert (await service.state("eve")).num_events == 0
+        assert (await service.questions.state("eve")).num_events == 0
         assert (await ask(service, "eve")).num_events == 0
         more = await ask(
             service, "ann", events=[*given_events, {"item_id": "item-7", "timestamp": 55}], request_time=100
@@ -327,7 +327,7 @@ def test_unready_while_draining_or_unwritable(make_service: MakeService):
     async def story() -> None:
         service = make_service()
         assert service.unready() is None
-        service.log.healthy = False
+        service.log.writer.healthy = False
         assert service.unready() == "event log cannot be written"
         while service.unready():  # asking tries the log again
             await asyncio.sleep(0.01)
@@ -345,13 +345,13 @@ def test_an_audit_finds_a_state_that_is_wrong_and_drops_it(make_service: MakeSer
         await ask(service, "ann")
         while not service.metrics.text().count(b'ksa_audits_total{result="equal"} 1.0'):
             await asyncio.sleep(0.01)
-        record = service.states.held(Owner("ann"))
+        record = service.served.states.held(Owner("ann"))
         assert record is not None
         wrong = replace(record, seq=record.seq, state=replace(record.state, seen=frozenset({"item-77"})))
         service.store.drop(Owner("ann"))
         service.store.put(wrong)
         await ask(service, "ann")
-        while service.states.held(Owner("ann")) is not None:
+        while service.served.states.held(Owner("ann")) is not None:
             await asyncio.sleep(0.01)
         assert (await ask(service, "ann")).state_source == "rebuilt"
         await service.close()

@@ -1,10 +1,13 @@
+import threading
 from dataclasses import replace
 
 import pytest
 
 from ksa_serving.events import Owner
-from ksa_serving.state_store import MemoryStateStore, StateRecord, StateStore
+from ksa_serving.memory_store import MemoryStateStore
+from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.testing import ToyState
+from ksa_serving.tiered_store import TieredStateStore
 
 
 def record(
@@ -123,3 +126,33 @@ class TestMemoryStateStore(StateStoreContract):
         with pytest.raises(AttributeError):
             record().seq = 3  # type: ignore[misc]
         assert replace(record(), seq=3).seq == 3
+
+
+class SlowCold(MemoryStateStore):
+    """A cold store whose next `put` waits until it is told to go on."""
+
+    def __init__(self):
+        super().__init__(10**6)
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def put(self, record: StateRecord) -> None:
+        self.reached.set()
+        assert self.go_on.wait(10)
+        super().put(record)
+
+
+def test_an_owner_dropped_while_on_the_way_to_the_disk_is_not_left_there():
+    cold = SlowCold()
+    store = TieredStateStore(15, cold, lambda num_events: True, spill_events=100)
+    store.put(record("ann"))
+    driving_out = threading.Thread(target=store.put, args=[record("bob")])
+    driving_out.start()
+    assert cold.reached.wait(10)
+    store.drop(Owner("ann"))
+    cold.go_on.set()
+    driving_out.join()
+    assert store.get(Owner("ann"), "f") is None
+    assert store.get(Owner("bob"), "f") is not None
+    store.put(record("ann", seq=2))  # the next one is held again, and goes down again
+    store.put(record("bob", seq=2))
+    assert store.get(Owner("ann"), "f") == record("ann", seq=2)

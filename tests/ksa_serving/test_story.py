@@ -17,8 +17,8 @@ from ksa_serving.cold_store import HEAD, ColdStateStore
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
 from ksa_serving.lmdb_engine import LmdbEngine
-from ksa_serving.state_store import TieredStateStore
 from ksa_serving.testing import toy_release
+from ksa_serving.tiered_store import TieredStateStore
 from ksa_serving.user_states import UserStates
 from recsys_ksa.order import TieKind, order_key
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ksa_serving.errors import EventLogError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
+from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.release import Release
-from ksa_serving.state_store import MemoryStateStore
 from ksa_serving.testing import ToyState, toy_release
 from ksa_serving.user_states import UserStates
 from ksa_serving.user_view import UserView

@@ -50,7 +50,7 @@ def history(seed: int, length: int) -> list[EventMessage]:
 
 
 async def ask(service: Service, user_id: str, **fields: Any) -> Any:
-    return await service.recommend(user_id, msgspec.convert(fields, RecommendRequest))
+    return await service.questions.recommend(user_id, msgspec.convert(fields, RecommendRequest))
 
 
 def assert_same(answer: Any, expected: list[tuple[str, float]]) -> None:
@@ -83,7 +83,7 @@ def test_online_equals_library_equals_rebuilt(release: Release, make_service: Ca
             piece = events[max(0, place - 2) : place + size]
             if tie != "arrival":
                 draw.shuffle(piece)
-            await service.post_events("ann", EventsRequest(piece))
+            await service.events.post("ann", EventsRequest(piece))
             if draw.random() < 0.5:
                 await ask(service, "ann", k=1)
             place += size
@@ -97,7 +97,7 @@ def test_online_equals_library_equals_rebuilt(release: Release, make_service: Ca
         assert_same(rebuilt, expected)
         given_events = [msgspec.to_builtins(event) for event in events]
         assert_same(await ask(service, "eve", k=8, request_time=at, events=given_events), expected)
-        half = await service.post_events("bob", EventsRequest(events[:45]))
+        half = await service.events.post("bob", EventsRequest(events[:45]))
         assert all(result.status == "accepted" for result in half.results)
         assert_same(await ask(service, "bob", k=8, request_time=at, events=given_events), expected)
         await service.close()
@@ -111,9 +111,9 @@ def test_a_late_event_gives_the_history_in_order(release: Release, make_service:
 
     async def story() -> None:
         service = make_service(release)
-        await service.post_events("ann", EventsRequest(events[:20] + events[21:]))
+        await service.events.post("ann", EventsRequest(events[:20] + events[21:]))
         await ask(service, "ann")
-        late = await service.post_events("ann", EventsRequest([events[20]]))
+        late = await service.events.post("ann", EventsRequest([events[20]]))
         online = await ask(service, "ann", k=8, request_time=None)
         in_order = sorted(
             enumerate(events[:20] + events[21:] + [events[20]]), key=lambda pair: (pair[1].timestamp, pair[0])
@@ -137,11 +137,11 @@ def test_new_users_and_unknown_items_have_answers(release: Release, make_service
         assert len((await ask(service, "new", k=5)).items) == 5
         assert (await ask(service, "new", k=5, list="again")).items == []
         unknown = EventMessage("no such item", 1_600_000_000)
-        await service.post_events("ann", EventsRequest([unknown]))
+        await service.events.post("ann", EventsRequest([unknown]))
         answer = await ask(service, "ann", k=1000)
         assert answer.num_events == 1
         assert "no such item" not in {item.item_id for item in answer.items}
-        state = await service.state("ann")
+        state = await service.questions.state("ann")
         assert state.nbytes > 0
         assert state.state_fingerprint == release.state_fingerprint
         await service.close()
@@ -188,9 +188,9 @@ def test_replaying_a_stopped_services_log_finds_what_it_stored(
     async def story() -> None:
         for n, user in enumerate(("ann", "bob", "cat")):
             events = history(n, 150)
-            await service.post_events(user, EventsRequest(events[:100] + events[101:]))
+            await service.events.post(user, EventsRequest(events[:100] + events[101:]))
             await ask(service, user, k=1)
-            await service.post_events(user, EventsRequest([events[100]]))  # late
+            await service.events.post(user, EventsRequest([events[100]]))  # late
             await ask(service, user, k=1)
         await service.close()
 

@@ -1,0 +1,44 @@
+"""What a request brings beside its body."""
+
+import time
+from dataclasses import dataclass
+
+from ksa_serving import admission
+from ksa_serving.errors import DeadlineError
+from ksa_serving.events import Owner
+from ksa_serving.settings import Limits
+
+
+@dataclass(frozen=True)
+class Context:
+    """Whose users a request means, and until when its work may begin."""
+
+    tenant: str = ""
+    deadline: float | None = None
+    """On `time.monotonic`'s clock; None: as the settings say."""
+
+    def owner(self, user_id: str, limits: Limits) -> Owner:
+        """Return whom a user id names.
+
+        Raises:
+            InvalidRequestError: the id is out of its limits.
+        """
+        admission.check_user_id(user_id, limits)
+        return Owner(user_id, self.tenant)
+
+    def work_until(self, default_seconds: float) -> float:
+        """Return until when work may begin.
+
+        Raises:
+            DeadlineError: it is too late already.
+        """
+        now = time.monotonic()
+        if self.deadline is None:
+            return now + default_seconds
+        if self.deadline < now:
+            raise DeadlineError("deadline: it passed before the request's work began.")
+        return self.deadline
+
+
+NOBODY = Context()
+"""Of a call that brings nothing: the one tenant, and the deadline of the settings."""

@@ -1,0 +1,203 @@
+"""Calls that keep, correct, retract, delete and show events. What cannot be kept is rejected one by one; the rest is
+committed by the event log, and only then answered. Afterwards a state that is held catches up in the background.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from ksa_serving import admission
+from ksa_serving.context import NOBODY, Context
+from ksa_serving.errors import InvalidRequestError, UnknownEventError
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import NewEvent, Owner, StoredEvent
+from ksa_serving.log_entries import AppendResult, Outcome
+from ksa_serving.messages import (
+    EventMessage,
+    EventResult,
+    EventsAnswer,
+    EventsBatchAnswer,
+    EventsBatchRequest,
+    EventsRequest,
+    ForgottenAnswer,
+    HistoryAnswer,
+    KeptEvent,
+)
+from ksa_serving.metrics import Metrics
+from ksa_serving.models import Model
+from ksa_serving.releases import Releases
+from ksa_serving.settings import ServeSettings
+from ksa_serving.state_store import StateStore
+from ksa_serving.upkeep import Upkeep
+from ksa_serving.user_locks import UserLocks
+from ksa_serving.workers import Workers
+
+RESULTS: dict[Outcome, EventResult] = {
+    "accepted": EventResult("accepted"),
+    "late": EventResult("late-applied"),
+    "late-far": EventResult("late-queued"),
+    "duplicate": EventResult("duplicate"),
+    "conflict": EventResult("rejected", "conflict"),
+    "unknown": EventResult("rejected", "unknown-event"),
+}
+MOST_SHOWN = 10_000
+"""Events in one answer that shows a history."""
+
+
+class EventCalls:
+    """One service's calls about events. They run on one event loop."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        store: StateStore,
+        releases: Releases,
+        locks: UserLocks,
+        workers: Workers,
+        upkeep: Upkeep,
+        metrics: Metrics,
+        settings: ServeSettings,
+        clock: Callable[[], float],
+    ):
+        self._log = log
+        self._store = store
+        self._releases = releases
+        self._locks = locks
+        self._workers = workers
+        self._upkeep = upkeep
+        self._metrics = metrics
+        self._limits = settings.limits
+        self._deadline_seconds = settings.deadline_seconds
+        self._clock = clock
+
+    async def post(self, user_id: str, request: EventsRequest, context: Context = NOBODY) -> EventsAnswer:
+        """Keep events; return when they are on disk.
+
+        Raises:
+            InvalidRequestError: the user id or the number of events is out of its limits.
+            OverloadedError, EventLogError: nothing was kept; the call can be sent again.
+        """
+        owner = context.owner(user_id, self._limits)
+        admission.check_num_events(len(request.events), self._limits)
+        context.work_until(self._deadline_seconds)
+        results = [self._rejection(event) for event in request.events]
+        kept = [place for place, rejection in enumerate(results) if rejection is None]
+        if kept:
+            future = self._log.submit(owner, [new_event(request.events[place]) for place in kept])
+            appended = await asyncio.wrap_future(future)
+            for place, outcome in zip(kept, appended.outcomes):
+                results[place] = RESULTS[outcome]
+            seq = appended.head.last_seq
+            self._upkeep.catch_up(owner)
+        else:
+            seq = (await self._workers.run(self._log.head, owner)).last_seq
+        return self._counted([result for result in results if result is not None], seq)
+
+    async def post_batch(self, request: EventsBatchRequest, context: Context = NOBODY) -> EventsBatchAnswer:
+        """Keep events of several users; each user's are kept whole or not at all.
+
+        Raises:
+            InvalidRequestError: too many users or events, or a user id out of its limits: nothing was kept.
+        """
+        admission.check_num_users(len(request.users), self._limits)
+        admission.check_num_events(sum(len(user.events) for user in request.users), self._limits)
+        for user in request.users:
+            context.owner(user.user_id, self._limits)
+        calls = [self.post(user.user_id, EventsRequest(user.events), context) for user in request.users]
+        return EventsBatchAnswer(list(await asyncio.gather(*calls)))
+
+    async def correct(
+        self, user_id: str, event_id: str, event: EventMessage, context: Context = NOBODY
+    ) -> EventsAnswer:
+        """Put a payload in place of the one kept under `event_id`; kept as new where there is none."""
+        owner = context.owner(user_id, self._limits)
+        if event.event_id not in (None, event_id):
+            raise InvalidRequestError("event_id: expected the one of the path, or none, got another.", "contradiction")
+        new = NewEvent(event.item_id, event.timestamp, event_id, event.event_type, event.value)
+        rejection = self._rejection(
+            EventMessage(event.item_id, event.timestamp, event_id, event.event_type, event.value)
+        )
+        if rejection is not None:
+            head = await self._workers.run(self._log.head, owner)
+            return self._counted([rejection], head.last_seq)
+        return await self._changed(owner, await asyncio.wrap_future(self._log.correct(owner, new)))
+
+    async def retract(self, user_id: str, event_id: str, context: Context = NOBODY) -> EventsAnswer:
+        """Take an event back.
+
+        Raises:
+            UnknownEventError: the log has none of this id.
+        """
+        owner = context.owner(user_id, self._limits)
+        result = await asyncio.wrap_future(self._log.retract(owner, event_id))
+        if result.outcomes == ["unknown"]:
+            raise UnknownEventError("event: expected one that was kept, got another id.")
+        return await self._changed(owner, result)
+
+    async def forget(self, user_id: str, context: Context = NOBODY) -> ForgottenAnswer:
+        """Delete a user: at once for every later request, from the disks within a minute."""
+        owner = context.owner(user_id, self._limits)
+        async with self._locks.of(owner):  # so that no state of the old generation is put after it was dropped
+            num_events = await asyncio.wrap_future(self._log.forget(owner))
+            await self._workers.run(self._store.drop, owner)
+        self._metrics.forgotten.inc()
+        self._upkeep.purge()
+        return ForgottenAnswer(num_events, ["log", "memory", "cold"])
+
+    async def history(
+        self, user_id: str, limit: int = 1000, before: int | None = None, context: Context = NOBODY
+    ) -> HistoryAnswer:
+        """Return the newest events of a user, or those before index `before`, in order."""
+        owner = context.owner(user_id, self._limits)
+        if not 1 <= limit <= MOST_SHOWN:
+            raise InvalidRequestError(f"limit: expected 1 to {MOST_SHOWN}, got {limit}.", "invalid-limit")
+        return await self._workers.run(self._history, owner, limit, before)
+
+    def _history(self, owner: Owner, limit: int, before: int | None) -> HistoryAnswer:
+        model = self._releases.active.release.model
+        with self._log.view(owner) as view:
+            end = view.head.num_events if before is None else max(0, min(before, view.head.num_events))
+            first = max(0, end - limit)
+            return HistoryAnswer(
+                events=kept_events(model, first, view.between(first, end - 1) if end else []),
+                num_events=view.head.num_events,
+                seq=view.head.last_seq,
+                chunk_size=model.chunk_size,
+                window_chunks=model.window_chunks,
+            )
+
+    def _rejection(self, event: EventMessage) -> EventResult | None:
+        fault = admission.event_fault(event, self._limits, self._releases.active.release.clock, self._clock())
+        return None if fault is None else EventResult("rejected", fault)
+
+    async def _changed(self, owner: Owner, result: AppendResult) -> EventsAnswer:
+        """Answer a change of what was kept before."""
+        self._upkeep.catch_up(owner)
+        seq = (await self._workers.run(self._log.head, owner)).last_seq
+        return self._counted([RESULTS[outcome] for outcome in result.outcomes], seq)
+
+    def _counted(self, results: list[EventResult], seq: int) -> EventsAnswer:
+        for result in results:
+            self._metrics.events.labels(result.status).inc()
+        return EventsAnswer(results, seq)
+
+
+def new_event(event: EventMessage) -> NewEvent:
+    """Return an event of a request as the log takes it."""
+    return NewEvent(event.item_id, event.timestamp, event.event_id, event.event_type, event.value)
+
+
+def kept_events(model: Model, first: int, events: Sequence[StoredEvent]) -> list[KeptEvent]:
+    """Return events of the log as answers show them; `first` is the index of the first."""
+    return [
+        KeptEvent(
+            index=index,
+            chunk=index // model.chunk_size,
+            item_id=event.item_id,
+            timestamp=event.timestamp,
+            event_id=event.event_id,
+            event_type=event.event_type,
+            value=event.value,
+            title=model.title(event.item_id),
+        )
+        for index, event in enumerate(events, start=first)
+    ]

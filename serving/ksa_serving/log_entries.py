@@ -1,0 +1,221 @@
+"""What the event log does inside its writer's transactions: insert, retract, correct, forget, overwrite."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import apsw
+
+from ksa_serving.events import NewEvent, Order, Owner, StoredEvent, chain_after, is_late
+from ksa_serving.user_view import COLUMNS, UserHead, read_user, stored_event
+from recsys_ksa.order import TieKind
+
+Outcome = Literal["accepted", "late", "late-far", "duplicate", "conflict", "unknown"]
+PURGE_ROWS = 2000
+"""Rows of forgotten users overwritten in one transaction, so that senders hardly wait."""
+
+
+@dataclass(frozen=True)
+class AppendResult:
+    """One outcome an event, in the order given; the user's head after them."""
+
+    outcomes: list[Outcome]
+    head: UserHead
+
+
+class LogEntries:
+    """The log's rows as its writer changes them. Every method is called inside a transaction, by one thread.
+
+    Args:
+        late_horizon: an event before more than so many others is `late-far`; None: there is no such thing.
+    """
+
+    def __init__(
+        self,
+        connection: apsw.Connection,
+        salt: bytes,
+        tie: TieKind,
+        late_horizon: int | None,
+        clock: Callable[[], float],
+    ):
+        self._connection = connection
+        self._salt = salt
+        self._tie: TieKind = tie
+        self._late_horizon = late_horizon
+        self._clock = clock
+
+    def insert(self, owner: Owner, events: Sequence[NewEvent]) -> AppendResult:
+        """Keep events; those known already change nothing."""
+        user_key, head = self._user(owner)
+        last = self._last_order(user_key, head)
+        outcomes: list[Outcome] = []
+        before = head
+        for event in events:
+            kept = self._insert_event(user_key, head, event)
+            if kept is None:
+                outcomes.append(self._compare(user_key, head.generation, event))
+                continue
+            seq, chain = kept
+            head = UserHead(head.generation, head.num_events + 1, seq, chain)
+            stored = StoredEvent(seq, event.item_id, event.timestamp, event.event_id, event.event_type, event.value)
+            late = last is not None and is_late(stored, last, self._tie)
+            outcomes.append(self._how_late(user_key, head, stored) if late else "accepted")
+        if head != before:
+            self._save_head(user_key, head)
+        return AppendResult(outcomes, head)
+
+    def retract(self, owner: Owner, event_id: str) -> AppendResult:
+        """Take an event back: accepted, duplicate (it was already) or unknown."""
+        user_key, head = self._user(owner)
+        found = self._find(user_key, head.generation, event_id)
+        if found is None:
+            return AppendResult(["unknown"], head)
+        if not found[1]:
+            return AppendResult(["duplicate"], head)
+        head = self._bury(user_key, head, found[0], b"i" + event_id.encode())
+        return AppendResult(["accepted"], head)
+
+    def correct(self, owner: Owner, event: NewEvent) -> AppendResult:
+        """Put an event in the place of the one that has its id; kept as new where none has."""
+        assert event.event_id is not None
+        user_key, head = self._user(owner)
+        found = self._find(user_key, head.generation, event.event_id)
+        if found is None:
+            return self.insert(owner, [event])
+        old, live = found
+        if live and old.has_payload(event):
+            return AppendResult(["duplicate"], head)
+        freed = b"x" + old.seq.to_bytes(8, "big")
+        if live:
+            self._bury(user_key, head, old, freed)
+        else:
+            self._connection.execute("UPDATE events SET identity = ? WHERE seq = ?", (freed, old.seq))
+        return self.insert(owner, [event])
+
+    def forget(self, owner: Owner) -> int:
+        """Start a user's next generation; return how many events the last one had. Their rows are owed to `purge`."""
+        user = read_user(self._connection, owner.key(self._salt))
+        if user is None:
+            return 0
+        user_key, head = user
+        self._connection.execute(
+            "UPDATE users SET tenant = NULL, user_id = NULL, generation = generation + 1, num_events = 0,"
+            " last_seq = 0, chain = x'' WHERE user_key = ?",
+            (user_key,),
+        )
+        self._connection.execute("INSERT INTO purges VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
+        return head.num_events
+
+    def purge(self) -> bool:
+        """Overwrite some rows of forgotten users; return whether more may be left."""
+        row = self._connection.execute("SELECT user_key FROM purges LIMIT 1").fetchone()
+        if row is None:
+            return False
+        self._connection.execute(
+            "DELETE FROM events WHERE seq IN (SELECT e.seq FROM events e JOIN users u USING (user_key)"
+            f" WHERE e.user_key = ? AND e.generation < u.generation LIMIT {PURGE_ROWS})",
+            row,
+        )
+        if self._connection.changes() < PURGE_ROWS:
+            self._connection.execute("DELETE FROM purges WHERE user_key = ?", row)
+        return True
+
+    def _bury(self, user_key: int, head: UserHead, event: StoredEvent, identity: bytes) -> UserHead:
+        """Write a tombstone for a live event, wipe its payload, and return the head after it."""
+        chain = chain_after(head.chain, "retract", event.seq)
+        row = self._connection.execute(
+            "INSERT INTO events (user_key, generation, identity, live, retracts, item_id, timestamp, received, chain)"
+            " VALUES (?, ?, ?, 0, ?, '', ?, ?, ?) RETURNING seq",
+            (
+                user_key,
+                head.generation,
+                b"t" + event.seq.to_bytes(8, "big"),
+                event.seq,
+                event.timestamp,
+                int(self._clock()),
+                chain,
+            ),
+        ).fetchone()
+        assert row is not None
+        self._connection.execute(
+            "UPDATE events SET live = 0, item_id = '', event_type = NULL, value = NULL, identity = ? WHERE seq = ?",
+            (identity, event.seq),
+        )
+        head = UserHead(head.generation, head.num_events - 1, row[0], chain)
+        self._save_head(user_key, head)
+        return head
+
+    def _save_head(self, user_key: int, head: UserHead) -> None:
+        self._connection.execute(
+            "UPDATE users SET num_events = ?, last_seq = ?, chain = ? WHERE user_key = ?",
+            (head.num_events, head.last_seq, head.chain, user_key),
+        )
+
+    def _user(self, owner: Owner) -> tuple[int, UserHead]:
+        key = owner.key(self._salt)
+        self._connection.execute(
+            "INSERT INTO users (owner_key, tenant, user_id) VALUES (?, ?, ?) ON CONFLICT (owner_key) DO UPDATE SET"
+            " tenant = excluded.tenant, user_id = excluded.user_id WHERE user_id IS NULL",
+            (key, owner.tenant, owner.user_id),
+        )
+        user = read_user(self._connection, key)
+        assert user is not None
+        return user
+
+    def _insert_event(self, user_key: int, head: UserHead, event: NewEvent) -> tuple[int, bytes] | None:
+        """Return the sequence number and rolling hash of a new row, or None where its identity is known."""
+        chain = chain_after(head.chain, event.identity, event.item_id, event.timestamp, event.event_type, event.value)
+        row = self._connection.execute(
+            "INSERT INTO events (user_key, generation, identity, item_id, timestamp, event_id, event_type, value,"
+            " received, chain) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING seq",
+            (
+                user_key,
+                head.generation,
+                event.identity,
+                event.item_id,
+                event.timestamp,
+                event.event_id,
+                event.event_type,
+                event.value,
+                int(self._clock()),
+                chain,
+            ),
+        ).fetchone()
+        return None if row is None else (row[0], chain)
+
+    def _compare(self, user_key: int, generation: int, event: NewEvent) -> Outcome:
+        """Return what an event is whose identity the log already has."""
+        if event.event_id is None:
+            return "duplicate"
+        found = self._find(user_key, generation, event.event_id)
+        assert found is not None
+        old, live = found
+        return "duplicate" if not live or old.has_payload(event) else "conflict"
+
+    def _how_late(self, user_key: int, head: UserHead, event: StoredEvent) -> Outcome:
+        if self._late_horizon is None:
+            return "late"
+        after = self._connection.execute(
+            "SELECT count(*) FROM (SELECT 1 FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " AND timestamp > ? LIMIT ?)",
+            (user_key, head.generation, event.timestamp, self._late_horizon + 1),
+        ).fetchone()
+        return "late-far" if after is not None and after[0] > self._late_horizon else "late"
+
+    def _find(self, user_key: int, generation: int, event_id: str) -> tuple[StoredEvent, bool] | None:
+        """Return the event of this id and whether it is live."""
+        row = self._connection.execute(
+            f"SELECT live, {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND identity = ?",
+            (user_key, generation, b"i" + event_id.encode()),
+        ).fetchone()
+        return None if row is None else (stored_event(row[1:]), bool(row[0]))
+
+    def _last_order(self, user_key: int, head: UserHead) -> Order | None:
+        if not head.num_events:
+            return None
+        rows = self._connection.execute(
+            f"SELECT {COLUMNS} FROM events WHERE user_key = ?1 AND generation = ?2 AND live = 1 AND timestamp ="
+            " (SELECT max(timestamp) FROM events WHERE user_key = ?1 AND generation = ?2 AND live = 1)",
+            (user_key, head.generation),
+        ).fetchall()
+        return max(stored_event(row).order(self._tie) for row in rows)

@@ -1,0 +1,153 @@
+"""The event log's one writer: a thread that commits all calls that wait as one transaction (group commit)."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import apsw
+
+from ksa_serving.errors import EventLogError, OverloadedError
+from ksa_serving.sqlite_file import FORMAT, transaction
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Call(Generic[T]):
+    """Work done inside the writer's transaction. size: of the transaction, in events."""
+
+    work: Callable[[], T]
+    size: int
+    future: "Future[T]"
+
+
+class LogWriter:
+    """Commits calls in the order in which they came. Its methods may be called from any thread.
+
+    healthy: whether the last commit succeeded, or failed for a reason that is not the disk's.
+    on_commit: told how long each commit took, fsync included, and how many calls it held.
+    """
+
+    def __init__(self, connection: apsw.Connection, purge: Callable[[], bool], group_size: int, waiting_calls: int):
+        """Start the thread.
+
+        Args:
+            purge: overwrites some rows of forgotten users, inside a transaction; tells whether more may be left.
+            group_size: events in one transaction, at most one call more.
+            waiting_calls: calls that may wait before others are refused.
+        """
+        self.healthy = True
+        self.on_commit: Callable[[float, int], None] = lambda seconds, num_calls: None
+        self.purging = bool(connection.execute("SELECT 1 FROM purges").fetchone())
+        self._connection = connection
+        self._purge_rows = purge
+        self._group_size = group_size
+        self._waiting: queue.Queue[_Call[Any] | None] = queue.Queue(waiting_calls)
+        self._closing = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._write_calls, name="event-log", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait."""
+        return self._waiting.qsize()
+
+    def submit(self, work: Callable[[], T], size: int) -> "Future[T]":
+        """Ask for `work`; the future has what it returned once that is on disk.
+
+        Raises:
+            OverloadedError: too many calls wait already.
+            EventLogError: the log is closed. From the future: it could not be written; nothing of it was kept.
+        """
+        call = _Call(work, size, Future())
+        with self._closing:
+            if self._closed:
+                raise EventLogError("event log: expected an open log, got a closed one. The service is stopping.")
+            try:
+                self._waiting.put_nowait(call)
+            except queue.Full:
+                raise OverloadedError("event log: too many calls wait to be written. Try again in a second.") from None
+        return call.future
+
+    def probe(self) -> None:
+        """Try to write without keeping anything, so that `healthy` tells of recovery also when no events come."""
+        with contextlib.suppress(OverloadedError, EventLogError):
+            self.submit(lambda: self._connection.pragma("user_version", FORMAT), 0)  # a page is written
+
+    def close(self) -> bool:
+        """Write what waits and end the thread; return False if that was done before."""
+        with self._closing:
+            first, self._closed = not self._closed, True
+        if first:
+            self._waiting.put(None)
+            self._thread.join()
+        return first
+
+    def _write_calls(self) -> None:
+        open_ = True
+        while open_:
+            group, open_ = self._next_group()
+            if group:
+                self._commit(group)
+            elif self.purging:
+                self._purge()
+
+    def _next_group(self) -> tuple[list[_Call[Any]], bool]:
+        """Return all calls that wait, up to the size of one transaction, and whether more may come."""
+        group: list[_Call[Any]] = []
+        size = 0
+        try:
+            call = self._waiting.get(block=not self.purging)
+        except queue.Empty:
+            return group, True
+        while call is not None:
+            if call.future.set_running_or_notify_cancel():
+                group.append(call)
+                size += call.size
+            if size >= self._group_size:
+                return group, True
+            try:
+                call = self._waiting.get_nowait()
+            except queue.Empty:
+                return group, True
+        return group, False
+
+    def _commit(self, group: list[_Call[Any]]) -> None:
+        began = time.perf_counter()
+        try:
+            with transaction(self._connection):
+                results = [call.work() for call in group]
+        except Exception as error:
+            if len(group) > 1:  # one call must not fail its neighbours
+                for call in group:
+                    self._commit([call])
+                return
+            self.healthy = not isinstance(error, (apsw.Error, OSError))
+            reason = EventLogError(f"event log: cannot be written: {error}. Nothing of this call was kept; try again.")
+            reason.__cause__ = error
+            group[0].future.set_exception(reason)
+        else:
+            self.healthy = True
+            self.on_commit(time.perf_counter() - began, len(group))
+            for call, result in zip(group, results):
+                call.future.set_result(result)
+
+    def _purge(self) -> None:
+        """Overwrite some rows; when none are left, empty the write-ahead log too."""
+        try:
+            with transaction(self._connection):
+                more = self._purge_rows()
+            if not more:
+                self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # the pragma hides "busy"
+                self.purging = False
+        except apsw.BusyError:
+            time.sleep(0.05)  # a reader still looks at the old pages
+        except apsw.Error:
+            self.healthy = False
+            time.sleep(0.5)

@@ -1,0 +1,92 @@
+"""Calls that change what is served: load a run, activate it, roll back. One at a time; requests go on meanwhile."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Literal
+
+from ksa_serving.events import Owner
+from ksa_serving.messages import ReleaseInfo, ReleasesAnswer
+from ksa_serving.models import Model
+from ksa_serving.releases import Releases, Served
+from ksa_serving.state_store import StateRecord, StateStore
+from ksa_serving.workers import Workers
+
+
+class ReleaseCalls:
+    """One service's releases, changed by its operator. They run on one event loop.
+
+    Args:
+        models: the model of each state fingerprint in use; those that retire are taken out.
+        warm_users: users whose states are made ready in a release that is loaded.
+    """
+
+    def __init__(
+        self,
+        releases: Releases,
+        store: StateStore,
+        workers: Workers,
+        models: dict[str, Model],
+        warm_users: int,
+    ):
+        self._releases = releases
+        self._store = store
+        self._workers = workers
+        self._models = models
+        self._warm_users = warm_users
+        self._changing = asyncio.Lock()
+
+    async def load(self, run: str) -> ReleasesAnswer:
+        """Load a run and make the states of the last active users ready; what is served goes on.
+
+        Raises:
+            ReleaseError: it cannot take the active one's place.
+        """
+        async with self._changing:
+            served = await self._workers.run_slowly(self._releases.load, run)
+            await self._workers.run_slowly(self._warm, served)
+            return self.list()
+
+    async def activate(self, run: str) -> ReleasesAnswer:
+        """Serve a loaded release from the next request on."""
+        async with self._changing:
+            before = self._releases.fingerprints()
+            self._releases.activate(run)
+            for fingerprint in before - self._releases.fingerprints():
+                await self._workers.run(self._store.retire, fingerprint)
+                self._models.pop(fingerprint, None)
+            return self.list()
+
+    async def roll_back(self) -> ReleasesAnswer:
+        """Serve the previous release again from the next request on."""
+        async with self._changing:
+            self._releases.roll_back()
+            return self.list()
+
+    def drain(self) -> ReleasesAnswer:
+        """Turn unready, so that a proxy sends no more; requests are still answered."""
+        self._workers.draining = True
+        return self.list()
+
+    def list(self) -> ReleasesAnswer:
+        """Return all releases loaded."""
+        held = [_info("active", self._releases.active)]
+        if self._releases.previous is not None:
+            held.append(_info("previous", self._releases.previous))
+        held += [_info("loaded", served) for served in self._releases.loaded.values()]
+        return ReleasesAnswer(held, self._workers.draining)
+
+    def _warm(self, served: Served) -> None:
+        """Make states ready in a release that is not active yet, the last active users' first."""
+        records: Callable[[], list[StateRecord]] = getattr(getattr(self._store, "memory", self._store), "records", list)
+        seen: set[Owner] = set()
+        for record in reversed(records()):
+            if len(seen) >= self._warm_users or self._workers.draining:
+                return
+            if record.owner not in seen:
+                seen.add(record.owner)
+                served.states.current(record.owner)
+
+
+def _info(role: Literal["active", "previous", "loaded"], served: Served) -> ReleaseInfo:
+    release = served.release
+    return ReleaseInfo(release.model_version, release.index_version, release.state_fingerprint, release.name, role)

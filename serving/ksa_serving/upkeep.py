@@ -1,0 +1,122 @@
+"""What is done in the background: states catch up, long rebuilds, audits, overwriting what was deleted."""
+
+import asyncio
+import contextlib
+import logging
+import random
+
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import Owner
+from ksa_serving.metrics import Metrics
+from ksa_serving.releases import Releases, Served
+from ksa_serving.settings import ServeSettings
+from ksa_serving.state_store import StateRecord, StateStore
+from ksa_serving.user_locks import UserLocks
+from ksa_serving.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+MAX_CATCHING_UP = 4
+"""Users whose states may wait to catch up in the background; others catch up when next asked for, then in one step.
+Few: an event at a time costs the model as much as many at once, and under load answers need the cores."""
+MAX_SETTLING = 1024
+"""Users whose states may wait to be computed at length."""
+
+
+class Upkeep:
+    """One service's background work. Nothing waits for it. Its methods run on one event loop."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        store: StateStore,
+        releases: Releases,
+        locks: UserLocks,
+        workers: Workers,
+        metrics: Metrics,
+        settings: ServeSettings,
+    ):
+        self._log = log
+        self._store = store
+        self._releases = releases
+        self._locks = locks
+        self._workers = workers
+        self._metrics = metrics
+        self._settings = settings
+        self._waiting: set[Owner] = set()
+        self._settling: set[Owner] = set()
+        self._purging: asyncio.Task[None] | None = None
+        self._auditing = False
+
+    @property
+    def num_settling(self) -> int:
+        """Users whose states are computed at length."""
+        return len(self._settling)
+
+    def catch_up(self, owner: Owner) -> None:
+        """Bring a held state up to the log; calls for one user that still waits are one."""
+        if owner in self._waiting or len(self._waiting) >= MAX_CATCHING_UP or self._workers.draining:
+            return
+        self._waiting.add(owner)
+        self._workers.begin(self._catch_up(owner))
+
+    def settle(self, served: Served, owner: Owner) -> None:
+        """Compute a state at length, one user after the other."""
+        if owner not in self._settling and len(self._settling) < MAX_SETTLING and not self._workers.draining:
+            self._settling.add(owner)
+            self._workers.begin(self._settle(served, owner))
+
+    def audit(self, served: Served, record: StateRecord) -> None:
+        """Compute a share of the states that were used anew, one at a time, and compare."""
+        if random.random() < self._settings.audit_share and not self._auditing:
+            self._auditing = True
+            self._workers.begin(self._audit(served, record))
+
+    def purge(self) -> None:
+        """Have what was deleted overwritten."""
+        if self._purging is None or self._purging.done():
+            self._purging = self._workers.begin(self._purge())
+
+    async def _catch_up(self, owner: Owner) -> None:
+        try:
+            async with self._locks.of(owner):
+                self._waiting.discard(owner)  # before the log is read: what is kept from here on needs another turn
+                await self._workers.run(self._releases.active.states.catch_up, owner)
+        except Exception:  # the events are safe; the next answer tries again
+            logger.exception("a state could not catch up with the event log")
+            self._store.drop(owner)
+
+    async def _settle(self, served: Served, owner: Owner) -> None:
+        try:
+            # Not under the user's lock: answers go on meanwhile, and a record never replaces one that knows more.
+            record = await self._workers.run_slowly(served.states.settle, owner)
+            if (await self._workers.run(self._log.head, owner)).generation != record.generation:
+                self._store.drop(owner)
+        except Exception:
+            logger.exception("a state could not be computed in the background")
+        finally:
+            self._settling.discard(owner)
+
+    async def _audit(self, served: Served, record: StateRecord) -> None:
+        """Compute a state anew and compare; one that differs is dropped, counted, and told loudly."""
+        try:
+            difference = await self._workers.run_slowly(served.states.audit, record)
+            if difference is None:
+                return
+            equal = difference <= self._settings.audit_tolerance
+            self._metrics.audits.labels("equal" if equal else "different").inc()
+            if not equal:
+                logger.error("audit: a state differs from its log by %.1e; it is dropped", difference)
+                await self._workers.run(self._store.drop, record.owner)
+        finally:
+            self._auditing = False
+
+    async def _purge(self) -> None:
+        """Try again until nothing is left of what was deleted."""
+        closing, wait = self._workers.closing, self._settings.purge_after_seconds
+        while True:
+            with contextlib.suppress(TimeoutError):  # deletions that come together are purged together
+                await asyncio.wait_for(closing.wait(), wait)
+            if await self._workers.run_slowly(self._store.purge) or closing.is_set():
+                return
+            wait = 1.0
