@@ -126,6 +126,11 @@ class DataConfig(Strict):
     """Training span: all but the test and validation events of this protocol; `any`: of all protocols."""
     max_length: PositiveInt = 512
     """Events of a history trained on, the newest; cut at a chunk boundary, true positions kept."""
+    stochastic_length: float | None = Field(default=None, gt=0.0, le=2.0)
+    """HSTU's alpha: a history longer than max_length^(alpha / 2) is read whole with probability max_length^alpha / n^2,
+    else its newest max_length^(alpha / 2) events, drawn anew each epoch. Unset: always up to `max_length`."""
+    shuffle_events: PositiveInt | None = None
+    """Events of histories shuffled together, for data sets larger than memory. Unset: all."""
 
 
 class LossConfig(Strict):

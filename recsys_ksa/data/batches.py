@@ -189,7 +189,7 @@ def questions_batch(
     )
 
 
-def span_start(end: Ints, max_length: int | None, chunk_size: int) -> Ints:
+def span_start(end: Ints, max_length: int | Ints | None, chunk_size: int) -> Ints:
     """Return where the last `max_length` events before `end` begin, moved forward to a chunk boundary. [U] -> [U].
 
     Cut elsewhere, the chunk phase would shift and the model measured would not be the one served.

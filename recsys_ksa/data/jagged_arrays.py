@@ -19,6 +19,19 @@ def ragged_arange(starts: Ints, lengths: Ints) -> Ints:
     return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
 
+def lowest_within(owner: Ints, key: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Return which rows are among their owner's `count` lowest by `key`, whose values all differ. [T] -> [T].
+
+    A loop over the owners that have more than `count` rows: selecting is several times faster than sorting all rows.
+    """
+    kept = np.ones(len(owner), dtype=bool)
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    sizes = np.diff(first, append=len(owner))
+    for begin, size in zip(first[sizes > count].tolist(), sizes[sizes > count].tolist()):
+        kept[begin + np.argpartition(key[begin : begin + size], count)[count:]] = False
+    return kept
+
+
 def rank_within(owner: Ints, *keys: NDArray[np.generic]) -> Ints:
     """Return each row's place among the rows of its owner when sorted by `keys`, the first key foremost.
 

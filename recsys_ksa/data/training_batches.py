@@ -1,16 +1,18 @@
 """Training batches: the newest events of each training span, packed by a token budget, shuffled each epoch.
 
-Batch `position` of `epoch` is a function of the seed and those two numbers alone, so training resumes at the exact
-next batch and batches may be built ahead of time.
+Batch `position` of `epoch` is a function of the config, the ranks and those two numbers alone, so training resumes at
+the exact next batch, and batches may be built ahead of time, in other processes too.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recsys_ksa.config import LossConfig, RunConfig
 from recsys_ksa.data.batches import Batch, Questions, assemble, span_start
-from recsys_ksa.data.jagged_arrays import Ints, offsets_of, ragged_arange, rank_within
+from recsys_ksa.data.epoch_plan import drawn_lengths, pack, pack_for_ranks, shuffled
+from recsys_ksa.data.jagged_arrays import Ints, lowest_within, offsets_of, ragged_arange
 from recsys_ksa.errors import ConfigError, DataError
 from recsys_ksa.features import EventFeatures
 from recsys_ksa.schema import UNKNOWN_ITEM
@@ -21,15 +23,24 @@ if TYPE_CHECKING:
 MAX_OWN_ITEMS = 512
 """Owned items kept of a user in training: its targets, then the latest. Bounds a batch's (question, item) pairs
 where a household has bought thousands of items; evaluation and serving use all."""
-_ORDER, _QUESTIONS = 0, 1
+_ORDER, _QUESTIONS, _LENGTHS, _RANKS = 0, 1, 3, 4
 """Streams of random numbers, so that neither draw depends on how much the other took."""
 
 
 class TrainingBatches:
     """The batches of a run: `batch(epoch, position)` for position in 0..num_batches(epoch)-1."""
 
-    def __init__(self, histories: "Histories", end: Ints, config: RunConfig) -> None:
+    def __init__(
+        self, histories: "Histories", end: Ints, config: RunConfig, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         """Plan batches of events before `end` (int64 [U], `spans.training_end`).
+
+        Args:
+            histories: the data set's.
+            end: where each user's training span ends.
+            config: of the run.
+            rank, world_size: which of how many processes that train together; each has batches of its own, as many
+                as the others and of nearly as many tokens, and each user is in one of them.
 
         Raises:
             ConfigError: `data.max_length` is shorter than a chunk.
@@ -50,7 +61,8 @@ class TrainingBatches:
                 f"training span {config.data.split}: expected users with events in it, got none. "
                 "Use a longer log or another data.split."
             )
-        self._plan: tuple[int, list[Ints]] = (-1, [])
+        self._rank, self._world_size = rank, world_size
+        self._plan = _Plan(-1, self._start, [])
 
     @property
     def longest(self) -> int:
@@ -64,13 +76,15 @@ class TrainingBatches:
 
     def num_batches(self, epoch: int) -> int:
         """Return how many batches the epoch has."""
-        return len(self._epoch(epoch))
+        return len(self._epoch(epoch).batches)
 
     def batch(self, epoch: int, position: int) -> Batch:
         """Return one batch, on the CPU."""
-        users = self._epoch(epoch)[position]
-        random = np.random.default_rng((self._config.seed, epoch, _QUESTIONS, position))
-        start, end = self._start[users], self._end[users]
+        plan = self._epoch(epoch)
+        users = plan.batches[position]
+        place = position * self._world_size + self._rank
+        random = np.random.default_rng((self._config.seed, epoch, _QUESTIONS, place))
+        start, end = plan.start[users], self._end[users]
         questions = training_questions(self._histories, users, start, end, self._config.loss, random)
         own = self._config.model.own_item_bias
         features = EventFeatures.of(self._config.model)
@@ -85,26 +99,38 @@ class TrainingBatches:
             features=features,
         )
 
-    def _epoch(self, epoch: int) -> list[Ints]:
-        planned, batches = self._plan
-        if planned != epoch:
-            random = np.random.default_rng((self._config.seed, epoch, _ORDER))
-            order = random.permutation(self._users)
-            batches = pack(order, (self._end - self._start)[order], self._config.train.batch_tokens)
-            self._plan = (epoch, batches)
-        return batches
+    def _epoch(self, epoch: int) -> "_Plan":
+        if self._plan.epoch != epoch:
+            self._plan = self._planned(epoch)
+        return self._plan
+
+    def _planned(self, epoch: int) -> "_Plan":
+        data, budget = self._config.data, self._config.train.batch_tokens
+        start = self._start
+        if data.stochastic_length is not None:
+            lengths = drawn_lengths(
+                self._end - start, data.max_length, data.stochastic_length, self._random(epoch, _LENGTHS)
+            )
+            chunk_size = self._config.model.chunk_size
+            start = span_start(self._end, np.maximum(lengths, chunk_size), chunk_size)
+        lengths = self._end - start
+        order = shuffled(self._users, lengths[self._users], self._random(epoch, _ORDER), data.shuffle_events)
+        if self._world_size == 1:
+            return _Plan(epoch, start, pack(order, lengths[order], budget))
+        steps = pack_for_ranks(order, lengths[order], budget, self._world_size, self._random(epoch, _RANKS))
+        return _Plan(epoch, start, [step[self._rank] for step in steps])
+
+    def _random(self, epoch: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng((self._config.seed, epoch, stream))
 
 
-def pack(users: Ints, lengths: Ints, budget: int) -> list[Ints]:
-    """Cut `users` into runs of at most `budget` tokens; a longer user makes a run alone."""
-    reach = np.cumsum(lengths)
-    runs, first = [], 0
-    while first < len(users):
-        taken = reach[first] - lengths[first]
-        last = max(first + 1, int(np.searchsorted(reach, taken + budget, side="right")))
-        runs.append(users[first:last])
-        first = last
-    return runs
+@dataclass(frozen=True)
+class _Plan:
+    """An epoch: where each user's events begin, int64 [U], and the users of each batch."""
+
+    epoch: int
+    start: Ints
+    batches: list[Ints]
 
 
 def training_questions(
@@ -120,7 +146,7 @@ def training_questions(
     asked = _next_event if loss.targets == "next-event" else _next_set
     user, cut, size = asked(histories, base, start, end)
 
-    kept = rank_within(user, random.random(len(user))) < loss.questions_per_user
+    kept = lowest_within(user, random.random(len(user)), loss.questions_per_user)
     user, cut, size = user[kept], cut[kept], size[kept]
 
     question, item, weight = _targets(histories, base[user] + cut, size)
@@ -158,6 +184,8 @@ def _targets(histories: "Histories", first_row: Ints, size: Ints) -> tuple[Ints,
     item = np.asarray(histories.item_index[ragged_arange(first_row, size)], dtype=np.int64)
     real = item != UNKNOWN_ITEM
     question, item = question[real], item[real]
+    if size.max(initial=0) <= 1:
+        return question, item, np.ones(len(item), dtype=np.float32)
     stride = int(item.max(initial=0)) + 1
     key, count = np.unique(question * stride + item, return_counts=True)
     question = key // stride

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from recsys_ksa.config import RunConfig
 from recsys_ksa.data.batches import Batch, questions_batch
+from recsys_ksa.data.epoch_plan import pack
 from recsys_ksa.data.jagged_arrays import Ints, ragged_arange
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.data.spans import validation_span
-from recsys_ksa.data.training_batches import pack
 from recsys_ksa.features import EventFeatures
 from recsys_ksa.model.losses import own_bias, pair_items, pair_questions
 from recsys_ksa.model.popularity import Popularity, add_popularity

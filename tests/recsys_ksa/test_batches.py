@@ -10,7 +10,7 @@ import torch
 from recsys_ksa.config import RunConfig
 from recsys_ksa.data.batches import Batch, questions_batch, span_start
 from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange, rank_within
-from recsys_ksa.data.training_batches import TrainingBatches, pack
+from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import ConfigError, DataError
 from recsys_ksa.features import NO_GAP, gap_bucket, request_bucket
 
@@ -294,9 +294,44 @@ def test_a_batch_depends_on_its_place_alone(rng: np.random.Generator) -> None:
     assert torch.equal(first.request_time, second.request_time)
 
 
-def test_pack_lets_a_long_user_stand_alone() -> None:
-    runs = pack(np.arange(5), np.array([3, 20, 4, 6, 1]), 10)
-    assert [run.tolist() for run in runs] == [[0], [1], [2, 3], [4]]
+@pytest.mark.parametrize("changes", [{}, {"stochastic_length": 1.5}, {"shuffle_events": 60}])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_share_an_epoch_and_each_batch_depends_on_its_place_alone(
+    changes: dict[str, object], world_size: int, rng: np.random.Generator
+) -> None:
+    lengths = [*LENGTHS, *rng.integers(1, 30, 40).tolist()]
+    data, end = histories(rng, lengths), np.array(lengths)
+    base = config()
+    long = base.model_copy(update={"data": base.data.model_copy(update={"max_length": 48} | changes)})
+    ranks = [TrainingBatches(data, end, long, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({batches.num_batches(1) for batches in ranks}) == 1
+    seen = Counter()
+    for rank, batches in enumerate(ranks):
+        for position in range(batches.num_batches(1)):
+            batch = batches.batch(1, position)
+            seen.update(users_of(data, batch))
+            assert not torch.any(batch.first_position % CHUNK)
+            fresh = TrainingBatches(data, end, long, rank=rank, world_size=world_size).batch(1, position)
+            assert torch.equal(batch.item_index, fresh.item_index)
+            assert torch.equal(batch.question_row, fresh.question_row)
+            assert torch.equal(batch.request_time, fresh.request_time)
+    assert seen == Counter(np.flatnonzero(end).tolist())
+
+
+def test_stochastic_length_reads_fewer_events_and_others_each_epoch(rng: np.random.Generator) -> None:
+    data, end = histories(rng, [100] * 40), np.full(40, 100)
+    base = config()
+    drawn = base.model_copy(update={"data": base.data.model_copy(update={"max_length": 96, "stochastic_length": 1.6})})
+    batches = TrainingBatches(data, end, drawn)
+    short = int(96**0.8)
+    sizes = []
+    for epoch in range(2):
+        starts = [batches.batch(epoch, position) for position in range(batches.num_batches(epoch))]
+        lengths = torch.cat([batch.offsets.diff() for batch in starts])
+        assert set(lengths.tolist()) == {100 - 64, 100 - 8}  # the newest `short`, or 96, from a chunk boundary on
+        assert 100 - 64 <= short < 100 - 56
+        sizes.append(sorted(users_of(data, batch)[0] for batch in starts if batch.num_events > 100 - 64))
+    assert sizes[0] != sizes[1]
 
 
 def test_a_span_shorter_than_a_chunk_is_refused(rng: np.random.Generator) -> None:
