@@ -1,48 +1,27 @@
 """`Model` answered by `recsys_ksa.Recommender`. Importing this imports torch."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ksa_serving.attribution import explain
 from ksa_serving.events import StoredEvent
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
+from ksa_serving.ranking import rank_items
+from ksa_serving.state_bytes import StateBytes, num_summary_rows
 from recsys_ksa.errors import OutOfOrderError, StateError
 from recsys_ksa.events import Event, roll_history
-from recsys_ksa.features import request_bucket
 from recsys_ksa.features.sessions import NO_PLACE
-from recsys_ksa.model.append import Arrivals, append_events, ask, replay, replay_start
-from recsys_ksa.model.place import num_summaries
+from recsys_ksa.model.append import Arrivals, append_events, replay, replay_start
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserState, first_visible_chunk
 from recsys_ksa.order import order_key
 from recsys_ksa.recommender import Recommender
-from recsys_ksa.retrieval.index import Found, TorchIndex
 from recsys_ksa.schema import UNKNOWN_ITEM
-
-
-class _About(msgspec.Struct, frozen=True, array_like=True):
-    """A cold state but for its segments. Tensors are raw little-endian bytes; shapes follow from the network."""
-
-    num_events: int
-    dtype: str
-    last_key: tuple[int, bytes] | None
-    history_hash: bytes
-    num_unknown: int
-    fingerprint: str
-    segments: list[list[bytes]]
-    """For each layer the names of its kept segments: summaries, or all events in a full layer."""
-    tails: list[bytes]
-    seen: tuple[bytes, bytes, bytes, bytes]
-    session_place: int = 0
 
 
 class LibraryModel:
@@ -55,7 +34,7 @@ class LibraryModel:
         self.window_chunks = self._config.window_chunks
         self._by_id = recommender.run.info.tie == "id"
         self._by_value = bool(recommender.event_features.value_edges)
-        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._bytes = StateBytes(recommender)
 
     # -- states -----------------------------------------------------------------------------------------------
 
@@ -141,66 +120,15 @@ class LibraryModel:
 
     def segment_names(self, state: UserState) -> list[bytes]:
         """Return the names of the segments a cold record holds."""
-        return [self._name(part) for layer in state.memory.layers for part in _kept(layer).segments]
+        return self._bytes.segment_names(state)
 
     def dump(self, state: UserState) -> StateParts:
         """Return a state as bytes without the events' rows of its summary layers."""
-        kept = [_kept(layer) for layer in state.memory.layers]
-        seen = state.seen
-        about = _About(
-            num_events=state.num_events,
-            dtype=str(self.recommender.network.state_dtype),
-            last_key=state.last_key,
-            history_hash=state.history_hash,
-            num_unknown=state.num_unknown,
-            fingerprint=state.fingerprint,
-            segments=[[self._name(part) for part in rows.segments] for rows in kept],
-            tails=[_bytes(rows.tail) for rows in kept],
-            seen=(seen.item_index.tobytes(), seen.count.tobytes(), seen.first.tobytes(), seen.last.tobytes()),
-            session_place=state.session_place,
-        )
-        parts = {self._name(part): part for rows in kept for part in rows.segments}
-        return StateParts(msgspec.msgpack.encode(about), _LazyBytes(parts))
+        return self._bytes.dump(state)
 
     def load(self, parts: StateParts) -> UserState:
         """Return the cold state of `dump`'s bytes."""
-        try:
-            about = msgspec.msgpack.decode(parts.about, type=_About)
-        except msgspec.DecodeError as error:
-            raise StateError(f"state: expected a dumped state, got: {error}.") from error
-        if (about.fingerprint, about.dtype) != (
-            self.recommender.fingerprint,
-            str(self.recommender.network.state_dtype),
-        ):
-            raise StateError("state: expected one of this network and dtype, got another's.")
-        kinds = self._config.layer_kinds
-        if not len(about.segments) == len(about.tails) == len(kinds):
-            raise StateError(f"state: expected {len(kinds)} layers, got {len(about.segments)}.")
-        layers: list[LayerState] = []
-        nothing = self.new_state().memory.layers[0].events
-        for kind, names, tail in zip(kinds, about.segments, about.tails):
-            rows = SharedRows(tuple(self._tensor(parts.segments[name], name) for name in names), self._tensor(tail))
-            expected = about.num_events if kind == "full" else self._num_summary_rows(about.num_events)
-            if rows.num_rows != expected:
-                raise StateError(f"state: expected {expected} rows in a {kind} layer, got {rows.num_rows}.")
-            layers.append(LayerState(kind, rows, nothing) if kind == "full" else LayerState(kind, nothing, rows))
-        item, count, first, last = about.seen
-        seen = SeenItems(
-            np.frombuffer(item, np.int32),
-            np.frombuffer(count, np.int32),
-            np.frombuffer(first, np.int64),
-            np.frombuffer(last, np.int64),
-        )
-        memory = Memory(about.num_events, tuple(layers), _no_input)
-        return UserState(
-            memory,
-            about.last_key,
-            seen,
-            about.num_unknown,
-            about.history_hash,
-            about.fingerprint,
-            about.session_place,
-        )
+        return self._bytes.load(parts)
 
     def difference(self, state: UserState, other: UserState) -> float:
         """Return the largest difference of a row, relative to its norm; infinite where the histories differ."""
@@ -223,11 +151,7 @@ class LibraryModel:
 
     def recommend(self, questions: Sequence[Question]) -> list[Scored]:
         """Answer questions: one pass of the network for all, then one search each."""
-        buckets = [request_bucket(asked.state.last_timestamp, asked.request_time) for asked in questions]
-        memories = [asked.state.memory for asked in questions]
-        vectors = ask(self.recommender.network, memories, buckets, self.recommender.attention_impl)
-        found = self._search(questions, vectors)
-        return [self._ranked(asked, vector, rows) for asked, vector, rows in zip(questions, vectors, found)]
+        return rank_items(self.recommender, questions)
 
     def score(self, state: UserState, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
         """Return each item's score."""
@@ -260,55 +184,6 @@ class LibraryModel:
         return found
 
     # -- helpers ----------------------------------------------------------------------------------------------
-
-    def _search(self, questions: Sequence[Question], vectors: Tensor) -> list[Found | None]:
-        """Search for several users at once where the index is a matrix: its rows are read once for all of them."""
-        index = self.recommender.index
-        if not isinstance(index, TorchIndex) or len(questions) == 1:
-            return [None] * len(questions)
-        found: list[Found | None] = []
-        for start in range(0, len(questions), SEARCHED_AT_ONCE):
-            part = questions[start : start + SEARCHED_AT_ONCE]
-            scores_UI = vectors[start : start + SEARCHED_AT_ONCE].to(index.vectors) @ index.vectors.T
-            scores_UI[:, UNKNOWN_ITEM] = -torch.inf
-            for asked, scores in zip(part, scores_UI):
-                scores[torch.from_numpy(asked.state.seen.item_index.astype(np.int64)).to(scores.device)] = -torch.inf
-                values, rows = scores.topk(min(_depth(asked), len(scores)))
-                kept = values > -torch.inf
-                found.append((rows[kept].cpu().numpy(), values[kept].cpu().numpy()))
-        return found
-
-    def _ranked(self, asked: Question, vector: Tensor, found: Found | None) -> Scored:
-        if asked.allow is not None:
-            return self._among(asked)
-        ranked = self.recommender.rank(
-            asked.state,
-            vector,
-            _depth(asked),
-            asked.request_time,
-            asked.exclude_seen,
-            asked.only_seen,
-            found,
-        )
-        return [pair for pair in ranked if pair[0] not in asked.deny][: asked.k]
-
-    def _among(self, asked: Question) -> Scored:
-        """Score the allowed items directly; the filters hold as in a search."""
-        assert asked.allow is not None
-        recommender = self.recommender
-        index_of = recommender.run.items.index_of
-        owned = set(asked.state.seen.item_index.tolist())
-        exclude = asked.exclude_seen
-        if exclude is None:
-            exclude = recommender.run.info.exclude_seen and not asked.only_seen
-        allowed = [item for item in asked.allow - asked.deny if item in index_of]
-        if exclude:
-            allowed = [item for item in allowed if index_of[item] not in owned]
-        if asked.only_seen:
-            allowed = [item for item in allowed if index_of[item] in owned]
-        scores = recommender.score(asked.state, allowed, asked.request_time)
-        known = [(item, score) for item, score in zip(allowed, scores) if score is not None]
-        return sorted(known, key=lambda pair: (-pair[1], index_of[pair[0]]))[: asked.k]
 
     def _after(self, state: UserState, memory: Memory, events: Sequence[StoredEvent], session_place: int) -> UserState:
         items, times = self._rows(events)
@@ -357,47 +232,10 @@ class LibraryModel:
         if layer.kind == "full":
             return LayerState("full", first_rows(layer.events, num_events), layer.summaries)
         nothing = SharedRows((), layer.summaries.tail[:0])
-        return LayerState("summary", nothing, first_rows(layer.summaries, self._num_summary_rows(num_events)))
-
-    def _num_summary_rows(self, num_events: int) -> int:
-        gone = first_visible_chunk(self._config, num_events)
-        return max(0, num_events // self.chunk_size - gone) * num_summaries(self._config)
-
-    def _name(self, segment: Tensor) -> bytes:
-        """Return a segment's name; segments never change, so it is computed once each."""
-        name = self._names.get(segment)
-        if name is None:
-            name = hashlib.sha256(_bytes(segment)).digest()[:16]
-            self._names[segment] = name
-        return name
-
-    def _tensor(self, content: bytes, name: bytes | None = None) -> Tensor:
-        config, dtype = self._config, self.recommender.network.state_dtype
-        row = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
-        if len(content) % row:
-            raise StateError(f"state: expected rows of {row} bytes, got {len(content)} bytes.")
-        flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.zeros(0, dtype=dtype)
-        tensor = flat.view(-1, 2, config.num_kv_heads, config.head_dim).to(self.recommender.network.start.device)
-        if name is not None:
-            self._names[tensor] = name
-        return tensor
+        return LayerState("summary", nothing, first_rows(layer.summaries, num_summary_rows(self._config, num_events)))
 
 
 _no_input = torch.zeros(0)
-SEARCHED_AT_ONCE = 16
-"""Users whose scores of all items are in memory at once."""
-
-
-def _depth(asked: Question) -> int:
-    """Return how many items hold k that are not denied: at most as many are lost as are denied."""
-    return asked.k + len(asked.deny)
-
-
-class _LazyBytes(dict[bytes, Any]):
-    """Segments whose bytes are made when asked for: most are on disk already."""
-
-    def __getitem__(self, name: bytes) -> bytes:
-        return _bytes(super().__getitem__(name))
 
 
 def first_rows(rows: SharedRows, count: int) -> SharedRows:
@@ -409,11 +247,3 @@ def first_rows(rows: SharedRows, count: int) -> SharedRows:
         segments.append(segment)
         count -= len(segment)
     return rows
-
-
-def _kept(layer: LayerState) -> SharedRows:
-    return layer.events if layer.kind == "full" else layer.summaries
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,75 @@
+"""From user vectors to ranked items: one pass of the network and one search for many questions. Imports torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ksa_serving.models import Question, Scored
+from recsys_ksa.features import request_bucket
+from recsys_ksa.model.append import ask
+from recsys_ksa.recommender import Recommender
+from recsys_ksa.retrieval.index import Found, TorchIndex
+from recsys_ksa.schema import UNKNOWN_ITEM
+
+SEARCHED_AT_ONCE = 16
+"""Users whose scores of all items are in memory at once."""
+
+
+def rank_items(recommender: Recommender, questions: Sequence[Question]) -> list[Scored]:
+    """Return the answers to questions; equals asking one by one."""
+    buckets = [request_bucket(asked.state.last_timestamp, asked.request_time) for asked in questions]
+    memories = [asked.state.memory for asked in questions]
+    vectors = ask(recommender.network, memories, buckets, recommender.attention_impl)
+    found = _search(recommender, questions, vectors)
+    return [_ranked(recommender, asked, vector, rows) for asked, vector, rows in zip(questions, vectors, found)]
+
+
+def _search(recommender: Recommender, questions: Sequence[Question], vectors: Tensor) -> list[Found | None]:
+    """Search for several users at once where the index is a matrix: its rows are read once for all of them."""
+    index = recommender.index
+    if not isinstance(index, TorchIndex) or len(questions) == 1:
+        return [None] * len(questions)
+    found: list[Found | None] = []
+    for start in range(0, len(questions), SEARCHED_AT_ONCE):
+        part = questions[start : start + SEARCHED_AT_ONCE]
+        scores_UI = vectors[start : start + SEARCHED_AT_ONCE].to(index.vectors) @ index.vectors.T
+        scores_UI[:, UNKNOWN_ITEM] = -torch.inf
+        for asked, scores in zip(part, scores_UI):
+            scores[torch.from_numpy(asked.state.seen.item_index.astype(np.int64)).to(scores.device)] = -torch.inf
+            values, rows = scores.topk(min(_depth(asked), len(scores)))
+            kept = values > -torch.inf
+            found.append((rows[kept].cpu().numpy(), values[kept].cpu().numpy()))
+    return found
+
+
+def _ranked(recommender: Recommender, asked: Question, vector: Tensor, found: Found | None) -> Scored:
+    if asked.allow is not None:
+        return _among(recommender, asked, asked.allow)
+    ranked = recommender.rank(
+        asked.state, vector, _depth(asked), asked.request_time, asked.exclude_seen, asked.only_seen, found
+    )
+    return [pair for pair in ranked if pair[0] not in asked.deny][: asked.k]
+
+
+def _among(recommender: Recommender, asked: Question, allow: frozenset[str]) -> Scored:
+    """Score the allowed items directly; the filters hold as in a search."""
+    index_of = recommender.run.items.index_of
+    owned = set(asked.state.seen.item_index.tolist())
+    exclude = asked.exclude_seen
+    if exclude is None:
+        exclude = recommender.run.info.exclude_seen and not asked.only_seen
+    allowed = [item for item in allow - asked.deny if item in index_of]
+    if exclude:
+        allowed = [item for item in allowed if index_of[item] not in owned]
+    if asked.only_seen:
+        allowed = [item for item in allowed if index_of[item] in owned]
+    scores = recommender.score(asked.state, allowed, asked.request_time)
+    known = [(item, score) for item, score in zip(allowed, scores) if score is not None]
+    return sorted(known, key=lambda pair: (-pair[1], index_of[pair[0]]))[: asked.k]
+
+
+def _depth(asked: Question) -> int:
+    """Return how many items hold k that are not denied: at most as many are lost as are denied."""
+    return asked.k + len(asked.deny)
