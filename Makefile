@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
 DEMO ?= runs/demo
 
 # Beside another busy process torch's spinning threads are 15-20 times slower; this must be set before Python starts.
@@ -22,10 +23,14 @@ $(INSTALLED): requirements-cpu.txt pyproject.toml packaging/install.py packaging
 	$(PYTHON) packaging/install.py $(VENV)
 	@touch $@
 
+$(TESTABLE): $(INSTALLED) requirements-test.txt
+	$(PYTHON) packaging/install.py $(VENV) requirements-test.txt
+	@touch $@
+
 demo: setup
 	$(BIN)/ksa demo --out $(DEMO)
 
-test: setup
+test: $(TESTABLE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not slow"
 
 lint: setup
@@ -53,7 +58,7 @@ nightly: export KSA_STORY_STEPS := $(if $(FULL),100000,30000)
 nightly: export KSA_FUZZ := $(if $(FULL),100000,10000)
 nightly: export KSA_CANCELLED := $(if $(FULL),100000,10000)
 nightly: export KSA_SOAK_SECONDS := $(if $(FULL),1200,120)
-nightly: setup
+nightly: $(TESTABLE)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -m "not gpu"
 
 clean:

@@ -1,6 +1,7 @@
 """Create the virtual environment and install the pinned CPU set and the project, with no CUDA wheel.
 
     python3 packaging/install.py .venv
+    python3 packaging/install.py .venv requirements-test.txt   # then, what only tests need
 
 uv installs (about a minute; pip took four times as long). torch's CPU build for Linux is on PyTorch's own index; plain
 PyPI has the CUDA build. The index is probed once. Without it a CPU build may still be found where pip is configured
@@ -20,7 +21,7 @@ UV = "uv==0.13.9"
 
 
 def main() -> None:
-    """Install into the folder named by the one argument."""
+    """Install into the folder named first: the CPU set and the project, or the requirements file named next."""
     if sys.version_info < (3, 11):  # noqa: UP036  (runs before anything is installed)
         sys.exit(f"install: expected Python 3.11 or newer, got {sys.version.split()[0]}. Set PYTHON=python3.x.")
     folder = Path(sys.argv[1]).absolute()
@@ -32,6 +33,10 @@ def main() -> None:
     environment = uv_environment(python)
     # Installed with bytecode: without it every process pays seconds for its imports.
     install = [str(folder / "bin" / "uv"), "pip", "install", "--python", str(python), "--compile-bytecode"]
+    if len(sys.argv) > 2:
+        print(f"install: {sys.argv[2]}", flush=True)
+        run([*install, "--quiet", "-r", sys.argv[2]], environment)
+        return
     extra: list[str] = []
     if answers(TORCH_INDEX):
         extra = ["--extra-index-url", TORCH_INDEX, "--index-strategy", "unsafe-best-match"]
