@@ -184,6 +184,8 @@ class TrainConfig(Strict):
     """Steps between checkpoints from which `--resume` goes on."""
     precision: Literal["float32", "bf16"] = "float32"
     """Arithmetic of matrix products; bf16 on CUDA only. Parameters stay float32."""
+    loader_processes: NonNegativeInt = 0
+    """Processes that build batches ahead; 0: a thread does. What is trained on is the same."""
     attention_impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Implementation of summary attention; `auto` picks by device and says which."""
 

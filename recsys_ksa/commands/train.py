@@ -56,7 +56,8 @@ def _run(arguments: argparse.Namespace) -> None:
             bar.total = report.steps
             bar.n = report.step
             best = "" if report.ndcg < 0 else f", best NDCG@10 {report.ndcg:.4f}"
-            bar.set_postfix_str(f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tokens/s{best}")
+            speed = f"{report.speed.tokens_per_second:,.0f} tokens/s, waiting {report.speed.waiting_share:.0%}"
+            bar.set_postfix_str(f"loss {report.loss:.3f}, {speed}{best}")
 
         trained = train(
             config,
@@ -80,7 +81,8 @@ def _print_end(config: "RunConfig", dataset: "Dataset", run: Path, trained: "Tra
     if progress.step:
         print(
             f"{progress.step:,} steps, {progress.tokens:,} tokens, {progress.seconds:.1f} s, "
-            f"{trained.tokens_per_second:,.0f} tokens/s in training"
+            f"{trained.speed.tokens_per_second:,.0f} tokens/s in training, "
+            f"{trained.speed.waiting_share:.1%} of it waiting for batches"
         )
     if progress.best_ndcg >= 0:
         print(f"best validation NDCG@10 {progress.best_ndcg:.4f} at step {progress.best_step:,}, kept")

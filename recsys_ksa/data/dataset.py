@@ -3,9 +3,10 @@
 Torch-free and polars-free. U users, T events, I items (rows of items.parquet without row 0).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,14 @@ class Histories:
     """[U] each, by name in `schema.SPLIT_COLUMNS`: where a protocol's validation (test) begins in the history."""
     value: NDArray[np.float32] | None = None
     """[T], NaN where an event has none; None where the log has no values."""
+    mapped_from: tuple[Path, Manifest] | None = None
+    """The data set, where these are views of its cache."""
+
+    def __reduce__(self) -> Any:
+        """Tell another process where to map the histories from, not what is in them."""
+        if self.mapped_from is None:
+            return Histories, tuple(getattr(self, each.name) for each in fields(self))
+        return map_histories, self.mapped_from
 
     @property
     def num_users(self) -> int:
@@ -131,7 +140,7 @@ def _open(path: Path, manifest: Manifest) -> Dataset:
     items = _read_items(path, manifest)
     names = [*(("event_type",) if manifest.has_event_type else ()), *manifest.side_features]
     vocab = {name: _read_vocabulary(path, manifest, name) for name in names}
-    histories = _view(map_cache(path, manifest))
+    histories = replace(_view(map_cache(path, manifest)), mapped_from=(path, manifest))
     found = (histories.num_users, len(items.item_id) - 1, histories.num_events)
     counts = manifest.counts
     if found != (counts.users, counts.items, counts.events):
@@ -140,6 +149,15 @@ def _open(path: Path, manifest: Manifest) -> Dataset:
             "Prepare the data set again."
         )
     return Dataset(path, manifest, items, vocab, histories)
+
+
+def map_histories(path: Path, manifest: Manifest) -> Histories:
+    """Map the histories of a data set that is open already: its cache is not hashed again.
+
+    Raises:
+        DataError: the cache was removed, or is another version's.
+    """
+    return replace(_view(map_cache(path, manifest, checked=True)), mapped_from=(path, manifest))
 
 
 def _read_items(path: Path, manifest: Manifest) -> Items:

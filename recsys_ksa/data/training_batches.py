@@ -100,9 +100,10 @@ class TrainingBatches:
         )
 
     def _epoch(self, epoch: int) -> "_Plan":
-        if self._plan.epoch != epoch:
-            self._plan = self._planned(epoch)
-        return self._plan
+        plan = self._plan  # one name: another thread may ask for another epoch
+        if plan.epoch != epoch:
+            plan = self._plan = self._planned(epoch)
+        return plan
 
     def _planned(self, epoch: int) -> "_Plan":
         data, budget = self._config.data, self._config.train.batch_tokens

@@ -22,7 +22,7 @@ from recsys_ksa.model.popularity import LEVEL, Popularity
 from recsys_ksa.model.scoring import ScoringNetwork
 from recsys_ksa.run import METRICS_FILE
 from recsys_ksa.train.checkpoint import Progress, Weights, copy_weights, load_checkpoint, save_checkpoint
-from recsys_ksa.train.feed import Feed, feed
+from recsys_ksa.train.feed import Feed, Place, Source, feed
 from recsys_ksa.train.optim import learning_rate, make_optimizer
 from recsys_ksa.train.run_files import begin_run, feature_schema, finish_run, reopen_run
 from recsys_ksa.train.validation import Validation
@@ -35,6 +35,22 @@ LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast this session's steps were, validation and checkpoints left out; zeros without steps."""
+
+    tokens_per_second: float
+    """Event tokens."""
+    waiting_share: float
+    """Share of the time in which the next batch was waited for, the first one left out. On a device that works beside
+    the host, an upper bound of how long it had nothing to do."""
+
+    @staticmethod
+    def of(tokens: int, seconds: float, waited: float) -> "Speed":
+        """Return the speed of `tokens` in `seconds` of which `waited` were spent waiting."""
+        return Speed(tokens / seconds, waited / seconds) if seconds else Speed(0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class Report:
     """What training tells while it runs."""
 
@@ -42,7 +58,7 @@ class Report:
     steps: int
     seconds: float
     loss: float
-    tokens_per_second: float
+    speed: "Speed"
     ndcg: float
     """Best validation NDCG@10 so far; -1 before the first."""
 
@@ -52,8 +68,7 @@ class Trained:
     """How training ended."""
 
     progress: Progress
-    tokens_per_second: float
-    """Event tokens a second of this session's steps, validation and checkpoints left out; 0 without steps."""
+    speed: "Speed"
     num_parameters: int
     reason: str
     """Why it stopped."""
@@ -158,20 +173,14 @@ class _Session:
         sampler: NegativeSampler,
         progress: Progress,
         best: Weights | None,
-    ) -> tuple[Progress, Weights | None, str, float]:
-        """Return progress, the best weights, why it stopped, and tokens a second."""
+    ) -> tuple[Progress, Weights | None, str, "Speed"]:
+        """Return progress, the best weights, why it stopped, and how fast it went."""
         config = self.config.train
         began = time.monotonic() - progress.seconds
-        validated_for, trained_for, tokens = 0.0, 0.0, 0
-        inputs = feed(
-            batches,
-            sampler,
-            self.config.loss.num_negatives,
-            progress.step,
-            progress.epoch,
-            progress.position,
-            self.device,
-        )
+        validated_for, trained_for, waited, tokens = 0.0, 0.0, 0.0, 0
+        source = Source(batches, sampler, self.config.loss.num_negatives)
+        first = Place(progress.step, progress.epoch, progress.position)
+        inputs = feed(source, first, self.device, config.loader_processes)
         self.network.train()
         with closing(inputs):  # pyright: ignore[reportArgumentType]
             while True:
@@ -180,6 +189,7 @@ class _Session:
                     break
                 started = time.monotonic()
                 given = next(inputs)
+                waited += time.monotonic() - started
                 share = progress.step / max(config.max_steps, 1)
                 if budget is not None:
                     share = max(share, progress.seconds / budget)
@@ -193,9 +203,11 @@ class _Session:
                     tokens=progress.tokens + given.batch.num_events,
                 )
                 if progress.step % LOG_EVERY == 0:
-                    tokens_per_second = tokens / trained_for if trained_for else 0.0
-                    self._log(progress, float(loss), rate, tokens_per_second)
+                    speed = Speed.of(tokens, trained_for, waited)
+                    self._log(progress, float(loss), rate, speed)
                 trained_for += time.monotonic() - started
+                if not tokens:
+                    waited = 0.0  # for the first batch there is nothing to do meanwhile
                 tokens += given.batch.num_events
                 progress = replace(progress, seconds=time.monotonic() - began)
                 if progress.step % config.validate_every == 0:
@@ -209,7 +221,7 @@ class _Session:
         # The closing validation comes after the checkpoint: a run resumed from here must not have made it.
         if progress.step and progress.step % config.validate_every:
             progress, best = self._validate(validation, progress, best, closing=True)
-        return progress, best, reason, tokens / trained_for if trained_for else 0.0
+        return progress, best, reason, Speed.of(tokens, trained_for, waited)
 
     def _why_stop(self, progress: Progress, budget: float | None) -> str | None:
         config = self.config.train
@@ -249,7 +261,7 @@ class _Session:
             return replace(progress, best_ndcg=ndcg, best_step=progress.step, worse=0), copy_weights(self.network)
         return replace(progress, worse=progress.worse + 1), best
 
-    def _log(self, progress: Progress, loss: float, rate: float, tokens_per_second: float) -> None:
+    def _log(self, progress: Progress, loss: float, rate: float, speed: "Speed") -> None:
         if not torch.isfinite(torch.tensor(loss)):
             raise RunError(f"{self.run}: the loss is {loss} at step {progress.step}. Lower train.learning_rate.")
         self._write(
@@ -258,10 +270,11 @@ class _Session:
                 "seconds": round(progress.seconds, 3),
                 "loss": loss,
                 "learning_rate": rate,
-                "tokens_per_second": round(tokens_per_second, 1),
+                "tokens_per_second": round(speed.tokens_per_second, 1),
+                "waiting_share": round(speed.waiting_share, 4),
             }
         )
-        self.report(Report(progress.step, self.steps, progress.seconds, loss, tokens_per_second, progress.best_ndcg))
+        self.report(Report(progress.step, self.steps, progress.seconds, loss, speed, progress.best_ndcg))
 
     def _write(self, row: dict[str, float | bool]) -> None:
         with (self.run / METRICS_FILE).open("a", encoding="utf-8") as file:

@@ -20,6 +20,7 @@ from recsys_ksa.train.validation import Validation
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
+TIMES = ("seconds", "tokens_per_second", "waiting_share")
 
 
 def go(
@@ -35,7 +36,7 @@ def go(
 
 def rows(run: Path) -> list[dict[str, float]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in found]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
 
 
 @pytest.mark.parametrize("stop", [5, 8])

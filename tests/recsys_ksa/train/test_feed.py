@@ -1,0 +1,95 @@
+"""Whoever builds the inputs, training is fed the same ones in the same order, from any place on."""
+
+import dataclasses
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys_ksa.config import RunConfig
+from recsys_ksa.data.dataset import Dataset
+from recsys_ksa.data.negatives import NegativeSampler, training_counts
+from recsys_ksa.data.spans import training_end
+from recsys_ksa.data.training_batches import TrainingBatches
+from recsys_ksa.errors import RunError
+from recsys_ksa.train.feed import Feed, Place, Source, feed
+from recsys_ksa.train.loop import Report, train
+
+MakeConfig = Callable[..., RunConfig]
+CPU = torch.device("cpu")
+
+
+def source_of(dataset: Dataset, config: RunConfig) -> Source:
+    end = training_end(dataset, config.data.split)
+    sampler = NegativeSampler(training_counts(dataset.histories, end, dataset.num_items), 0.5, config.seed)
+    return Source(TrainingBatches(dataset.histories, end, config), sampler, 16)
+
+
+def assert_same(found: Feed, expected: Feed) -> None:
+    assert (found.next_epoch, found.next_position) == (expected.next_epoch, expected.next_position)
+    assert torch.equal(found.negatives, expected.negatives)
+    for holder, other in ((found.batch, expected.batch), (found.batch.own, expected.batch.own)):
+        for field in dataclasses.fields(holder):  # type: ignore[arg-type]
+            mine, theirs = getattr(holder, field.name), getattr(other, field.name)
+            if isinstance(mine, torch.Tensor):
+                assert torch.equal(mine, theirs), field.name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_feed_what_a_thread_feeds_from_any_place_on(
+    processes: int, dataset: Dataset, make_config: MakeConfig
+) -> None:
+    config = make_config(data={"stochastic_length": 1.6}, model={"calendar": ["hour"], "session_gap": 600})
+    source = source_of(dataset, config)
+    expected = list(islice(feed(source, Place(0, 0, 0), CPU), 12))
+    assert {given.next_epoch for given in expected} != {0}  # an epoch ends in between
+    third = expected[2]
+    inputs = feed(source, Place(3, third.next_epoch, third.next_position), CPU, processes)
+    for found, wanted in zip(islice(inputs, 9), expected[3:]):
+        assert_same(found, wanted)
+    inputs.close()  # type: ignore[attr-defined]
+
+
+def test_what_goes_to_another_process_says_where_histories_are_mapped_not_what_is_in_them(
+    dataset: Dataset, make_config: MakeConfig
+) -> None:
+    told = pickle.dumps(source_of(dataset, make_config()))
+    assert dataset.histories.item_index[:50].tobytes() not in told
+    copy = pickle.loads(told)
+    assert_same(copy.build(Place(7, 1, 0)), source_of(dataset, make_config()).build(Place(7, 1, 0)))
+
+
+def test_a_process_that_dies_ends_training_with_the_reason(dataset: Dataset, make_config: MakeConfig) -> None:
+    inputs = feed(source_of(dataset, make_config()), Place(0, 0, 0), CPU, 1)
+    next(inputs)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(
+        RunError, match=r"train.loader_processes: expected 1 to build batches, one ended: .*Use fewer, or 0"
+    ):
+        list(islice(inputs, 20))
+
+
+def test_training_says_how_long_it_waited_for_batches(
+    dataset: Dataset, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    told: list[Report] = []
+    build = Source.build
+
+    def slowly(self: Source, place: Place) -> Feed:
+        time.sleep(0.3)
+        return build(self, place)
+
+    config = make_config(train={"validate_every": 100})
+    train(config, dataset, tmp_path / "quick", device=CPU, report=told.append)
+    monkeypatch.setattr(Source, "build", slowly)
+    train(config, dataset, tmp_path / "starved", device=CPU, report=told.append)
+    quick, starved = (report.speed.waiting_share for report in told)
+    assert 0 <= quick < starved <= 1
+    assert '"waiting_share"' in (tmp_path / "starved" / "metrics.jsonl").read_text()
