@@ -19,6 +19,7 @@ from recsys_ksa.evaluate.metrics import METRICS
 from recsys_ksa.evaluate.protocol import PROTOCOLS, ProtocolName, RequestTime, usefulness
 from recsys_ksa.evaluate.record import RECORD_FILE, Record, Recorded, RunRecord, read_record
 from recsys_ksa.evaluate.rows import MAIN, Row
+from recsys_ksa.evaluate.seeds import SeedGroup, group_by_seed
 
 FOLDER = "evaluation"
 """Where `ksa evaluate` leaves its protocols in a run."""
@@ -52,6 +53,8 @@ class Comparison:
     rows: list[Row]
     """Under their labels, differences left out."""
     pairs: list[Pair]
+    seeds: list[SeedGroup]
+    """Runs of one config, over their seeds."""
     notes: dict[str, str]
 
     def models(self, part: str = "all", metric: str = METRIC) -> list[Row]:
@@ -155,8 +158,9 @@ def _compare(protocol: ProtocolName, chosen: Sequence[Recorded]) -> Comparison:
         for model, values in _user_values(recorded.users, told).items():
             users.setdefault(labels.get(model, model), values)
         notes |= {labels.get(model, model): note for model, note in recorded.record.notes.items()}
-    comparison = Comparison(protocol, told, chosen[0].record, runs, list(rows.values()), [], notes)
-    return replace(comparison, pairs=_pairs(comparison, users))
+    comparison = Comparison(protocol, told, chosen[0].record, runs, list(rows.values()), [], [], notes)
+    told_rows = [row for row in comparison.rows if row.metric == METRIC and row.request_time == told]
+    return replace(comparison, pairs=_pairs(comparison, users), seeds=group_by_seed(runs, told_rows))
 
 
 def _labels(record: Record, known: dict[str, RunRecord], *, alone: bool) -> dict[str, str]:

@@ -11,7 +11,9 @@ from recsys_ksa.evaluate.metrics import METRICS
 from recsys_ksa.evaluate.report import PROTOCOL_WORDS, table
 
 HEAD = ("model", *METRICS, f'"again" {METRIC}', f'"new for you" {METRIC}', COVERAGE, "KB of state")
+SEED_HEAD = ("config", "seeds", METRIC, f'"again" {METRIC}', f'"new for you" {METRIC}')
 PAIR_HEAD = ("model", "other", "difference", "p", "p, Holm")
+SEED_WORDS = "Over seeds: mean of the runs (lowest to highest)."
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 1rem 0; }
@@ -45,7 +47,7 @@ def facts(comparison: Comparison) -> list[str]:
             f"m={run.summaries_per_chunk}, W={run.window_chunks}, trained on span {run.training_span} and at most "
             f"{run.longest_trained_history:,} events, release {run.release_hash[:12]}"
         )
-    return lines + [f"{model}: {note}" for model, note in comparison.notes.items()]
+    return lines + _notes(comparison)
 
 
 def model_table(comparison: Comparison) -> list[list[str]]:
@@ -67,6 +69,18 @@ def model_table(comparison: Comparison) -> list[list[str]]:
         run = comparison.runs.get(best.model)
         size = None if run is None else run.state_bytes_median
         cells.append("" if size is None else f"{size / 1e3:,.1f}")
+        body.append(cells)
+    return body
+
+
+def seed_table(comparison: Comparison) -> list[list[str]]:
+    """Return a row a config that several seeds were trained with, under `SEED_HEAD`."""
+    body = []
+    for group in comparison.seeds:
+        cells = [group.name, ", ".join(map(str, group.seeds))]
+        for part in ("all", "repeat", "new"):
+            found = group.spreads.get(part)
+            cells.append("" if found is None else f"{found.mean:.4f} ({found.low:.4f} to {found.high:.4f})")
         body.append(cells)
     return body
 
@@ -99,6 +113,8 @@ def markdown(title: str, comparisons: Sequence[Comparison]) -> str:
     for comparison in comparisons:
         parts += ["", f"## {PROTOCOL_WORDS[comparison.protocol]}", "", *(f"- {line}" for line in facts(comparison))]
         parts += ["", *table(HEAD, model_table(comparison)), "", _sizes(comparison)]
+        if comparison.seeds:
+            parts += ["", SEED_WORDS, "", *table(SEED_HEAD, seed_table(comparison))]
         if comparison.pairs:
             parts += ["", pair_words(comparison), "", *table(PAIR_HEAD, pair_table(comparison))]
     return "\n".join(parts) + "\n"
@@ -111,12 +127,22 @@ def html(title: str, comparisons: Sequence[Comparison], plots: Sequence[dict[str
         parts.append(f"<h2>{escape(PROTOCOL_WORDS[comparison.protocol])}</h2>")
         parts.append(_html_table(HEAD, model_table(comparison)))
         parts.append(f"<p>{escape(_sizes(comparison))}</p>")
+        if comparison.seeds:
+            parts += [f"<p>{SEED_WORDS}</p>", _html_table(SEED_HEAD, seed_table(comparison))]
         parts.append('<div class="plots">' + "".join(_html_plot(*plot) for plot in drawn.items()) + "</div>")
         if comparison.pairs:
             parts += [f"<p>{escape(pair_words(comparison))}</p>", _html_table(PAIR_HEAD, pair_table(comparison))]
         parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in facts(comparison)) + "</ul>")
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """Return the notes, those of one wording as one line."""
+    models: dict[str, list[str]] = {}
+    for model, note in comparison.notes.items():
+        models.setdefault(note, []).append(model)
+    return [f"{'; '.join(names)}: {note}" for note, names in models.items()]
 
 
 def _sizes(comparison: Comparison) -> str:

@@ -21,6 +21,7 @@ from recsys_ksa.config import Strict
 from recsys_ksa.errors import DataError
 from recsys_ksa.evaluate.protocol import ProtocolName, RequestTime, usefulness
 from recsys_ksa.evaluate.rows import Row, write_rows
+from recsys_ksa.evaluate.seeds import recipe_hash
 from recsys_ksa.evaluate.slices import Column
 from recsys_ksa.model.state import full_kv_bytes, kv_bytes
 
@@ -61,6 +62,9 @@ class RunRecord(Strict):
     training_span: str
     longest_trained_history: int
     release_hash: str
+    seed: int
+    recipe_hash: str
+    """Of the config without seed and name."""
     state_bytes_median: int | None
     """K/V of the median history; None where no state is kept."""
     state_bytes_longest: int | None
@@ -162,6 +166,8 @@ def _run_record(named: "NamedRun", median: int, longest: int) -> RunRecord:
         training_span=info.training_span,
         longest_trained_history=info.longest_trained_history,
         release_hash=info.release_hash,
+        seed=named.run.config.seed,
+        recipe_hash=recipe_hash(named.run.config),
         state_bytes_median=kv_bytes(model, median) if keeps else None,
         state_bytes_longest=kv_bytes(model, longest) if keeps else None,
     )

@@ -46,6 +46,7 @@ def report(runs, out, *arguments: str) -> tuple[str, str]:
 
 def test_runs_evaluated_apart_stand_side_by_side(runs, tmp_path):
     page, text = report(runs, tmp_path, "--title", "<Two> runs")
+    assert "Over seeds" not in text
     assert text.startswith("# <Two> runs\n")
     assert "<title>&lt;Two&gt; runs</title>" in page
     lines = text[: text.index("paired by user")].splitlines()
@@ -73,6 +74,25 @@ def test_pairs_are_tested_user_by_user(runs, tiny_data, tmp_path):
                     and row["metric"] == "ndcg@10" and row["request_time"] == "drawn")  # fmt: skip
     found = next(line for line in text.splitlines() if re.match(r"\| first +\| second", line))
     assert f"{expected['value']:+.4f} [{expected['low']:+.4f}, {expected['high']:+.4f}]" in found
+
+
+def test_runs_that_differ_in_their_seed_alone_are_also_one_line(runs, tiny_data, tmp_path):
+    """Mean, lowest and highest; a run of another config is no part of it."""
+    more = [train(tiny_data, tmp_path / f"more-{seed}", "--set", f"seed={seed}") for seed in (1, 2)]
+    for run in more:
+        evaluate(run, tiny_data)
+    page, text = report([runs[0], *more, runs[1]], tmp_path / "report")
+    models = text[: text.index("Over seeds")].splitlines()
+    rows = {line.split("|")[1].strip(): line for line in models if line.startswith("| ")}
+    values = [float(rows[name].split("|")[2].split()[0]) for name in ("first", "more-1", "more-2")]
+    lines = text[text.index("Over seeds") : text.index("paired by user")].splitlines()
+    (line,) = [line for line in lines if line.startswith("| first")]
+    mean, low, high = map(float, re.findall(r"[0-9.]+", line.split("|")[3]))
+    assert "0, 1, 2" in line
+    assert [low, high] == [min(values), max(values)]
+    assert mean == pytest.approx(np.mean(values), abs=1e-4)
+    assert not [line for line in lines if line.startswith("| second")]
+    assert "Over seeds" in page
 
 
 def test_one_evaluation_with_compared_runs_keeps_its_names(runs, tiny_data, tmp_path):
