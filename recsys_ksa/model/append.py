@@ -1,7 +1,8 @@
 """Append events to user states, and ask them. A batch of users equals its users one by one.
 
 Appending runs the same pass as training on the new events alone, on top of the rows the state holds; so whatever way
-a history is cut into arrivals, state and answers equal those of one pass.
+a history is cut into arrivals, state and answers equal those of one pass. Few events on a CPU are passed through NumPy
+(`few_events`), which is called faster and computes the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from recsys_ksa.config import LayerKind, ModelConfig
 from recsys_ksa.errors import StateError
+from recsys_ksa.model import few_events
+from recsys_ksa.model.array_block import ArrayNetwork
 from recsys_ksa.model.network import EarlierRows, Network, Rows
 from recsys_ksa.model.place import Place, chunk_layout, num_summaries, place_arrivals
 from recsys_ksa.model.rotary import rotary_table
-from recsys_ksa.model.state import LayerState, Memory, SharedRows, first_visible_chunk, window_start
+from recsys_ksa.model.state import LayerState, Memory, SharedRows, first_visible_chunk, grown, window_start
 from recsys_ksa.model.threads import fitting_threads
 
 
@@ -50,8 +53,15 @@ def empty_memory(network: Network) -> Memory:
 def append_events(
     network: Network, memories: Sequence[Memory], arrivals: Arrivals, attention_impl: str = "auto"
 ) -> list[Memory]:
-    """Return each user's memory after its new events; the old ones stay valid. `network` is in eval mode."""
+    """Return each user's memory after its new events; the old ones stay valid. `network` is in eval mode.
+
+    Args:
+        attention_impl: of `summary_attention`; `auto` picks by device and number of events, and may pick NumPy.
+    """
     config = network.config
+    if max(arrivals.counts) <= few_events.MOST_EVENTS and (arrays := _arrays(network, attention_impl)):
+        ids = network.embedding.ids(arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.features)
+        return few_events.append_few(config, arrays, memories, arrivals.counts, ids)
     had = [memory.num_events for memory in memories]
     key_start: dict[LayerKind, list[int]] = {
         kind: [window_start(config, kind, count) for count in had] for kind in dict.fromkeys(config.layer_kinds)
@@ -69,7 +79,7 @@ def append_events(
         inputs = _inputs(network, arrivals)
         encoded = network.encode(inputs, place, attention_impl, earlier)
     layers = [
-        _grown(config, [memory.layers[depth] for memory in memories], rows, place, had)
+        _grown(config, [memory.layers[depth] for memory in memories], rows, place)
         for depth, rows in enumerate(encoded.rows)
     ]
     last_inputs = [inputs[-1].clone() for inputs in _by_user(encoded.last_input, arrivals.counts)]
@@ -79,30 +89,18 @@ def append_events(
     ]
 
 
-def _grown(
-    config: ModelConfig, layers: Sequence[LayerState], rows: Rows, place: Place, had: Sequence[int]
-) -> list[LayerState]:
+def _grown(config: ModelConfig, layers: Sequence[LayerState], rows: Rows, place: Place) -> list[LayerState]:
     """Return one layer's states of all users after a pass that left `rows`."""
     layout = place.layouts[layers[0].kind]
     events_of = _by_user(rows.events, [span.num_key_events for span in layout.spans])
-    if layers[0].kind == "full":
-        return [
-            LayerState("full", layer.events.extend(events[count:]), layer.summaries)
-            for layer, events, count in zip(layers, events_of, had)
-        ]
     m = layout.summaries_per_chunk
     summaries_of = _by_user(rows.summaries, [m * span.num_key_chunks for span in layout.spans])
-    grown: list[LayerState] = []
-    for layer, events, summaries, span, new in zip(layers, events_of, summaries_of, layout.spans, place.new_summaries):
-        gone = window_start(config, "summary", span.num_events) - span.key_start
-        # The window is a tensor of its own: a view would keep what left it, summaries and other users' rows alive.
-        window = events[gone:].clone()
-        closed = layer.summaries.extend(summaries[-new:]) if new else layer.summaries
-        if config.max_visible_chunks is not None:
-            before, after = (first_visible_chunk(config, count) for count in (span.query_start, span.num_events))
-            closed = closed.drop(m * (after - before))
-        grown.append(LayerState("summary", SharedRows((), window), closed))
-    return grown
+    return [
+        grown(config, layer, span.query_start, span.num_events, events, summaries[-new:] if new else None)
+        for layer, events, summaries, span, new in zip(
+            layers, events_of, summaries_of, layout.spans, place.new_summaries
+        )
+    ]
 
 
 @torch.inference_mode()
@@ -114,34 +112,39 @@ def ask(
     known = [user for user, memory in enumerate(memories) if memory.num_events]
     if not known:
         return network.user_vectors(network.start.expand(len(memories), -1))
-    config = network.config
-    kind = config.layer_kinds[-1]
-    asked = [memories[user] for user in known]
-    counts = [memory.num_events for memory in asked]
-    last = [count - 1 for count in counts]
-    key_start = [window_start(config, kind, count) for count in counts]
-    layout = chunk_layout(config, kind, [0, *accumulate(counts)], last, key_start).to(device)
-    rows = Rows(
-        _joined([memory.layers[-1].events.parts() for memory in asked]),
-        _joined([memory.layers[-1].summaries.parts() for memory in asked]),
-    )
-    table_dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
-    rotary = rotary_table(torch.tensor(last, device=device), config.head_dim, table_dtype)
-    bucket = torch.tensor([request_bucket[user] for user in known], device=device)
+    asked, buckets = [memories[user] for user in known], [request_bucket[user] for user in known]
     with network.arithmetic(), fitting_threads(len(asked)):
-        hidden = network.answer(
-            torch.stack([memory.last_input for memory in asked]),
-            bucket,
-            rows,
-            layout,
-            rotary,
-            attention_impl=attention_impl,
-        )
+        if arrays := _arrays(network, attention_impl):
+            hidden = few_events.answer_few(network.config, arrays, asked, buckets)
+        else:
+            hidden = _answer(network, asked, buckets, attention_impl)
     if len(known) < len(memories):
         everyone = network.start.repeat(len(memories), 1)
         everyone[torch.tensor(known, device=device)] = hidden.to(everyone.dtype)
         hidden = everyone
     return network.user_vectors(hidden)
+
+
+def _answer(network: Network, memories: Sequence[Memory], request_bucket: Sequence[int], attention_impl: str) -> Tensor:
+    """Return the last block's output for each user's last event, [U, E]; every user has events."""
+    config, kind, device = network.config, network.last_kind, network.start.device
+    counts = [memory.num_events for memory in memories]
+    last = [count - 1 for count in counts]
+    key_start = [window_start(config, kind, count) for count in counts]
+    layout = chunk_layout(config, kind, [0, *accumulate(counts)], last, key_start).to(device)
+    rows = Rows(
+        _joined([memory.layers[-1].events.parts() for memory in memories]),
+        _joined([memory.layers[-1].summaries.parts() for memory in memories]),
+    )
+    table_dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
+    return network.answer(
+        torch.stack([memory.last_input for memory in memories]),
+        torch.tensor(request_bucket, device=device),
+        rows,
+        layout,
+        rotary_table(torch.tensor(last, device=device), config.head_dim, table_dtype),
+        attention_impl=attention_impl,
+    )
 
 
 def replay_start(config: ModelConfig, num_events: int) -> int:
@@ -198,6 +201,11 @@ def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl:
         for layer, rows in zip(stored.layers, encoded.rows)
     )
     return Memory(total, layers, encoded.last_input[-1].clone())
+
+
+def _arrays(network: Network, attention_impl: str) -> ArrayNetwork | None:
+    """Return the network for passes over few events in NumPy, where it can; what is asked for by name is used."""
+    return network.arrays if attention_impl == "auto" and network.precision == "float32" else None
 
 
 def _inputs(network: Network, arrivals: Arrivals) -> Tensor:

@@ -94,6 +94,16 @@ class EventEmbedding(nn.Module):
             lengths: [U], events of each user.
             features: int64 [T] each, by name: those of `EventFeatures` that are on.
         """
+        found = self._look_up(self.ids(item_index, event_type, gap_bucket, features), lengths)
+        total, *others = found.values()
+        for rows in others:
+            total = total + rows
+        return total * math.sqrt(self.dim)
+
+    def ids(
+        self, item_index: Tensor, event_type: Tensor | None, gap_bucket: Tensor, features: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the rows that an event's input is the sum of, int64 [T] by feature; arguments as in `forward`."""
         ids = {"item": item_index}
         if self.has_event_type:
             ids["event_type"] = event_type if event_type is not None else torch.zeros_like(item_index)
@@ -103,12 +113,13 @@ class EventEmbedding(nn.Module):
             ids[name] = features[name]
         for name in self.side:
             ids[f"side_{name}"] = self._category(name)[item_index]
-        found = self._look_up(ids, lengths)
-        total = found["item"]
-        for name in ids:
-            if name != "item":
-                total = total + found[name]
-        return total * math.sqrt(self.dim)
+        return ids
+
+    def whole_tables(self) -> dict[str, Tensor] | None:
+        """Return the table of each feature, [rows, E]; None where tables are sharded."""
+        if not isinstance(self.tables, EmbeddingCollection):
+            return None
+        return {key: self._table(table).weight for key, table in self.table_of.items()}
 
     def candidates(self, item_index: Tensor) -> Tensor:
         """Return the rows by which items are scored, before normalisation. int64 [C] -> [C, E]."""

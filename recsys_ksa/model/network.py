@@ -2,7 +2,8 @@
 
 Training, evaluation and user states share one path. A pass takes new event tokens and, optionally, the rows (keys
 and values) that earlier events left behind; training is a pass without earlier rows. The request time enters only
-the query and the residual of the last block, so no row ever depends on it.
+the query and the residual of the last block, so no row ever depends on it. Passes over a few events take the same
+parameters through NumPy (`few_events`).
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_ksa.config import LayerKind, ModelConfig
+from recsys_ksa.model.array_block import ArrayBlock, ArrayNetwork, array_of
 from recsys_ksa.model.block import Block, attend
 from recsys_ksa.model.features import FeatureSchema
 from recsys_ksa.model.place import Place, place_histories
@@ -66,6 +68,7 @@ class Network(ScoringNetwork):
         self.precision = precision
         self.summary_input = nn.Parameter(torch.randn(config.summaries_per_chunk, config.dim))
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
+        self._arrays: tuple[Tensor, int, ArrayNetwork | None] | None = None
 
     def forward(self, batch: "Batch", attention_impl: str = "auto") -> Tensor:
         """Return one user vector a question, [Q, E] ([Q, E + 1] with an item bias); score = user . item."""
@@ -171,9 +174,32 @@ class Network(ScoringNetwork):
         return nullcontext()
 
     @property
+    def arrays(self) -> ArrayNetwork | None:
+        """The parameters as NumPy sees them, the same memory; None where it does not (GPU, half precision, shards).
+
+        Kept, and looked up again where the parameters have moved (`to`, a copy of the network).
+        """
+        sample = self.summary_input
+        kept = self._arrays
+        if kept is None or kept[0] is not sample or kept[1] != sample.data_ptr():
+            kept = self._arrays = sample, sample.data_ptr(), self._as_arrays()
+        return kept[2]
+
+    @property
     def last_kind(self) -> LayerKind:
         """Kind of the last layer."""
         return self.config.layer_kinds[-1]
+
+    def _as_arrays(self) -> ArrayNetwork | None:
+        tables = self.embedding.whole_tables()
+        if tables is None or self.start.device.type != "cpu" or self.dtype not in (torch.float32, torch.float64):
+            return None
+        return ArrayNetwork(
+            tables={name: array_of(table) for name, table in tables.items()},
+            blocks=[ArrayBlock.of(self._block(block)) for block in self.blocks],
+            summary_input=array_of(self.summary_input),
+            request=None if self.request is None else array_of(self.request.weight),
+        )
 
     @staticmethod
     def _block(module: nn.Module) -> Block:

@@ -4,11 +4,16 @@ float32 angles are off by 4e-3 rad at position 10^5.
 """
 
 from functools import cache
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BASE = 10_000.0
+
+Integers = TypeVar("Integers", Tensor, NDArray[np.int64])
 
 Rotary = tuple[Tensor, Tensor]
 """(cos, signed sin), each [T, 1, D]: the halves of a head's dimensions share their angles, the first's sine carries the
@@ -31,6 +36,6 @@ def _frequency(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.cat((half, half)), torch.cat((-one, one))
 
 
-def summary_position(chunk: Tensor, slot: Tensor, chunk_size: int, summaries_per_chunk: int) -> Tensor:
+def summary_position(chunk: Integers, slot: Integers, chunk_size: int, summaries_per_chunk: int) -> Integers:
     """Return the event position that summary `slot` of `chunk` carries: the slots end evenly in the chunk."""
-    return chunk * chunk_size + torch.clamp((slot + 1) * chunk_size // summaries_per_chunk - 1, min=0)
+    return chunk * chunk_size + ((slot + 1) * chunk_size // summaries_per_chunk - 1).clip(min=0)

@@ -6,8 +6,11 @@ chunk: a chunk leaves the window when the next event arrives, not when it closes
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_ksa.config import LayerKind, ModelConfig
@@ -35,6 +38,11 @@ class SharedRows:
     def nbytes(self) -> int:
         """Bytes of the rows held."""
         return sum(part.numel() * part.element_size() for part in (*self.segments, self.tail))
+
+    @cached_property
+    def arrays(self) -> list[NDArray[np.floating]]:
+        """The parts as NumPy sees them, on a CPU: the same memory."""
+        return [part.numpy() for part in self.parts()]
 
     def parts(self, skip: int = 0) -> list[Tensor]:
         """Return the tensors that hold the rows, in order, without the first `skip` rows."""
@@ -153,6 +161,25 @@ def first_visible_chunk(config: ModelConfig, num_events: int) -> int:
     if config.max_visible_chunks is None or num_events == 0:
         return 0
     return max(0, (num_events - 1) // config.chunk_size - config.window_chunks - config.max_visible_chunks)
+
+
+def grown(
+    config: ModelConfig, layer: LayerState, had: int, total: int, events: Tensor, new_summaries: Tensor | None = None
+) -> LayerState:
+    """Return a layer's state after a history has grown from `had` to `total` events.
+
+    Args:
+        events: rows of all events from the old window's first on.
+        new_summaries: rows of the summaries of the chunks that closed; None if none did.
+    """
+    if layer.kind == "full":
+        return LayerState("full", layer.events.extend(events[had:]), layer.summaries)
+    gone = window_start(config, "summary", total) - window_start(config, "summary", had)
+    # The window is a tensor of its own: a view would keep what left it, summaries and other users' rows alive.
+    window = events[gone:].clone()
+    closed = layer.summaries if new_summaries is None else layer.summaries.extend(new_summaries)
+    unseen = first_visible_chunk(config, total) - first_visible_chunk(config, had)
+    return LayerState("summary", SharedRows((), window), closed.drop(num_summaries(config) * unseen))
 
 
 def kv_bytes(config: ModelConfig, num_events: int, bytes_per_value: int = 4) -> int:
