@@ -80,7 +80,7 @@ class EventLog:
             self._lock_file.close()
             raise
         self._entries = LogEntries(self._connection, self.salt, tie, late_horizon, clock)
-        self.writer = LogWriter(self._connection, self._entries.purge, group_events, waiting_calls)
+        self.writer = LogWriter(self._connection, self._entries, group_events, waiting_calls)
 
     # -- writing ----------------------------------------------------------------------------------------------
 

@@ -84,8 +84,8 @@ def chain_after(chain: bytes, *parts: object) -> bytes:
     return hashlib.sha256(chain + msgspec.msgpack.encode(parts)).digest()[:16]
 
 
-def is_late(event: StoredEvent, last: Order, tie: TieKind) -> bool:
-    """Return whether `event` lies before the key `last`; ties are computed only where the times are equal."""
-    if event.timestamp != last[0][0]:
-        return event.timestamp < last[0][0]
-    return event.order(tie) < last
+def is_late(event: StoredEvent, last: StoredEvent, tie: TieKind) -> bool:
+    """Return whether `event` lies before `last`; ties are computed only where the times are equal."""
+    if event.timestamp != last.timestamp:
+        return event.timestamp < last.timestamp
+    return event.order(tie) < last.order(tie)

@@ -1,16 +1,19 @@
 """What the event log does inside its writer's transactions: insert, retract, correct, forget, overwrite."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import apsw
 
-from ksa_serving.events import NewEvent, Order, Owner, StoredEvent, chain_after, is_late
+from ksa_serving.events import NewEvent, Owner, StoredEvent, chain_after, is_late
 from ksa_serving.user_view import COLUMNS, UserHead, read_user, stored_event
 from recsys_ksa.order import TieKind
 
 Outcome = Literal["accepted", "late", "late-far", "duplicate", "conflict", "unknown"]
+MAX_KNOWN_USERS = 10_000
+"""Users whose heads the writer remembers, the last active ones."""
 PURGE_ROWS = 2000
 """Rows of forgotten users overwritten in one transaction, so that senders hardly wait."""
 
@@ -23,8 +26,20 @@ class AppendResult:
     head: UserHead
 
 
+@dataclass(frozen=True)
+class _User:
+    """What the writer knows of a user. last: the last live event in the one order."""
+
+    key: int
+    head: UserHead
+    last: StoredEvent | None
+
+
 class LogEntries:
     """The log's rows as its writer changes them. Every method is called inside a transaction, by one thread.
+
+    There is no other writer, so what it knows of the last active users stays true; a user's head is written once a
+    transaction, by `save`, and after a transaction that failed all is read anew (`reset`).
 
     Args:
         late_horizon: an event before more than so many others is `late-far`; None: there is no such thing.
@@ -43,57 +58,78 @@ class LogEntries:
         self._tie: TieKind = tie
         self._late_horizon = late_horizon
         self._clock = clock
+        self._users: OrderedDict[Owner, _User] = OrderedDict()
+        self._unsaved: set[Owner] = set()
+
+    def save(self) -> None:
+        """Write the heads of users that changed."""
+        heads = [(user.head, user.key) for user in map(self._users.__getitem__, self._unsaved)]
+        self._connection.executemany(
+            "UPDATE users SET num_events = ?, last_seq = ?, chain = ? WHERE user_key = ?",
+            [(head.num_events, head.last_seq, head.chain, key) for head, key in heads],
+        )
+        self._unsaved.clear()
+        while len(self._users) > MAX_KNOWN_USERS:
+            self._users.popitem(last=False)
+
+    def reset(self) -> None:
+        """Forget what was known: the transaction failed."""
+        self._users.clear()
+        self._unsaved.clear()
 
     def insert(self, owner: Owner, events: Sequence[NewEvent]) -> AppendResult:
-        """Keep events; those known already change nothing."""
-        user_key, head = self._user(owner)
-        last = self._last_order(user_key, head)
+        """Keep events; those known already change nothing. Late are those before the last event of earlier calls."""
+        user = self._user(owner)
+        before = user.last
         outcomes: list[Outcome] = []
-        before = head
         for event in events:
-            kept = self._insert_event(user_key, head, event)
+            head = user.head
+            kept = self._insert_event(user.key, head, event)
             if kept is None:
-                outcomes.append(self._compare(user_key, head.generation, event))
+                outcomes.append(self._compare(user.key, head.generation, event))
                 continue
             seq, chain = kept
             head = UserHead(head.generation, head.num_events + 1, seq, chain)
             stored = StoredEvent(seq, event.item_id, event.timestamp, event.event_id, event.event_type, event.value)
-            late = last is not None and is_late(stored, last, self._tie)
-            outcomes.append(self._how_late(user_key, head, stored) if late else "accepted")
-        if head != before:
-            self._save_head(user_key, head)
-        return AppendResult(outcomes, head)
+            late = before is not None and is_late(stored, before, self._tie)
+            outcomes.append(self._how_late(user.key, head, stored) if late else "accepted")
+            goes_last = user.last is None or not is_late(stored, user.last, self._tie)
+            user = _User(user.key, head, stored if goes_last else user.last)
+            self._change(owner, user)
+        return AppendResult(outcomes, user.head)
 
     def retract(self, owner: Owner, event_id: str) -> AppendResult:
         """Take an event back: accepted, duplicate (it was already) or unknown."""
-        user_key, head = self._user(owner)
-        found = self._find(user_key, head.generation, event_id)
+        user = self._user(owner)
+        found = self._find(user.key, user.head.generation, event_id)
         if found is None:
-            return AppendResult(["unknown"], head)
-        if not found[1]:
-            return AppendResult(["duplicate"], head)
-        head = self._bury(user_key, head, found[0], b"i" + event_id.encode())
-        return AppendResult(["accepted"], head)
+            return AppendResult(["unknown"], user.head)
+        event, live = found
+        if not live:
+            return AppendResult(["duplicate"], user.head)
+        return AppendResult(["accepted"], self._bury(owner, user, event, b"i" + event_id.encode()))
 
     def correct(self, owner: Owner, event: NewEvent) -> AppendResult:
         """Put an event in the place of the one that has its id; kept as new where none has."""
         assert event.event_id is not None
-        user_key, head = self._user(owner)
-        found = self._find(user_key, head.generation, event.event_id)
+        user = self._user(owner)
+        found = self._find(user.key, user.head.generation, event.event_id)
         if found is None:
             return self.insert(owner, [event])
         old, live = found
         if live and old.has_payload(event):
-            return AppendResult(["duplicate"], head)
+            return AppendResult(["duplicate"], user.head)
         freed = b"x" + old.seq.to_bytes(8, "big")
         if live:
-            self._bury(user_key, head, old, freed)
+            self._bury(owner, user, old, freed)
         else:
             self._connection.execute("UPDATE events SET identity = ? WHERE seq = ?", (freed, old.seq))
         return self.insert(owner, [event])
 
     def forget(self, owner: Owner) -> int:
         """Start a user's next generation; return how many events the last one had. Their rows are owed to `purge`."""
+        self.save()
+        self._users.pop(owner, None)
         user = read_user(self._connection, owner.key(self._salt))
         if user is None:
             return 0
@@ -120,14 +156,15 @@ class LogEntries:
             self._connection.execute("DELETE FROM purges WHERE user_key = ?", row)
         return True
 
-    def _bury(self, user_key: int, head: UserHead, event: StoredEvent, identity: bytes) -> UserHead:
+    def _bury(self, owner: Owner, user: _User, event: StoredEvent, identity: bytes) -> UserHead:
         """Write a tombstone for a live event, wipe its payload, and return the head after it."""
+        head = user.head
         chain = chain_after(head.chain, "retract", event.seq)
         row = self._connection.execute(
             "INSERT INTO events (user_key, generation, identity, live, retracts, item_id, timestamp, received, chain)"
             " VALUES (?, ?, ?, 0, ?, '', ?, ?, ?) RETURNING seq",
             (
-                user_key,
+                user.key,
                 head.generation,
                 b"t" + event.seq.to_bytes(8, "big"),
                 event.seq,
@@ -142,25 +179,28 @@ class LogEntries:
             (identity, event.seq),
         )
         head = UserHead(head.generation, head.num_events - 1, row[0], chain)
-        self._save_head(user_key, head)
+        self._change(owner, _User(user.key, head, self._last(user.key, head)))
         return head
 
-    def _save_head(self, user_key: int, head: UserHead) -> None:
-        self._connection.execute(
-            "UPDATE users SET num_events = ?, last_seq = ?, chain = ? WHERE user_key = ?",
-            (head.num_events, head.last_seq, head.chain, user_key),
-        )
+    def _change(self, owner: Owner, user: _User) -> None:
+        self._users[owner] = user
+        self._unsaved.add(owner)
 
-    def _user(self, owner: Owner) -> tuple[int, UserHead]:
-        key = owner.key(self._salt)
-        self._connection.execute(
-            "INSERT INTO users (owner_key, tenant, user_id) VALUES (?, ?, ?) ON CONFLICT (owner_key) DO UPDATE SET"
-            " tenant = excluded.tenant, user_id = excluded.user_id WHERE user_id IS NULL",
-            (key, owner.tenant, owner.user_id),
-        )
-        user = read_user(self._connection, key)
-        assert user is not None
-        return user
+    def _user(self, owner: Owner) -> _User:
+        """Return what is known of a user, who has a row from here on."""
+        known = self._users.get(owner)
+        if known is None:
+            key = owner.key(self._salt)
+            self._connection.execute(
+                "INSERT INTO users (owner_key, tenant, user_id) VALUES (?, ?, ?) ON CONFLICT (owner_key) DO UPDATE SET"
+                " tenant = excluded.tenant, user_id = excluded.user_id WHERE user_id IS NULL",
+                (key, owner.tenant, owner.user_id),
+            )
+            user = read_user(self._connection, key)
+            assert user is not None
+            known = self._users[owner] = _User(*user, self._last(*user))
+        self._users.move_to_end(owner)
+        return known
 
     def _insert_event(self, user_key: int, head: UserHead, event: NewEvent) -> tuple[int, bytes] | None:
         """Return the sequence number and rolling hash of a new row, or None where its identity is known."""
@@ -210,7 +250,8 @@ class LogEntries:
         ).fetchone()
         return None if row is None else (stored_event(row[1:]), bool(row[0]))
 
-    def _last_order(self, user_key: int, head: UserHead) -> Order | None:
+    def _last(self, user_key: int, head: UserHead) -> StoredEvent | None:
+        """Return the last live event in the one order."""
         if not head.num_events:
             return None
         rows = self._connection.execute(
@@ -218,4 +259,4 @@ class LogEntries:
             " (SELECT max(timestamp) FROM events WHERE user_key = ?1 AND generation = ?2 AND live = 1)",
             (user_key, head.generation),
         ).fetchall()
-        return max(stored_event(row).order(self._tie) for row in rows)
+        return max(map(stored_event, rows), key=lambda event: event.order(self._tie))

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import apsw
 
 from ksa_serving.errors import EventLogError, OverloadedError
+from ksa_serving.log_entries import LogEntries
 from ksa_serving.sqlite_file import FORMAT, transaction
 
 T = TypeVar("T")
@@ -33,11 +34,11 @@ class LogWriter:
     on_commit: told how long each commit took, fsync included, and how many calls it held.
     """
 
-    def __init__(self, connection: apsw.Connection, purge: Callable[[], bool], group_size: int, waiting_calls: int):
+    def __init__(self, connection: apsw.Connection, entries: LogEntries, group_size: int, waiting_calls: int):
         """Start the thread.
 
         Args:
-            purge: overwrites some rows of forgotten users, inside a transaction; tells whether more may be left.
+            entries: what the calls' work changes.
             group_size: events in one transaction, at most one call more.
             waiting_calls: calls that may wait before others are refused.
         """
@@ -45,7 +46,7 @@ class LogWriter:
         self.on_commit: Callable[[float, int], None] = lambda seconds, num_calls: None
         self.purging = bool(connection.execute("SELECT 1 FROM purges").fetchone())
         self._connection = connection
-        self._purge_rows = purge
+        self._entries = entries
         self._group_size = group_size
         self._waiting: queue.Queue[_Call[Any] | None] = queue.Queue(waiting_calls)
         self._closing = threading.Lock()
@@ -123,7 +124,9 @@ class LogWriter:
         try:
             with transaction(self._connection):
                 results = [call.work() for call in group]
+                self._entries.save()
         except Exception as error:
+            self._entries.reset()
             if len(group) > 1:  # one call must not fail its neighbours
                 for call in group:
                     self._commit([call])
@@ -142,7 +145,7 @@ class LogWriter:
         """Overwrite some rows; when none are left, empty the write-ahead log too."""
         try:
             with transaction(self._connection):
-                more = self._purge_rows()
+                more = self._entries.purge()
             if not more:
                 self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # the pragma hides "busy"
                 self.purging = False

@@ -96,6 +96,10 @@ class Model(Protocol):
         """Return `state` with events, in order, appended."""
         ...
 
+    def append_batch(self, states: Sequence[Any], events: Sequence[Sequence[StoredEvent]]) -> list[Any]:
+        """Return each of several states with its own events, at least one, appended in one pass."""
+        ...
+
     def replay_start(self, num_events: int) -> int:
         """Return the first event that `rewind` needs to rebuild what a cold state of so many events lacks."""
         ...

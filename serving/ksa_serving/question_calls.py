@@ -77,7 +77,7 @@ class QuestionCalls:
         if request.events:
             given = [new_event(event) for event in request.events]
             record = await self._workers.run(found.served.states.with_events, record, given)
-        scored = await found.served.batcher.ask(_question(request, record.state, request_time), found.deadline)
+        scored = await found.served.answers.ask(_question(request, record.state, request_time), found.deadline)
         items = [ScoredItem(item_id, float(score)) for item_id, score in scored]
         return RecommendAnswer(items=items, **found.provenance(record.num_events, request_time))
 
@@ -123,7 +123,7 @@ class QuestionCalls:
         found = await self._finder.find(owner, request.min_seq, context)
         if found.source == "degraded":
             raise OverloadedError("explain: the user's state is still being computed. Try again in some seconds.")
-        return await self._workers.run(self._explained, owner, found, request, request_time)
+        return await self._workers.run_alone(self._explained, owner, found, request, request_time)
 
     async def state(self, user_id: str, context: Context = NOBODY) -> StateAnswer:
         """Tell what is kept of a user; builds nothing."""

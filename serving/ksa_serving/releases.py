@@ -12,8 +12,10 @@ from typing import Literal
 
 from ksa_serving.batcher import Batcher
 from ksa_serving.errors import ReleaseError
+from ksa_serving.events import Owner
+from ksa_serving.models import Question, Scored
 from ksa_serving.release import Release, load_release
-from ksa_serving.user_states import UserStates
+from ksa_serving.user_states import Current, UserStates
 from recsys_ksa.errors import RecsysKsaError
 
 logger = logging.getLogger(__name__)
@@ -21,11 +23,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Served:
-    """A release with its states and its batcher."""
+    """A release with its states, and what asks for them and answers from them many users at once."""
 
     release: Release
     states: UserStates
-    batcher: Batcher
+    updates: Batcher[Owner, Current | None]
+    """`UserStates.current_together`."""
+    answers: Batcher[Question, Scored]
+    """`Model.recommend`."""
 
 
 class Releases:

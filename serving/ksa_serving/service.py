@@ -94,8 +94,9 @@ class Service:
         settings = self.settings
         self._models.setdefault(release.state_fingerprint, release.model)
         states = UserStates(release, self.log, self.store, settings.rebuild_step_events, settings.inline_events)
-        batcher = Batcher(release.model, self.workers.threads, settings.batch_questions, self._on_batch)
-        return Served(release, states, batcher)
+        threads, most = self.workers.threads, settings.batch_questions
+        updates = Batcher(states.current_together, threads, most)
+        return Served(release, states, updates, Batcher(release.model.recommend, threads, most, self._on_batch))
 
     def _on_commit(self, seconds: float, num_calls: int) -> None:
         self.metrics.commit.observe(seconds)

@@ -1,6 +1,8 @@
 """What of the service can be set, with the limits that every request meets. Sizes in bytes, times in seconds."""
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from recsys_ksa.config import Strict
 
@@ -47,9 +49,11 @@ class ServeSettings(Strict):
     spill_events: PositiveInt = 256
     """A long history's cold record is written again after so many further events."""
     model_threads: PositiveInt = 2
-    """Threads that run the model, so that the event loop stays free."""
+    """Threads for what is quick, so that the event loop stays free; long work has one beside them."""
     batch_questions: PositiveInt = 64
     """Most questions answered in one pass of the model."""
+    catch_up_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the time in which states that are held may follow new events before anyone asks for them."""
     rebuild_step_events: PositiveInt = 8192
     """Events appended at once while a state is rebuilt; bounds its memory."""
     inline_events: PositiveInt = 20_000

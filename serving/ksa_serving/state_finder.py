@@ -14,6 +14,7 @@ from ksa_serving.releases import Releases, Served
 from ksa_serving.state_store import StateRecord
 from ksa_serving.upkeep import Upkeep
 from ksa_serving.user_locks import UserLocks
+from ksa_serving.user_states import Current
 from ksa_serving.workers import Workers
 
 
@@ -86,7 +87,7 @@ class StateFinder:
         async with self._locks.of(owner):
             if time.monotonic() > deadline:
                 raise DeadlineError("deadline: it passed while the request waited.")
-            record, source = await self._workers.run(served.states.current, owner)
+            record, source = await self._current(served, owner, deadline)
         seq = record.seq
         if source == "degraded":
             self._upkeep.settle(served, owner)
@@ -94,6 +95,11 @@ class StateFinder:
         elif source == "host":
             self._upkeep.audit(served, record)
         return Found(served, record, source, seq, stale, deadline)
+
+    async def _current(self, served: Served, owner: Owner, deadline: float) -> Current:
+        """Return the user's state: together with others' where that is quick, else alone."""
+        quick = await served.updates.ask(owner, deadline)
+        return quick or await self._workers.run_alone(served.states.current, owner)
 
     async def _reached(self, owner: Owner, min_seq: int, deadline: float) -> bool:
         """Wait until the log holds `min_seq` of this user; return False if it did not before the deadline."""

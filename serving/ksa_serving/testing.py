@@ -99,6 +99,10 @@ class ToyModel:
             seen=state.seen | {event.item_id for event in events},
         )
 
+    def append_batch(self, states: Sequence[ToyState], events: Sequence[Sequence[StoredEvent]]) -> list[ToyState]:
+        """Return each state after its own events."""
+        return [self.append(state, given) for state, given in zip(states, events)]
+
     def replay_start(self, num_events: int) -> int:
         """Return the first event of the window."""
         return max(0, max(0, num_events - 1) // self.chunk_size - self.window_chunks) * self.chunk_size

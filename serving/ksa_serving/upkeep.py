@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import Owner
@@ -16,9 +17,8 @@ from ksa_serving.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-MAX_CATCHING_UP = 4
-"""Users whose states may wait to catch up in the background; others catch up when next asked for, then in one step.
-Few: an event at a time costs the model as much as many at once, and under load answers need the cores."""
+MAX_BEHIND = 10_000
+"""Users whose states may wait to catch up; others catch up when next asked for."""
 MAX_SETTLING = 1024
 """Users whose states may wait to be computed at length."""
 
@@ -43,7 +43,8 @@ class Upkeep:
         self._workers = workers
         self._metrics = metrics
         self._settings = settings
-        self._waiting: set[Owner] = set()
+        self._behind: dict[Owner, None] = {}
+        self._catching_up = False
         self._settling: set[Owner] = set()
         self._purging: asyncio.Task[None] | None = None
         self._auditing = False
@@ -54,11 +55,13 @@ class Upkeep:
         return len(self._settling)
 
     def catch_up(self, owner: Owner) -> None:
-        """Bring a held state up to the log; calls for one user that still waits are one."""
-        if owner in self._waiting or len(self._waiting) >= MAX_CATCHING_UP or self._workers.draining:
+        """Bring a held state up to the log, together with others' that are behind; a hint, done when there is time."""
+        if len(self._behind) >= MAX_BEHIND or self._workers.draining:
             return
-        self._waiting.add(owner)
-        self._workers.begin(self._catch_up(owner))
+        self._behind[owner] = None
+        if not self._catching_up:
+            self._catching_up = True
+            self._workers.begin(self._catch_up())
 
     def settle(self, served: Served, owner: Owner) -> None:
         """Compute a state at length, one user after the other."""
@@ -77,14 +80,36 @@ class Upkeep:
         if self._purging is None or self._purging.done():
             self._purging = self._workers.begin(self._purge())
 
-    async def _catch_up(self, owner: Owner) -> None:
+    async def _catch_up(self) -> None:
+        """Go on while states are behind, a batch after the other, for a share of the time: answers need the rest."""
         try:
-            async with self._locks.of(owner):
-                self._waiting.discard(owner)  # before the log is read: what is kept from here on needs another turn
-                await self._workers.run(self._releases.active.states.catch_up, owner)
-        except Exception:  # the events are safe; the next answer tries again
-            logger.exception("a state could not catch up with the event log")
-            self._store.drop(owner)
+            while self._behind and not self._workers.draining:
+                began = time.monotonic()
+                await self._catch_up_some()
+                took = time.monotonic() - began
+                await asyncio.sleep(took * (1 / self._settings.catch_up_share - 1))
+        finally:
+            self._catching_up = False
+
+    async def _catch_up_some(self) -> None:
+        states = self._releases.active.states
+        owners = [owner for owner in self._behind if not self._locks.of(owner).locked()]
+        owners = owners[: self._settings.batch_questions]
+        for owner in owners or list(self._behind):  # from here on, what is kept needs another turn
+            del self._behind[owner]
+        try:
+            async with contextlib.AsyncExitStack() as held:
+                for owner in owners:
+                    await held.enter_async_context(self._locks.of(owner))
+                caught_up = await self._workers.run(states.current_together, owners)
+            for owner, current in zip(owners, caught_up):
+                if current is None:  # late, retracted, or many events
+                    async with self._locks.of(owner):
+                        await self._workers.run_alone(states.catch_up, owner)
+        except Exception:  # the events are safe; the next answers try again
+            logger.exception("states could not catch up with the event log")
+            for owner in owners:
+                self._store.drop(owner)
 
     async def _settle(self, served: Served, owner: Owner) -> None:
         try:

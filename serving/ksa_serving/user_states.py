@@ -1,61 +1,37 @@
 """Keeps user states equal to the event log: appends, replays what late events change, rebuilds. No threads, no HTTP.
 
 The one invariant: a record of `seq` s holds exactly what the log held of this user after entry s, in the one order.
-Whoever wants a state asks the log what changed since s:
+Whoever wants a state asks the log what changed since s (`state_plan.py`) and does it. Summaries of untouched chunks
+stay; the window's rows are computed again from them and the raw events of L * W chunks before (design section 3).
+However a state came to be, it says the same.
 
-- events that all follow the last one are *appended*;
-- an event that lies before it, or one that was retracted, leaves the events before it as they were: the state is
-  *rewound* to those and the rest appended again. Summaries of untouched chunks stay; the window's rows are computed
-  again from them and the raw events of L * W chunks before (design section 3). A *cold* record, which holds summaries
-  only, is made whole in the same way, from its own end;
-- without a record, or with one that cannot be proved to come from this log, everything is *rebuilt*.
-
-All are exact, so a state says the same however it came to be.
-
-The caller holds the user's lock during `current`, `catch_up` and `settle`.
+The caller holds the user's lock during `current`, `current_together` and `catch_up`.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner, StoredEvent, sort_events
 from ksa_serving.messages import StateSource
-from ksa_serving.models import START, Mark
+from ksa_serving.models import Mark, SizedState
 from ksa_serving.release import Release
+from ksa_serving.state_plan import Work, appending, follow, newest_mark, plan_work, rebuilding, what_changed
 from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.user_view import UserHead, UserView
 from recsys_ksa.errors import OutOfOrderError, StateError
 
 logger = logging.getLogger(__name__)
 
+Current = tuple[StateRecord, StateSource]
+"""A record that knows every event of the log at some instant, and where it came from."""
 MARK_EVENTS = 1024
 """A mark of the history hash is set about every so many events."""
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What brings a record up to the log.
-
-    record: what to start from. kept: how many of its first events stay. first: index of the first of `events`.
-    events: the log's events from there on. added: those that the record lacks; None: own items are counted anew.
-    """
-
-    record: StateRecord
-    head: UserHead
-    kept: int
-    mark: Mark
-    first: int
-    events: list[StoredEvent]
-    added: list[StoredEvent] | None
-    why: str
-
-    @property
-    def num_appended(self) -> int:
-        """Events that the model has to read again, but for the window's warm-up."""
-        return self.head.num_events - self.kept
+FEW_EVENTS = 32
+"""Of one user: more are not appended together with other users' events, who would wait for them."""
 
 
 class UserStates:
@@ -89,7 +65,7 @@ class UserStates:
         self._step = rebuild_step_events
         self._inline = inline_events
 
-    def current(self, owner: Owner, inline: bool = True) -> tuple[StateRecord, StateSource]:
+    def current(self, owner: Owner, inline: bool = True) -> Current:
         """Return the record that knows every event of the log at this instant, and where it came from.
 
         Where that takes more than `inline_events` and `inline` is set, a *degraded* one: the record held, which knows
@@ -100,16 +76,34 @@ class UserStates:
             work = self._plan(owner, record, view)
             if inline and self._inline is not None and work.num_appended > self._inline:
                 return self._degraded(record, work, view)
-        if not work.head.num_events:
-            return self.empty(owner, work.head), "none"
-        if work.num_appended == 0 and not work.record.cold and work.kept == work.record.num_events:
-            moved = replace(work.record, seq=work.head.last_seq, chain=work.head.chain)
-            return moved, "host"
+        if not work.head.num_events or work.why == "nothing":
+            return self._as_it_is(work)
         done = self._do(work)
         self._store.put(done)
         if work.why in self.rebuilds:
             return done, "rebuilt"
         return done, "store" if work.record.cold else "host"
+
+    def current_together(self, owners: Sequence[Owner]) -> list[Current | None]:
+        """Return what `current` returns for each of several users, their new events appended in one pass.
+
+        None where that takes more than a few appended events, or is not known without reading a disk: ask `current`.
+        """
+        works = [self._few(owner) for owner in owners]
+        growing = [work for work in works if work is not None and work.why == "append"]
+        grown: dict[Owner, StateRecord] = {}
+        if growing:
+            try:
+                grown = self._append_together(growing)
+            except (OutOfOrderError, StateError) as error:  # `current` finds out whose state it is, and rebuilds it
+                logger.info("states cannot be appended to together: %s", error)
+                works = [None if work in growing else work for work in works]
+        for record in grown.values():
+            self._store.put(record)
+        return [
+            None if work is None else (grown[owner], "host") if owner in grown else self._as_it_is(work)
+            for owner, work in zip(owners, works)
+        ]
 
     def settle(self, owner: Owner) -> StateRecord:
         """Return the whole state whatever it costs, and hold it; for background work."""
@@ -158,14 +152,14 @@ class UserStates:
                 ],
                 self.release.tie,
             )
-            if self._follow(record, given):
+            if follow(record, given, self.release.tie):
                 return self._append(record, given)
             stored = [event for event in view.newest(view.head.num_events) if event.seq <= record.seq]
         both = sort_events(stored + given, self.release.tie)
         head = replace(view.head, num_events=len(both))
         if len(stored) == record.num_events:  # nothing of what the record knows was retracted since
             kept = sum(event.timestamp < given[0].timestamp for event in stored)
-            work = _Work(record, head, kept, self._mark(record, kept), 0, both, given, "late")
+            work = Work(record, head, kept, newest_mark(record, kept), 0, both, given, "late")
             return self._revised(work)
         return self._append(self.empty(record.owner, head), both)
 
@@ -186,38 +180,43 @@ class UserStates:
 
     # -- what to do -------------------------------------------------------------------------------------------
 
-    def _plan(self, owner: Owner, record: StateRecord | None, view: UserView) -> _Work:
-        """Return the least work that leads to the log's state."""
-        head = view.head
+    def _plan(self, owner: Owner, record: StateRecord | None, view: UserView) -> Work:
         if record is None:
-            return self._from_nothing(owner, view, "absent")
-        changes = view.changes(record.seq)
-        count = record.num_events + len(changes.added) - len(changes.retracted)
-        proved = record.generation == head.generation and view.chain_at(record.seq) == record.chain
-        if not proved or count != head.num_events:
-            self._store.drop(owner)
-            return self._from_nothing(owner, view, "mismatch")
-        if not changes.retracted and self._follow(record, changes.added):
-            if not record.cold:
-                end = Mark(record.num_events, b"")
-                return _Work(record, head, record.num_events, end, record.num_events, changes.added, changes.added, "")
-            kept, mark, why = record.num_events, Mark(record.num_events, record.state.history_hash), "cold"
-        else:
-            why = "retracted" if changes.retracted else "late"
-            touched = min([*changes.retracted, *(event.timestamp for event in changes.added)])
-            kept = head.num_events - view.count_from(touched)
-            mark = self._mark(record, kept)
-        first = max(0, min(mark.num_events, self._model.replay_start(kept) - 1))
-        events = view.newest(head.num_events - first)
-        return _Work(record, head, kept, mark, first, events, None if changes.retracted else changes.added, why)
+            return rebuilding(self.empty(owner, view.head), view, "absent")
+        work = plan_work(record, view, self._model, self.release.tie)
+        if work.why != "mismatch":
+            return work
+        self._store.drop(owner)
+        return replace(work, record=self.empty(owner, view.head))
 
-    def _from_nothing(self, owner: Owner, view: UserView, why: str) -> _Work:
-        events = view.newest(view.head.num_events)
-        return _Work(self.empty(owner, view.head), view.head, 0, START, 0, events, events, why)
+    def _few(self, owner: Owner) -> Work | None:
+        """Return the work for a user's state where that is next to nothing."""
+        record = self._store.ready(owner, self.release.state_fingerprint)
+        if record is None or record.cold:
+            return None
+        with self._log.view(owner) as view:
+            if view.head.num_events - record.num_events > FEW_EVENTS:
+                return None
+            why, changes = what_changed(record, view, self.release.tie)
+            return appending(record, view.head, changes.added) if why in ("nothing", "append") else None
 
-    def _do(self, work: _Work) -> StateRecord:
+    def _append_together(self, works: Sequence[Work]) -> dict[Owner, StateRecord]:
+        states = self._model.append_batch([work.record.state for work in works], [work.events for work in works])
+        self.appends += len(works)
+        return {
+            work.record.owner: self._moved(self._grown(work.record, state, work.events), work.head)
+            for work, state in zip(works, states)
+        }
+
+    def _as_it_is(self, work: Work) -> Current:
+        """Return a record that needs no work: entries that left nothing behind are behind it now."""
+        if not work.head.num_events:
+            return self._moved(self.empty(work.record.owner, work.head), work.head), "none"
+        return self._moved(work.record, work.head), "host"
+
+    def _do(self, work: Work) -> StateRecord:
         """Return the record that `work` leads to."""
-        if not work.why:
+        if work.why == "append":
             self.appends += 1
             try:
                 return self._moved(self._append(work.record, work.events), work.head)
@@ -234,7 +233,7 @@ class UserStates:
         self.replays[work.why] += 1
         return self._moved(record, work.head)
 
-    def _revised(self, work: _Work) -> StateRecord:
+    def _revised(self, work: Work) -> StateRecord:
         """Return the record rewound to what stays, with the rest appended."""
         record = self._append(self._rewound(work), work.events[work.kept - work.first :])
         if work.added is None:
@@ -245,12 +244,7 @@ class UserStates:
             state = self._model.with_own_items(record.state, work.record.state, work.added)
         return replace(record, state=state, nbytes=_nbytes(state))
 
-    @staticmethod
-    def _mark(record: StateRecord, kept: int) -> Mark:
-        """Return the newest mark among the first `kept` events."""
-        return max((mark for mark in (START, *record.marks) if mark.num_events <= kept), key=lambda m: m.num_events)
-
-    def _rebuild(self, work: _Work, why: str) -> StateRecord:
+    def _rebuild(self, work: Work, why: str) -> StateRecord:
         self.rebuilds[why] += 1
         owner, events = work.record.owner, work.events
         head = work.head
@@ -258,7 +252,7 @@ class UserStates:
             head, events = self._log.read(owner)
         return self._moved(self._append(self.empty(owner, head), events), head)
 
-    def _rewound(self, work: _Work) -> StateRecord:
+    def _rewound(self, work: Work) -> StateRecord:
         """Return the record of the first `kept` events; its own items are unset."""
         record, kept = work.record, work.kept
         window = work.events[: kept - work.first]
@@ -272,7 +266,7 @@ class UserStates:
             cold=False,
         )
 
-    def _degraded(self, record: StateRecord | None, work: _Work, view: UserView) -> tuple[StateRecord, StateSource]:
+    def _degraded(self, record: StateRecord | None, work: Work, view: UserView) -> Current:
         """Return what can be had at once: the state held before the change, or one of the newest events alone."""
         if (
             record is not None
@@ -290,26 +284,23 @@ class UserStates:
         """Return how many of the newest events a degraded answer reads."""
         return min(self._inline or 1, 2 * self._model.window_chunks * self._model.chunk_size + self._model.chunk_size)
 
-    def _follow(self, record: StateRecord, events: Sequence[StoredEvent]) -> bool:
-        """Return whether all `events`, which are in order, come after the record's last."""
-        if not events or record.last_order is None:
-            return True
-        if events[0].timestamp != record.last_order[0][0]:
-            return events[0].timestamp > record.last_order[0][0]
-        return events[0].order(self.release.tie) > record.last_order
-
     def _append(self, record: StateRecord, events: Sequence[StoredEvent]) -> StateRecord:
         """Return the record with `events`, in order, appended; in steps, so that a long rebuild's memory is bounded."""
-        state, marks = record.state, list(record.marks)
         for start in range(0, len(events), self._step):
-            state = self._model.append(state, events[start : start + self._step])
-            if state.num_events - (marks[-1].num_events if marks else 0) >= MARK_EVENTS:
-                marks.append(Mark(state.num_events, state.history_hash))
+            given = events[start : start + self._step]
+            record = self._grown(record, self._model.append(record.state, given), given)
+        return record
+
+    def _grown(self, record: StateRecord, state: Any, events: Sequence[StoredEvent]) -> StateRecord:
+        """Return the record after `events`, at least one, that led to `state`."""
+        marks = record.marks
+        if state.num_events - (marks[-1].num_events if marks else 0) >= MARK_EVENTS:
+            marks = (*marks, Mark(state.num_events, state.history_hash))
         return replace(
             record,
             num_events=record.num_events + len(events),
-            last_order=events[-1].order(self.release.tie) if events else record.last_order,
-            marks=tuple(marks),
+            last_order=events[-1].order(self.release.tie),
+            marks=marks,
             state=state,
             nbytes=_nbytes(state),
         )
@@ -318,5 +309,5 @@ class UserStates:
         return replace(record, generation=head.generation, seq=head.last_seq, chain=head.chain)
 
 
-def _nbytes(state: object) -> int:
-    return state.nbytes + state.seen_nbytes + state.fixed_nbytes  # type: ignore[attr-defined]
+def _nbytes(state: SizedState) -> int:
+    return state.nbytes + state.seen_nbytes + state.fixed_nbytes

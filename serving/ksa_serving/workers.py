@@ -1,4 +1,7 @@
-"""Where work is done so that the event loop stays free: the model's threads, one slow thread, background tasks."""
+"""Where work is done so that the event loop stays free: threads by how long the work takes, and background tasks.
+
+Quick work has threads of its own, so that it never waits behind a rebuild.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -19,6 +22,7 @@ class Workers:
         self.threads = ThreadPoolExecutor(model_threads, thread_name_prefix="model")
         self.draining = False
         self.closing = asyncio.Event()
+        self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -26,8 +30,12 @@ class Workers:
         """Return what `function` returns, called in one of the model's threads."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: function(*args, **kwargs))
 
+    async def run_alone(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `function` returns, called in the thread for what a request waits for and takes a while."""
+        return await asyncio.get_running_loop().run_in_executor(self._alone, lambda: function(*args, **kwargs))
+
     async def run_slowly(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what `function` returns, called in the thread for what takes long: one at a time."""
+        """Return what `function` returns, called in the thread for what takes long and nobody waits for."""
         return await asyncio.get_running_loop().run_in_executor(self._slow, lambda: function(*args, **kwargs))
 
     def begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -45,5 +53,5 @@ class Workers:
 
     def close(self) -> None:
         """End the threads."""
-        self.threads.shutdown()
-        self._slow.shutdown()
+        for threads in (self.threads, self._alone, self._slow):
+            threads.shutdown()

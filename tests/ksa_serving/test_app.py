@@ -308,18 +308,22 @@ def test_limits_follow_the_settings(make_service: Callable[..., Service], serve_
 def test_requests_beyond_the_bound_are_told_to_come_back(make_service: Callable[..., Service], serve_in_thread: Any):
     service = make_service(settings=ServeSettings(concurrent_requests=2))
     started, go_on = threading.Semaphore(0), threading.Event()
-    current = service.served.states.current
+    current, run_alone = service.served.states.current, service.workers.run_alone
 
     def slow(*arguments: Any) -> Any:
-        started.release()
         assert go_on.wait(20)
         return current(*arguments)
 
+    def watched(*arguments: Any) -> Any:
+        started.release()
+        return run_alone(*arguments)
+
     service.served.states.current = slow  # type: ignore[method-assign]
+    service.workers.run_alone = watched  # type: ignore[method-assign]
     with serve_in_thread(service) as client, ThreadPoolExecutor() as pool:
         held = [pool.submit(ask, client, user) for user in ("ann", "bob")]
         for _ in held:
-            started.acquire()
+            assert started.acquire(timeout=20)
         refused = ask(client, "cat")
         assert_problem(refused, 503, "overloaded")
         assert refused.headers["retry-after"] == "1"

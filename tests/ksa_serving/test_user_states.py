@@ -13,7 +13,7 @@ from ksa_serving.events import NewEvent, Owner
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.release import Release
 from ksa_serving.testing import ToyState, toy_release
-from ksa_serving.user_states import UserStates
+from ksa_serving.user_states import FEW_EVENTS, UserStates
 from ksa_serving.user_view import UserView
 from recsys_ksa.order import TieKind
 
@@ -157,6 +157,53 @@ def test_a_late_event_reads_no_more_of_the_log_than_it_must(world: World):
         record, _ = world.states.current(ANN)
     assert record.state == world.recomputed(ANN)
     assert sum(read) < 1100  # to the last mark of the history hash
+
+
+def test_a_history_whose_only_event_was_retracted_is_known_up_to_its_tombstone(world: World):
+    world.log.append(ANN, [NewEvent("a", 5, "e1")])
+    world.states.current(ANN)
+    assert world.log.retract(ANN, "e1").result().outcomes == ["accepted"]
+    record, source = world.states.current(ANN)
+    assert (record.num_events, record.seq, source) == (0, world.log.head(ANN).last_seq, "none")
+
+
+@pytest.mark.parametrize("tie", TIES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=steps)
+def test_states_had_together_are_those_had_alone(tie: TieKind, steps: list):
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(Path(folder), tie)
+        for owner, step, given_events in steps:
+            if step.startswith("post"):
+                world.log.append(owner, given_events)
+                continue
+            for each, current in zip((ANN, BOB), world.states.current_together([ANN, BOB])):
+                alone, _ = world.states.current(each)
+                if current is not None:
+                    record, source = current
+                    assert (record.state, record.seq, record.chain) == (alone.state, alone.seq, alone.chain)
+                    assert record.last_order == alone.last_order
+                    assert source == ("host" if record.num_events else "none")
+                assert alone.state == world.recomputed(each)
+        world.log.close()
+
+
+def test_states_that_need_more_than_a_few_events_are_not_had_together(world: World):
+    assert world.states.current_together([ANN]) == [None]  # not held
+    world.log.append(ANN, [NewEvent("a", 5, "e1")])
+    world.states.current(ANN)
+    world.log.append(ANN, [NewEvent("b", 6)])
+    world.log.append(BOB, [NewEvent("b", 6)])
+    together, absent = world.states.current_together([ANN, BOB])
+    assert absent is None
+    assert together is not None
+    assert together[0].state == world.recomputed(ANN)
+    for events in ([NewEvent("c", 1)], [NewEvent("d", n) for n in range(10, 11 + FEW_EVENTS)]):  # late; many
+        world.log.append(ANN, events)
+        assert world.states.current_together([ANN]) == [None]
+        world.states.current(ANN)
+    world.log.retract(ANN, "e1").result()
+    assert world.states.current_together([ANN]) == [None]
 
 
 def test_retracted_and_corrected_events_leave_the_state_of_the_rest(world: World):
