@@ -7,22 +7,23 @@ the other to nothing gives the same content hash and vocabularies again.
 
 from pathlib import Path
 
-from ksa_pipelines.arrow import write_frame
-from ksa_pipelines.bucket import Known
 from ksa_pipelines.catalogue import extend_catalogue, read_catalogue, write_catalogue
 from ksa_pipelines.change import changing
 from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.ingest import Resources, ingest
+from ksa_pipelines.known import KnownNames
 from ksa_pipelines.part import write_parts
 from ksa_pipelines.quarantine import gather_quarantine, quarantine_name
 from ksa_pipelines.report import Report
+from ksa_pipelines.rows import open_rows
 from ksa_pipelines.split import global_cuts
+from ksa_pipelines.stored import Stored
 from ksa_pipelines.write import hash_files
 from recsys_ksa import __version__
 from recsys_ksa.config import parse_config
-from recsys_ksa.data.cache import write_cache
+from recsys_ksa.data.cache import checked_caches, write_cache
 from recsys_ksa.data.manifest import Counts, Manifest, versioned
-from recsys_ksa.data.parts import all_parts, checked_parts, numbered_users, part_name, parts_by_bucket
+from recsys_ksa.data.parts import part_name
 from recsys_ksa.errors import DataError
 
 
@@ -54,17 +55,10 @@ def append_log(
         before = change.before
         config = _config(before, dataset, mapping)
         known_catalogue = read_catalogue(dataset, before)
-        parts = {bucket: tuple(names) for bucket, names in parts_by_bucket(before.files).items()}
-        checked_parts(dataset, before)
+        stored = Stored(*checked_caches(dataset, before), before.num_buckets)
         change.work.mkdir()
-        known = Known(
-            dataset=dataset,
-            parts=parts,
-            items=change.work / "known_items.arrow",
-            event_types=known_catalogue.event_types() or (),
-            columns=_optional_columns(before),
-        )
-        write_frame(known_catalogue.items.select("item_id", "item_index").drop_nulls("item_id"), known.items)
+        item_ids, event_types = known_catalogue.items["item_id"], known_catalogue.event_types()
+        known = KnownNames(stored, item_ids, event_types, _optional_columns(before))
         last = before.logs[-1]
         ingested = ingest(
             log,
@@ -80,11 +74,9 @@ def append_log(
         counted = ingested.counted()
         catalogue = extend_catalogue(known_catalogue, counted, items, config, report)
         split = global_cuts(config.split, config.clock, max(ingested.last_timestamp, _log_end(before)))
-        numbered = before.numbered_users or tuple(
-            numbered_users(dataset, parts.get(bucket, ()), before.num_buckets) for bucket in range(before.num_buckets)
-        )
+        numbered = before.numbered_users or stored.numbered_users()
         numbered = write_parts(
-            ingested, counted, catalogue, before.tie, split, change.path, change.version, resources.engine, numbered
+            ingested, catalogue, before.tie, split, change.path, change.version, resources.engine, numbered, stored
         )
         report(f"touched {len(ingested.buckets)} buckets")
         write_catalogue(catalogue, dataset, change.version)
@@ -97,7 +89,8 @@ def append_log(
         written += [quarantine] if quarantine.exists() else []
         files = {name: digest for name, digest in before.files.items() if name not in old_tables}
         files |= hash_files(dataset, written)
-        merged = write_cache(dataset, all_parts(dataset, files), split, change.version)
+        touched = open_rows([bucket.folder for bucket in ingested.buckets])
+        merged = write_cache(dataset, [stored.others(touched), *touched], split, change.version)
         after = before.model_copy(
             update={
                 "code_version": __version__,

@@ -21,13 +21,23 @@ def to_arrow(values: pl.DataFrame | pl.Series) -> pa.Table | pa.Array:
 def encode(values: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:
     """Return each value's code and the distinct values in order of first sight; nulls get code -1."""
     codes = to_arrow(values).dictionary_encode()
-    return codes.indices.fill_null(-1).to_numpy(), pl.Series(values.name, codes.dictionary, dtype=values.dtype)
+    indices = codes.indices.fill_null(-1) if codes.null_count else codes.indices
+    return indices.to_numpy(), pl.Series(values.name, codes.dictionary, dtype=values.dtype)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table as an Arrow IPC file."""
+    """Write a table as an Arrow IPC file of one record batch (none for no rows)."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
+        writer.write_table(table.combine_chunks())
+
+
+def read_column(path: Path, name: str, first: int = 0, count: int | None = None) -> pa.Array:
+    """Return `count` values from `first` on of a column that `write_table` wrote as one record batch, copied."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        if not reader.num_record_batches:
+            return pa.array([], reader.schema.field(name).type)
+        return pa.concat_arrays([reader.get_batch(0).column(name).slice(first, count)])
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -37,6 +47,16 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     wanted = [names.index(name) for name in columns or names]
     with pa.OSFile(str(path)) as source:
         return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted)).read_all()
+
+
+def take_rows(frame: pl.DataFrame, rows: NDArray[np.int64]) -> pl.DataFrame:
+    """Return some rows of a frame without nulls in its numbers; strings may have them."""
+    return pl.DataFrame(
+        [
+            column.gather(rows) if column.dtype == pl.String else pl.Series(column.name, column.to_numpy()[rows])
+            for column in frame
+        ]
+    )
 
 
 def write_frame(frame: pl.DataFrame, path: Path) -> None:

@@ -1,12 +1,12 @@
-"""Second pass: the events of one bucket of a log, as numbers, audited, without those that are there twice.
+"""Second pass: the events of one bucket of a log, in order of time, audited, without those that are there twice.
 
 A bucket is small enough to hold, and buckets know nothing of each other: they can be worked on anywhere. What is
 gathered lies in the bucket's folder until the third pass (`part.py`) has the vocabularies of all buckets:
 
-    events.arrow   user, item (rows of the two below), timestamp, arrival; event_type, event_id where the log has them
-    users.arrow    user_id, and user_index where the data set knows the user
-    items.arrow    item_id, and item_index where the data set knows the item; count and first_seen in this bucket
-    old.arrow      the histories of these users that the data set already has
+    events.arrow   user (row of users.arrow), item (code in the log), timestamp, arrival; event_type (code; -1: none),
+                   event_id where the log has them; by user, time and arrival
+    users.arrow    user_id, user_index and row (in the data set; null where it does not know the user)
+    items.arrow    item (code), count and first_seen in this bucket
 """
 
 import shutil
@@ -15,31 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
+from numpy.typing import NDArray
 
-from ksa_pipelines.arrow import encode, read_frame, write_frame, write_table
+from ksa_pipelines.arrow import read_frame, take_rows, write_frame
 from ksa_pipelines.clean import drop_duplicates
-from ksa_pipelines.histories import as_events
-from ksa_pipelines.spill import read_bucket
-from ksa_pipelines.ties import TiedPairs, count_tied_pairs, sort_by_time
-from recsys_ksa.data.parts import newest_rows
+from ksa_pipelines.known import Known
+from ksa_pipelines.names import Names
+from ksa_pipelines.spill import Chunk, read_bucket
+from ksa_pipelines.ties import TiedPairs, count_tied_pairs, order_by_time
 
-EVENTS, USERS, ITEMS, OLD = "events.arrow", "users.arrow", "items.arrow", "old.arrow"
-
-
-@dataclass(frozen=True)
-class Known:
-    """What a data set already knows, where a log is appended."""
-
-    dataset: Path
-    parts: dict[int, tuple[str, ...]]
-    """Names of each bucket's parts, oldest first."""
-    items: Path
-    """Table of item_id and item_index."""
-    event_types: tuple[str | None, ...]
-    """By index."""
-    columns: frozenset[str]
-    """Of the optional ones, event_type and event_id, those it has."""
+EVENTS, USERS, ITEMS = "events.arrow", "users.arrow", "items.arrow"
 
 
 @dataclass(frozen=True)
@@ -49,8 +34,11 @@ class GatherTask:
     bucket: int
     folder: Path
     """Of this bucket, to work in."""
-    chunks: tuple[tuple[Path, int], ...]
-    """Spilled chunks, each with the arrival number of its file's first row."""
+    chunks: tuple[Chunk, ...]
+    names: dict[str, Names]
+    """Of the number columns."""
+    audit_ranks: Path
+    """int64: what the audit compares, by code of the item."""
     known: Known | None = None
 
 
@@ -64,128 +52,121 @@ class Gathered:
     last_timestamp: int
     tied: TiedPairs
     duplicates: dict[str, int]
-    event_types: dict[str, int]
-    """Events by type."""
-    untyped: int
-    """Events without a type."""
+    event_types: NDArray[np.int64] | None
+    """Events without a type, then of each type by code; None where the log has none."""
 
 
 def gather(task: GatherTask) -> Gathered | None:
     """Gather a bucket into `task.folder`; None where the log has no event of it."""
-    rows = read_bucket(task.chunks, task.bucket)
-    if rows.is_empty():
+    codes = {column: names.of_chunks() for column, names in task.names.items()}
+    events, user_ids = read_bucket(task.chunks, codes, task.bucket)
+    if events.is_empty():
         return None
     task.folder.mkdir(parents=True, exist_ok=True)
-    user, users = encode(rows["user_id"])
-    item, items = encode(rows["item_id"])
-    codes = {"user": pl.Series(user, dtype=pl.Int32), "item": pl.Series(item, dtype=pl.Int32)}
-    events = sort_by_time(rows.drop("user_id", "item_id").with_columns(**codes))
-    del rows, user, item
-    tied = count_tied_pairs(events, items)
-
-    user_table, item_table = pl.DataFrame({"user_id": users}), pl.DataFrame({"item_id": items})
-    old = None
-    if task.known is not None:
-        user_table, item_table, histories = _recognise(task.known, task.bucket, user_table, item_table)
-        if histories is not None:
-            write_table(histories, task.folder / OLD)
-            old = _as_events(histories, events, user_table, item_table, task.known.event_types)
+    users = pl.DataFrame({"user_id": user_ids})
+    if task.known is None:
+        users = users.with_columns(user_index=pl.lit(None, pl.Int64), row=pl.lit(None, pl.Int64))
+    else:
+        users = task.known.stored.recognise(users, task.bucket)
+    events, users = _in_order(events, users)
+    tied = count_tied_pairs(events, np.asarray(np.memmap(task.audit_ranks, dtype=np.int64, mode="r")))
+    old = None if task.known is None else _old_events(task.known, users, events)
     events, duplicates = drop_duplicates(events, old)
-    write_frame(user_table, task.folder / USERS)
-    write_frame(item_table, task.folder / ITEMS)
-    return _settle(task.bucket, task.folder, events, tied, duplicates)
+    write_frame(users, task.folder / USERS)
+    types = task.names.get("event_type")
+    num_names = task.names["item"].count, None if types is None else types.count
+    return _settle(task.bucket, task.folder, events, tied, duplicates, num_names)
 
 
-def keep_items(gathered: Gathered, kept: set[str] | None, min_user_events: int) -> tuple[Gathered | None, int, int]:
+def keep_items(
+    gathered: Gathered, kept: NDArray[np.bool_] | None, min_user_events: int, num_items: int
+) -> tuple[Gathered | None, int, int]:
     """Drop events of other items than `kept`, then of users with fewer than `min_user_events`.
 
     Args:
         gathered: the bucket.
-        kept: item ids; None keeps all.
+        kept: by code of the item; None keeps all.
         min_user_events: smallest number of events a user may have.
+        num_items: of the log.
 
     Returns:
         The bucket, None if no event is left; events dropped for their item; events dropped for their user.
     """
     events = read_frame(gathered.folder / EVENTS)
-    frequent = events
-    if kept is not None:
-        items = read_frame(gathered.folder / ITEMS, ["item_id"])["item_id"]
-        wanted = np.fromiter((item in kept for item in items), dtype=bool, count=len(items))
-        frequent = events.filter(pl.Series(wanted[events["item"].to_numpy()]))
-    active = frequent.filter(pl.len().over("user") >= min_user_events)
+    frequent = events if kept is None else events.filter(pl.Series(kept[events["item"].to_numpy()]))
+    lengths = np.bincount(frequent["user"].to_numpy(), minlength=1)
+    active = frequent.filter(pl.Series(lengths[frequent["user"].to_numpy()] >= min_user_events))
     dropped = events.height - frequent.height, frequent.height - active.height
     if active.is_empty():
         return None, *dropped
     # A folder of its own: a task that was killed runs again, from what was there before.
     folder = gathered.folder / "kept"
     folder.mkdir(exist_ok=True)
-    for name in (USERS, ITEMS):
-        shutil.copyfile(gathered.folder / name, folder / name)
-    return _settle(gathered.bucket, folder, active, gathered.tied, gathered.duplicates), *dropped
+    shutil.copyfile(gathered.folder / USERS, folder / USERS)
+    num_names = num_items, None if gathered.event_types is None else len(gathered.event_types) - 1
+    return _settle(gathered.bucket, folder, active, gathered.tied, gathered.duplicates, num_names), *dropped
 
 
 def item_counts(folder: Path) -> pl.DataFrame:
-    """Return item_id, count and first_seen of a gathered bucket's items, without those that have no event."""
-    return read_frame(folder / ITEMS).select("item_id", "count", "first_seen").filter(pl.col("count") > 0)
+    """Return item, count and first_seen of a gathered bucket's items."""
+    return read_frame(folder / ITEMS)
 
 
-def _settle(bucket: int, folder: Path, events: pl.DataFrame, tied: TiedPairs, duplicates: dict[str, int]) -> Gathered:
-    """Write the events and what they count."""
-    item, timestamp = events["item"].to_numpy(), events["timestamp"].to_numpy()
-    items = read_frame(folder / ITEMS)
-    first_seen = np.full(items.height, np.iinfo(np.int64).max)  # of items without an event; never read
-    np.minimum.at(first_seen, item, timestamp)
-    counts = np.bincount(item, minlength=items.height)
-    items = items.with_columns(count=pl.Series(counts, dtype=pl.Int64), first_seen=pl.Series(first_seen))
-    write_frame(items, folder / ITEMS)
-    write_frame(events, folder / EVENTS)
-    types = events["event_type"].value_counts() if "event_type" in events.columns else pl.DataFrame()
-    by_type = {name: int(count) for name, count in types.iter_rows()}
-    return Gathered(
-        bucket=bucket,
-        folder=folder,
-        num_events=events.height,
-        last_timestamp=int(timestamp.max(initial=0)),
-        tied=tied,
-        duplicates=duplicates,
-        event_types={name: count for name, count in by_type.items() if name is not None},
-        untyped=by_type.get(None, 0),
-    )
+def _in_order(events: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return events by user, time and arrival, and users as they will be numbered if no event is dropped.
 
-
-def _recognise(
-    known: Known, bucket: int, users: pl.DataFrame, items: pl.DataFrame
-) -> tuple[pl.DataFrame, pl.DataFrame, pa.Table | None]:
-    """Add user_index and item_index where the data set has them; return the users' histories with them."""
-    histories = newest_rows(known.dataset, known.parts.get(bucket, ()), users["user_id"].to_list())
-    items = items.join(read_frame(known.items), on="item_id", how="left", maintain_order="left")
-    if histories is not None:
-        ids = pl.DataFrame(histories.select(["user_id", "user_index"]))
-        users = users.join(ids, on="user_id", how="left", maintain_order="left")
-    return users, items, histories
-
-
-def _as_events(
-    histories: pa.Table,
-    new: pl.DataFrame,
-    users: pl.DataFrame,
-    items: pl.DataFrame,
-    event_types: tuple[str | None, ...],
-) -> pl.DataFrame:
-    """Return what of old histories could be the same as a new event, in the codes of the new ones.
-
-    An item that the log does not have is null.
+    That is: known ones by user_index, then by (first time, id bytes).
     """
-    code = pl.DataFrame({"user_index": users["user_index"], "user": np.arange(users.height, dtype=np.int32)})
-    item = pl.DataFrame({"item_index": items["item_index"], "item": np.arange(items.height, dtype=np.int32)})
-    same = pl.col("timestamp").is_between(new["timestamp"].min(), new["timestamp"].max())
+    user, timestamp = events["user"].to_numpy(), events["timestamp"].to_numpy()
+    first_seen = np.full(users.height, np.iinfo(np.int64).max)
+    np.minimum.at(first_seen, user, timestamp)
+    keys = ["user_index", pl.Series("first_seen", first_seen), pl.col("user_id").cast(pl.Binary)]
+    order = users.select(pl.arg_sort_by(keys, nulls_last=[True, False, False])).to_series().to_numpy()
+    place = np.empty(len(order), dtype=np.int32)
+    place[order] = np.arange(len(order))
+    user = place[user]
+    events = take_rows(events.with_columns(user=pl.Series(user)), order_by_time(user, timestamp))
+    return events, users[order]
+
+
+def _settle(
+    bucket: int,
+    folder: Path,
+    events: pl.DataFrame,
+    tied: TiedPairs,
+    duplicates: dict[str, int],
+    num_names: tuple[int, int | None],
+) -> Gathered:
+    """Write the events and what they count; `num_names`: items and event types of the log."""
+    num_items, num_types = num_names
+    item, timestamp = events["item"].to_numpy(), events["timestamp"].to_numpy()
+    first_seen = np.full(num_items, np.iinfo(np.int64).max)
+    np.minimum.at(first_seen, item, timestamp)
+    count = np.bincount(item, minlength=num_items)
+    there = np.flatnonzero(count)
+    write_frame(pl.DataFrame({"item": there, "count": count[there], "first_seen": first_seen[there]}), folder / ITEMS)
+    write_frame(events, folder / EVENTS)
+    types = None
+    if num_types is not None:
+        types = np.bincount(events["event_type"].to_numpy() + 1, minlength=num_types + 1)
+    return Gathered(bucket, folder, events.height, int(timestamp.max(initial=0)), tied, duplicates, types)
+
+
+def _old_events(known: Known, users: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame | None:
+    """Return what the data set has of these users and could be the same as a new event, in the codes of the log."""
+    met = users.with_row_index("user").drop_nulls("row")
+    if met.is_empty() or new.is_empty():
+        return None
+    span = None if "event_id" in new.columns else (new["timestamp"].min(), new["timestamp"].max())
+    old = known.stored.events(met["row"].to_numpy(), span)
+    item_codes = np.asarray(np.memmap(known.item_codes, dtype=np.int32, mode="r"))
+    columns = {
+        "user": met["user"].to_numpy().astype(np.int32)[old["user"].to_numpy()],
+        "item": item_codes[old["item_index"].to_numpy()],
+        "timestamp": old["timestamp"],
+    }
+    if known.event_types is not None:
+        columns["event_type"] = np.array(known.event_types, dtype=np.int32)[old["event_type"].to_numpy()]
     if "event_id" in new.columns:
-        same = pl.col("event_id").is_in(new["event_id"].drop_nulls().unique().implode()) | same
-    events = as_events(histories.drop_columns("tie")).filter(same)
-    events = events.join(code, on="user_index", how="left", maintain_order="left")
-    events = events.join(item.drop_nulls(), on="item_index", how="left", maintain_order="left")
-    if "event_type" in events.columns:
-        names = pl.Series(event_types, dtype=pl.String)
-        events = events.with_columns(event_type=names[events["event_type"].cast(pl.Int64)])
-    return events.drop("user_index", "item_index")
+        columns["event_id"] = old["event_id"]
+    return pl.DataFrame(columns)

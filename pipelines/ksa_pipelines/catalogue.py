@@ -11,12 +11,11 @@ from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.report import Report
 from ksa_pipelines.sources import find_files, reading, scan_all, source_files
 from ksa_pipelines.vocab import (
-    check_event_types,
     count_categories,
-    item_hashes,
     map_item_columns,
     number_categories,
     number_items,
+    refuse_many_event_types,
 )
 from ksa_pipelines.write import write_table
 from recsys_ksa.data.manifest import Manifest, SourceFile, check_file, versioned
@@ -100,7 +99,7 @@ def extend_catalogue(
             schema={"value": pl.String, "count": pl.Int64},
         )
         vocab["event_type"] = number_categories(types, before.vocab.get("event_type"))
-        check_event_types(vocab["event_type"])
+        refuse_many_event_types(vocab["event_type"].height - 1)
     for name in config.items.side_features:
         values = table[name] if name in table.columns else pl.Series(name, [None] * table.height, dtype=pl.String)
         vocab[name] = number_categories(count_categories(values), before.vocab.get(name))
@@ -111,12 +110,6 @@ def extend_catalogue(
     return Catalogue(
         rows.select(before.items.columns), vocab, before.items_files + files, before.items_described + num_described
     )
-
-
-def log_items(catalogue: Catalogue, counted: Counted, *, hashed: bool) -> pl.DataFrame:
-    """Return item_id, item_index and, if `hashed`, item_hash of the items of a log."""
-    known = catalogue.items.select("item_id", "item_index").join(counted.items, on="item_id", how="semi")
-    return known.with_columns(item_hashes(known)) if hashed else known
 
 
 def write_catalogue(catalogue: Catalogue, dataset: Path, version: int) -> None:

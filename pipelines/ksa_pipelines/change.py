@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksa_pipelines.write import WORK, cannot_write, sync
-from recsys_ksa.data.cache import CACHE
+from recsys_ksa.data.cache import CACHE, TIES
 from recsys_ksa.data.manifest import MANIFEST, Manifest, earlier_versions, read_manifest, versioned
 from recsys_ksa.errors import DataError
 
@@ -109,8 +109,8 @@ def _locked(dataset: Path) -> Iterator[None]:
 def remove_leftovers(dataset: Path) -> None:
     """Remove every file that no version names, and caches of earlier versions (they can be rebuilt)."""
     current = read_manifest(dataset)
-    cache = versioned(CACHE, current.version)
-    named = {cache, cache.removesuffix(".arrow") + ".json", *current.files}
+    cache, ties = versioned(CACHE, current.version), versioned(TIES, current.version)
+    named = {cache, ties, cache.removesuffix(".arrow") + ".json", *current.files}
     for version in earlier_versions(dataset):
         manifest = read_manifest(dataset, version)
         named |= {f"manifests/{version:05d}.json", *manifest.files}

@@ -3,7 +3,7 @@
 import numpy as np
 import polars as pl
 
-from ksa_pipelines.arrow import encode
+from ksa_pipelines.arrow import take_rows
 from ksa_pipelines.report import tally
 
 _COLUMNS = ("user", "item", "timestamp", "event_type", "event_id")
@@ -22,12 +22,14 @@ def drop_duplicates(events: pl.DataFrame, old: pl.DataFrame | None = None) -> tu
     old events came before all.
 
     Args:
-        events: user, item, timestamp, arrival and, where the log has them, event_type and event_id; by user, time
-            and arrival.
+        events: user, item, timestamp, arrival and, where the log has them, event_type (-1: none) and event_id; by
+            user, time and arrival.
         old: the same without arrival, in the data set already.
     """
-    marked = events.with_columns(_marks(events, old))
-    return marked.filter(pl.col(DUPLICATE).is_null()).drop(DUPLICATE), tally(marked[DUPLICATE])
+    marks = _marks(events, old)
+    if marks.null_count() == events.height:
+        return events, {}
+    return take_rows(events, np.flatnonzero(marks.is_null().to_numpy())), tally(marks)
 
 
 def _marks(events: pl.DataFrame, old: pl.DataFrame | None) -> pl.Series:
@@ -50,10 +52,9 @@ def _repeats(events: pl.DataFrame) -> pl.Series:
     item = events["item"].to_numpy()[suspects].astype(np.int64)
     key = np.cumsum(~tied)[suspects] * (item.max(initial=0) + 1) + item
     if "event_type" in events.columns:
-        kind, kinds = encode(events["event_type"])
-        key = key * (len(kinds) + 1) + kind[suspects] + 1
-    repeats = np.ones(len(suspects), dtype=bool)
-    repeats[np.unique(key, return_index=True)[1]] = False
+        kind = events["event_type"].to_numpy()
+        key = key * (int(kind.max(initial=0)) + 2) + kind[suspects] + 1
+    repeats = ~pl.Series(key).is_first_distinct().to_numpy()
     marks = pl.repeat(None, events.height, dtype=pl.String, eager=True).alias(DUPLICATE)
     return marks.scatter(suspects[repeats], SAME_EVENT)
 

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ksa_pipelines.bucket import Gathered, GatherTask, Known, gather, item_counts, keep_items
+from ksa_pipelines.bucket import Gathered, GatherTask, gather, item_counts, keep_items
 from ksa_pipelines.catalogue import Counted
 from ksa_pipelines.checks import refuse_nothing_left
 from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.engine import Engine, LocalEngine
+from ksa_pipelines.known import KnownNames
 from ksa_pipelines.memory import Memory
+from ksa_pipelines.names import Names, audit_ranks, number_names
 from ksa_pipelines.report import Report, listed
 from ksa_pipelines.sources import find_files, source_files
-from ksa_pipelines.spill import Spilled, SpillTask, refuse_mixed_columns, spill
+from ksa_pipelines.spill import Chunk, Spilled, SpillTask, refuse_mixed_columns, spill
 from ksa_pipelines.ties import TiedPairs
-from ksa_pipelines.vocab import ItemCounts
+from ksa_pipelines.vocab import ItemCounts, refuse_many_event_types
 from recsys_ksa.data.manifest import Forgotten, SourceLog
 from recsys_ksa.errors import SchemaError
 
@@ -39,8 +41,14 @@ class Ingested:
     buckets: tuple[Gathered, ...]
     source: SourceLog
     tied: TiedPairs
-    has_event_type: bool
+    names: dict[str, Names]
+    """Of the number columns `item` and, where the log has types, `event_type`."""
     has_event_id: bool
+
+    @property
+    def has_event_type(self) -> bool:
+        """Whether the log has event types."""
+        return "event_type" in self.names
 
     @property
     def last_timestamp(self) -> int:
@@ -49,12 +57,23 @@ class Ingested:
 
     def counted(self) -> Counted:
         """Return the log's items and event types, added up a bucket at a time."""
-        items, types = ItemCounts(), Counter[str | None]()
+        items = self.item_counts().total(self.names["item"].values)
+        return Counted(items, self._event_types() if self.has_event_type else None)
+
+    def item_counts(self) -> ItemCounts:
+        """Return events and first time of each item, by code."""
+        counts = ItemCounts(self.names["item"].count)
         for bucket in self.buckets:
-            items.add(item_counts(bucket.folder))
-            types.update(bucket.event_types)
-            types[None] += bucket.untyped
-        return Counted(items.total(), dict(types) if self.has_event_type else None)
+            counts.add(item_counts(bucket.folder))
+        return counts
+
+    def _event_types(self) -> dict[str | None, int]:
+        """Return the events of each type that has any, None for those without."""
+        types = [None, *self.names["event_type"].values]
+        counts = np.zeros(len(types), dtype=np.int64)
+        for bucket in self.buckets:
+            counts += 0 if bucket.event_types is None else bucket.event_types
+        return {name: int(count) for name, count in zip(types, counts) if count}
 
 
 def ingest(
@@ -64,7 +83,7 @@ def ingest(
     resources: Resources,
     report: Report,
     *,
-    known: Known | None = None,
+    known: KnownNames | None = None,
     forgotten: Forgotten | None = None,
     number: int = 0,
     first_arrival: int = 0,
@@ -77,7 +96,7 @@ def ingest(
         folder: to work in.
         resources: where the work runs and what it may take.
         report: is told what each step did.
-        known: the data set the log is appended to.
+        known: the names of the data set the log is appended to.
         forgotten: users that are rejected.
         number, first_arrival: of the log among those of the data set.
 
@@ -106,11 +125,18 @@ def ingest(
     )
 
     chunks = _with_arrivals(spilled, first_arrival)
+    names = {column: number_names(chunks, column, folder) for column in chunks[0].num_names}
+    if "event_type" in names:
+        refuse_many_event_types(names["event_type"].count)
+    ranks = folder / "audit_ranks"
+    audit_ranks(names["item"].values).tofile(ranks)
+    met = None if known is None else known.in_codes_of(names, folder)
     gather_tasks = [
-        GatherTask(bucket, folder / f"bucket-{bucket:05d}", chunks, known) for bucket in range(config.num_buckets)
+        GatherTask(bucket, folder / f"bucket-{bucket:05d}", chunks, names, ranks, met)
+        for bucket in range(config.num_buckets)
     ]
     buckets = [bucket for bucket in resources.engine.map(gather, gather_tasks) if bucket is not None]
-    for path, _ in chunks:
+    for path in folder.glob("chunk-*"):
         path.unlink()
     duplicates = _summed(bucket.duplicates for bucket in buckets)
     num_events = sum(bucket.num_events for bucket in buckets)
@@ -127,7 +153,7 @@ def ingest(
     tied = reduce(add, (bucket.tied for bucket in buckets))
     kept = tuple(bucket for bucket in buckets if bucket.num_events)
     columns = spilled[0].columns
-    return Ingested(kept, source, tied, "event_type" in columns, "event_id" in columns)
+    return Ingested(kept, source, tied, names, "event_id" in columns)
 
 
 def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log: str, report: Report) -> Ingested:
@@ -159,17 +185,15 @@ def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log
 
 def _filter(ingested: Ingested, min_item: int, min_user: int, engine: Engine) -> tuple[Ingested, int, int]:
     """Drop rare items, then users with few events left; return what is left and the events dropped by each."""
-    kept = None
-    if min_item > 1:
-        items = ingested.counted().items
-        kept = set(items.filter(items["count"] >= min_item)["item_id"])
-    function = partial(keep_items, kept=kept, min_user_events=min_user)
+    kept = ingested.item_counts().count >= min_item if min_item > 1 else None
+    num_items = ingested.names["item"].count
+    function = partial(keep_items, kept=kept, min_user_events=min_user, num_items=num_items)
     results = list(engine.map(function, ingested.buckets))
     buckets = tuple(bucket for bucket, *_ in results if bucket is not None)
     return replace(ingested, buckets=buckets), sum(rare for _, rare, _ in results), sum(short for *_, short in results)
 
 
-def _refuse_other_columns(known: Known, spilled: Spilled, log: str) -> None:
+def _refuse_other_columns(known: KnownNames, spilled: Spilled, log: str) -> None:
     there = {name for name in ("event_type", "event_id") if name in spilled.columns}
     if there != known.columns:
         raise SchemaError(
@@ -178,11 +202,11 @@ def _refuse_other_columns(known: Known, spilled: Spilled, log: str) -> None:
         )
 
 
-def _with_arrivals(spilled: Sequence[Spilled], first_arrival: int) -> tuple[tuple[Path, int], ...]:
-    """Return each chunk with the arrival number of its file's first row."""
+def _with_arrivals(spilled: Sequence[Spilled], first_arrival: int) -> tuple[Chunk, ...]:
+    """Return the chunks, each with the arrival number of its file's first row."""
     chunks = []
     for file in spilled:
-        chunks += [(path, first_arrival) for path in file.chunks]
+        chunks += [replace(chunk, first_arrival=first_arrival) for chunk in file.chunks]
         first_arrival += file.num_rows
     return tuple(chunks)
 

@@ -7,17 +7,23 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ksa_pipelines.arrow import read_frame, read_table, write_frame
-from ksa_pipelines.bucket import EVENTS, ITEMS, OLD, USERS
-from ksa_pipelines.catalogue import Catalogue, Counted, log_items
+from ksa_pipelines.arrow import read_frame, take_rows, to_arrow, write_frame
+from ksa_pipelines.bucket import EVENTS, USERS
+from ksa_pipelines.catalogue import Catalogue
 from ksa_pipelines.engine import Engine
-from ksa_pipelines.histories import as_events, group_by_user, user_offsets
+from ksa_pipelines.histories import LISTS, group_by_user, lists_of, user_offsets
 from ksa_pipelines.ingest import Ingested
+from ksa_pipelines.insert import insert_events
+from ksa_pipelines.rows import write_rows
 from ksa_pipelines.split import Split, split_positions
+from ksa_pipelines.stored import Stored
 from ksa_pipelines.ties import sort_by_order
+from ksa_pipelines.vocab import item_hashes
 from ksa_pipelines.write import WORK, write_part
+from recsys_ksa.data.jagged_arrays import ragged_arange
 from recsys_ksa.data.parts import part_name
 from recsys_ksa.order import TieKind
+from recsys_ksa.schema import UNKNOWN_ITEM
 
 
 @dataclass(frozen=True)
@@ -31,33 +37,37 @@ class PartTask:
     folder: Path
     """Of the gathered bucket."""
     items: Path
-    """Table of item_id, item_index and item_hash of all items of the log."""
-    event_types: tuple[str | None, ...] | None
-    """By index; None where the log has none."""
+    """Table of item_index and item_hash by code in the log."""
+    event_types: tuple[tuple[str, int], ...] | None
+    """Name and index by code in the log; None where it has none."""
     tie: TieKind
     split: Split
     target: Path
     """The Parquet file to write."""
+    stored: Stored | None
+    """Histories that the data set has already."""
 
 
 def write_bucket(task: PartTask) -> int:
-    """Write the part of a bucket; return how many users of it have a number now."""
-    events = read_frame(task.folder / EVENTS)
-    users = number_users(task, events)
-    new = sort_by_order(_as_numbers(task, events, users), task.tie)
-    old = read_table(task.folder / OLD) if (task.folder / OLD).exists() else None
-    ordered = new if old is None else merge_by_order(as_events(old), new)
-    users = users.filter(pl.col("user_index").is_not_null()).sort("user_index")
-    user_index, offsets = user_offsets(ordered)
-    users = users.filter(pl.Series(np.isin(users["user_index"].to_numpy(), user_index)))
-    positions = split_positions(ordered["timestamp"].to_numpy(), offsets, task.split)
-    write_part(group_by_user(ordered, users.select("user_id", "user_index"), positions, offsets), task.target)
-    return max(task.numbered, int(user_index.max()) // task.num_buckets + 1)
+    """Write the part of a bucket, and its rows to be merged; return how many users of it have a number now."""
+    events, users = _numbered(task, read_frame(task.folder / EVENTS), read_frame(task.folder / USERS))
+    user_index, offsets = user_offsets(events["user_index"].to_numpy())
+    ordered = sort_by_order(_as_indices(task, events), task.tie)
+    lists = {name: to_arrow(ordered[name]) for name in LISTS if name in ordered.columns}
+    old = users["row"].drop_nulls().to_numpy()
+    if task.stored is not None and len(old):
+        before, old_offsets = lists_of(task.stored.read(old))
+        old_offsets = np.append(old_offsets, np.repeat(old_offsets[-1], users.height - len(old)))
+        lists, offsets = insert_events(before, old_offsets, lists, offsets, task.tie)
+    positions = split_positions(lists["timestamp"].to_numpy(), offsets, task.split)
+    histories = group_by_user(lists, users, positions, offsets)
+    write_part(histories, task.target)
+    write_rows(histories, task.folder)
+    return max(task.numbered, int(user_index[-1]) // task.num_buckets + 1)
 
 
 def write_parts(
     ingested: Ingested,
-    counted: Counted,
     catalogue: Catalogue,
     tie: TieKind,
     split: Split,
@@ -65,20 +75,22 @@ def write_parts(
     version: int,
     engine: Engine,
     numbered: Sequence[int],
+    stored: Stored | None = None,
 ) -> tuple[int, ...]:
     """Write a version's part of each gathered bucket into `directory`; return how many users each bucket numbers now.
 
     Args:
         ingested: the log.
-        counted, catalogue: its items and event types, and their numbers.
+        catalogue: the numbers of its items and event types.
         tie, split: of the data set.
         directory: the data set.
         version: that is being made.
         engine: where the work runs.
         numbered: users that have a number already, by bucket.
+        stored: histories that the data set has already.
     """
     items = directory / WORK / "log_items.arrow"
-    write_frame(log_items(catalogue, counted, hashed=tie == "hash"), items)
+    _write_log_items(catalogue, ingested.names["item"].values, items, hashed=tie == "hash")
     now = list(numbered)
     tasks = [
         PartTask(
@@ -87,10 +99,11 @@ def write_parts(
             numbered=numbered[gathered.bucket],
             folder=gathered.folder,
             items=items,
-            event_types=catalogue.event_types(),
+            event_types=_event_types(ingested, catalogue),
             tie=tie,
             split=split,
             target=directory / part_name(version, gathered.bucket),
+            stored=stored,
         )
         for gathered in ingested.buckets
     ]
@@ -99,46 +112,56 @@ def write_parts(
     return tuple(now)
 
 
-def number_users(task: PartTask, events: pl.DataFrame) -> pl.DataFrame:
-    """Return user_id and user_index by user code: bucket + num_buckets * n, n counting on by (first time, id bytes).
+def _numbered(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the events by user_index, in place of user, and the users that have any, by user_index.
 
-    A user without events keeps null.
+    New users: bucket + num_buckets * n, n counting on by (first time, id bytes).
     """
-    users = read_frame(task.folder / USERS).with_row_index("user")
-    users = users.with_columns(pl.col("user").cast(pl.Int32))
-    if "user_index" not in users.columns:
-        users = users.with_columns(user_index=pl.lit(None, dtype=pl.Int64))
-    first = events.group_by("user").agg(pl.col("timestamp").min().alias("first_seen"))
-    new = users.filter(pl.col("user_index").is_null()).join(first, on="user")
-    new = new.sort("first_seen", pl.col("user_id").cast(pl.Binary))
-    n = task.numbered + np.arange(new.height, dtype=np.int64)
-    numbers = new.select("user", pl.Series("number", task.bucket + task.num_buckets * n))
-    users = users.join(numbers, on="user", how="left", maintain_order="left")
-    return users.select("user_id", pl.coalesce("user_index", "number").alias("user_index"))
+    code, offsets = user_offsets(events["user"].to_numpy())
+    first_seen = pl.Series("first_seen", events["timestamp"].to_numpy()[offsets[:-1]])
+    users = users[code].with_columns(first_seen)
+    known = users["user_index"].is_not_null().to_numpy()
+    new = users.select(pl.arg_sort_by("first_seen", pl.col("user_id").cast(pl.Binary))).to_series().to_numpy()
+    new = new[~known[new]]
+    user_index = users["user_index"].fill_null(0).to_numpy().copy()
+    user_index[new] = task.bucket + task.num_buckets * (task.numbered + np.arange(len(new)))
+    # As they were gathered, unless the first events of a user were dropped since.
+    order = np.argsort(user_index, kind="stable")
+    if not np.array_equal(order, np.arange(len(order))):
+        events = take_rows(events, ragged_arange(offsets[:-1][order], np.diff(offsets)[order]))
+    lengths = np.diff(offsets)[order]
+    events = events.with_columns(user_index=pl.Series(np.repeat(user_index[order], lengths))).drop("user")
+    return events, users.with_columns(user_index=pl.Series(user_index))[order]
 
 
-def merge_by_order(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
-    """Return old and new events in one order; equal keys as they were stored, then by arrival."""
-    new = new.select(old.columns)
-    is_before = pl.col("timestamp") < new["timestamp"].min()
-    # Most of a history lies before a later log: only the rest is sorted. Both parts are in order already, so that
-    # stable sorts keep equal keys as they are.
-    rest = pl.concat([old.filter(~is_before), new]).sort("user_index", "timestamp", "tie", maintain_order=True)
-    return pl.concat([old.filter(is_before), rest]).sort("user_index", maintain_order=True)
-
-
-def _as_numbers(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame:
-    """Return the events with user_index, item_index and what ties need, in place of codes."""
-    items = read_frame(task.folder / ITEMS, ["item_id"])
-    items = items.join(read_frame(task.items), on="item_id", how="left", maintain_order="left")
+def _as_indices(task: PartTask, events: pl.DataFrame) -> pl.DataFrame:
+    """Return the events with item_index, event_type (index) and what ties need, in place of the log's codes."""
     item = events["item"].to_numpy()
-    taken = {"user_index": users["user_index"].gather(events["user"]), "item_index": items["item_index"].gather(item)}
-    if task.tie == "hash":
-        taken["item_hash"] = items["item_hash"].gather(item)
-    events = events.drop("user", "item").with_columns(**taken)
-    if task.event_types is None:
-        return events
-    indices = {name: index for index, name in enumerate(task.event_types) if name is not None}
-    return events.rename({"event_type": "event_type_name"}).with_columns(
-        pl.col("event_type_name").replace_strict(indices, default=0, return_dtype=pl.Int8).alias("event_type")
-    )
+    items = read_frame(task.items)
+    columns = {name: pl.Series(items[name].to_numpy()[item]) for name in items.columns}
+    if task.event_types is not None:
+        code = events["event_type"].to_numpy()
+        indices = np.array([*(index for _, index in task.event_types), 0], dtype=np.int8)
+        columns["event_type"] = pl.Series(indices[code])
+        if task.tie == "hash":
+            names = pl.Series([*(name for name, _ in task.event_types), None], dtype=pl.String)
+            columns["event_type_name"] = names.gather(np.where(code < 0, len(names) - 1, code))
+    return events.drop("item").with_columns(**columns)
+
+
+def _event_types(ingested: Ingested, catalogue: Catalogue) -> tuple[tuple[str, int], ...] | None:
+    if not ingested.has_event_type:
+        return None
+    indices = {name: index for index, name in enumerate(catalogue.event_types() or ()) if name is not None}
+    return tuple((name, indices.get(name, 0)) for name in ingested.names["event_type"].values)
+
+
+def _write_log_items(catalogue: Catalogue, item_ids: pl.Series, path: Path, *, hashed: bool) -> None:
+    """Write the table of item_index and, if `hashed`, item_hash of a log's items, by their code there.
+
+    An item that the catalogue does not have (a filter dropped its events) gets 0.
+    """
+    known = catalogue.items.select(pl.col("item_id").alias("name"), "item_index").drop_nulls()
+    items = pl.DataFrame({"name": item_ids}).join(known, on="name", how="left", maintain_order="left")
+    columns = [items["item_index"].fill_null(UNKNOWN_ITEM)]
+    write_frame(pl.DataFrame([*columns, *([item_hashes(item_ids)] if hashed else [])]), path)

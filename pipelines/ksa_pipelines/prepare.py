@@ -9,13 +9,13 @@ from ksa_pipelines.ingest import Resources, apply_filters, ingest
 from ksa_pipelines.part import write_parts
 from ksa_pipelines.quarantine import gather_quarantine, quarantine_name
 from ksa_pipelines.report import Report
+from ksa_pipelines.rows import open_rows
 from ksa_pipelines.split import global_cuts
 from ksa_pipelines.ties import choose_tie, describe_ties
 from ksa_pipelines.write import WORK, atomic_directory, hash_files, refuse_existing
 from recsys_ksa import __version__
 from recsys_ksa.data.cache import write_cache
 from recsys_ksa.data.manifest import Counts, Manifest
-from recsys_ksa.data.parts import all_parts
 from recsys_ksa.schema import FORMAT_VERSION
 
 
@@ -53,14 +53,13 @@ def prepare(
         catalogue = extend_catalogue(None, counted, items, config, report)
         split = global_cuts(config.split, config.clock, ingested.last_timestamp)
         nobody = [0] * config.num_buckets
-        numbered = write_parts(ingested, counted, catalogue, tie.kind, split, directory, 0, resources.engine, nobody)
+        numbered = write_parts(ingested, catalogue, tie.kind, split, directory, 0, resources.engine, nobody)
         report(f"ordered {sum(numbered):,} histories")
         write_catalogue(catalogue, directory, 0)
         gather_quarantine(work, directory / quarantine_name(0))
+        merged = write_cache(directory, open_rows([bucket.folder for bucket in ingested.buckets]), split, 0)
         shutil.rmtree(work)
-
         files = hash_files(directory, directory.rglob("*.parquet"))
-        merged = write_cache(directory, all_parts(directory, files), split, 0)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             code_version=__version__,

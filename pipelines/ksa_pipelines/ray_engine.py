@@ -6,6 +6,7 @@ machines under the same path. A task can run again: it writes the same files.
 
 import importlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -56,10 +57,10 @@ class RayEngine:
             return function(task)
 
         remote = self._ray.remote(num_cpus=1, max_retries=RETRIES)(call)
-        waiting = [remote.remote(task) for task in tasks]
+        waiting = deque(remote.remote(task) for task in tasks)
         try:
-            for each in waiting:
-                yield self._ray.get(each)
+            while waiting:
+                yield self._ray.get(waiting.popleft())
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
@@ -69,5 +70,5 @@ class RayEngine:
                 "more memory or the data set more buckets."
             ) from error
         finally:
-            for each in waiting:
+            for each in waiting:  # after an error only: Ray falls over a task that is cancelled as it ends
                 self._ray.cancel(each, force=False)

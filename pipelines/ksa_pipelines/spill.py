@@ -1,11 +1,18 @@
-"""First pass: each file of a log is mapped, checked and spilled to disk, sorted by the bucket of its users.
+"""First pass: each file of a log is mapped, checked and spilled to disk as numbers, sorted by the bucket of its users.
 
-A chunk is an Arrow IPC file with one record batch a bucket, so that a bucket is read without touching the others.
+A chunk of rows writes each user, item and event type once; its rows hold their places. `names.py` makes these places
+the same for all chunks, `read_bucket` reads a bucket of them without touching the others:
+
+    <stem>.rows          records of all numbers: row, user (counted within its bucket), item, timestamp and, where the
+                         log has them, event types; sorted by bucket
+    <stem>.texts.arrow   what is text in each row, in the same order: event_id, where the log has it
+    <stem>.users.arrow   the chunk's different user ids, sorted by bucket
+    <stem>.item.arrow, <stem>.event_type.arrow   the names that item and event_type count
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +20,19 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ksa_pipelines.arrow import to_arrow
+from ksa_pipelines.arrow import encode, read_column, to_arrow, write_table
 from ksa_pipelines.checks import FORGOTTEN, REASON, mark_rejected, refuse_milliseconds
 from ksa_pipelines.columns import column_kinds, map_columns
 from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.quarantine import Quarantine
 from ksa_pipelines.report import tally
 from ksa_pipelines.sources import ROW, File, Format, reading, scan
-from ksa_pipelines.vocab import user_bucket
+from ksa_pipelines.vocab import user_buckets
 from recsys_ksa.data.manifest import Forgotten
 from recsys_ksa.errors import DataError, SchemaError
+
+NAMED = {"item_id": "item", "event_type": "event_type"}
+"""Columns of names, and what their numbers are called."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,46 @@ class SpillTask:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Spilled rows of one file."""
+
+    stem: str
+    """Path of its files, without their endings."""
+    row_ends: NDArray[np.int64]
+    """[num_buckets + 1] bucket b's rows are row_ends[b] : row_ends[b + 1]."""
+    user_ends: NDArray[np.int64]
+    """[num_buckets + 1] the same of its users."""
+    num_names: dict[str, int]
+    """Different names in it, by number column."""
+    numbers: np.dtype
+    """Of a record."""
+    texts: tuple[str, ...]
+    """Columns of text."""
+    first_arrival: int = 0
+    """Arrival number of its file's first row."""
+
+    def path(self, name: str) -> Path:
+        """Return the file of `users`, `item` or `event_type`."""
+        return Path(f"{self.stem}.{name}.arrow")
+
+    def rows(self, bucket: int) -> NDArray[np.void]:
+        """Return the records of a bucket."""
+        first, last = self.row_ends[bucket : bucket + 2].tolist()
+        at = first * self.numbers.itemsize
+        return np.fromfile(f"{self.stem}.rows", dtype=self.numbers, count=last - first, offset=at)
+
+    def text(self, name: str, bucket: int) -> pa.Array:
+        """Return a bucket's rows of a column of text."""
+        first, last = self.row_ends[bucket : bucket + 2].tolist()
+        return read_column(self.path("texts"), name, first, last - first)
+
+    def users(self, bucket: int) -> pa.Array:
+        """Return the users of a bucket, in the order that its rows count."""
+        first, last = self.user_ends[bucket : bucket + 2].tolist()
+        return read_column(self.path("users"), "user_id", first, last - first)
+
+
+@dataclass(frozen=True)
 class Spilled:
     """A spilled file."""
 
@@ -51,8 +101,8 @@ class Spilled:
     rejected: dict[str, int]
     columns: dict[str, str]
     """The mapped columns that the file has, and of what kind they are there."""
-    chunks: tuple[Path, ...]
-    bucket_rows: NDArray[np.int64]
+    chunks: tuple[Chunk, ...]
+    bucket_rows: NDArray[np.int64] = field(repr=False)
     """Rows of each bucket, [num_buckets]."""
 
 
@@ -63,22 +113,21 @@ def spill(task: SpillTask) -> Spilled:
         SchemaError: a column is missing, of a wrong type, or the times cannot be Unix seconds.
         DataError: the file is broken.
     """
-    config, rejected, chunks, num_rows = task.config, Counter[str](), list[Path](), 0
-    bucket_rows = np.zeros(config.num_buckets, dtype=np.int64)
+    config, rejected, chunks, num_rows = task.config, Counter[str](), list[Chunk](), 0
     columns = dict[str, str]()
     with Quarantine(task.folder / f"rejected-{task.number:06d}.parquet") as quarantine:
         for batch in _read(task, columns):
             num_rows += batch.height
-            refuse_milliseconds(batch.lazy(), config, task.log)
+            refuse_milliseconds(batch, config, task.log)
             bad = batch.filter(pl.col(REASON).is_not_null())
             if bad.height:
                 rejected.update(tally(bad[REASON]))
                 quarantine.write(bad.filter(pl.col(REASON) != FORGOTTEN), task.number)
                 batch = batch.filter(pl.col(REASON).is_null())
             if batch.height:
-                path = task.folder / f"chunk-{task.number:06d}-{len(chunks):06d}.arrow"
-                bucket_rows += write_chunk(batch.drop(REASON), config.num_buckets, path)
-                chunks.append(path)
+                stem = task.folder / f"chunk-{task.number:06d}-{len(chunks):06d}"
+                chunks.append(write_chunk(batch.drop(REASON), config.num_buckets, stem))
+    bucket_rows = sum((np.diff(chunk.row_ends) for chunk in chunks), np.zeros(config.num_buckets, dtype=np.int64))
     return Spilled(num_rows, dict(rejected), columns, tuple(chunks), bucket_rows)
 
 
@@ -110,44 +159,79 @@ def _refuse_lost_rows(task: SpillTask, met: int) -> None:
         )
 
 
-def write_chunk(rows: pl.DataFrame, num_buckets: int, path: Path) -> NDArray[np.int64]:
-    """Write rows sorted by bucket, one record batch a bucket, in their order; return the rows of each."""
-    bucket = buckets_of(rows["user_id"], num_buckets)
+def write_chunk(rows: pl.DataFrame, num_buckets: int, stem: Path) -> Chunk:
+    """Write mapped rows as the chunk `stem`, those of a bucket in their order."""
+    user, users = encode(rows["user_id"])
+    bucket = user_buckets(users, num_buckets)
+    by_bucket = np.argsort(bucket, kind="stable")
+    user_ends = _ends(bucket, num_buckets)
+    place = np.empty(len(users), dtype=np.int32)
+    place[by_bucket] = np.arange(len(users)) - user_ends[bucket[by_bucket]]
+    bucket = bucket[user]
     order = np.argsort(bucket, kind="stable")
-    ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
-    table = to_arrow(rows[order])
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for first, last in zip(ends.tolist(), ends[1:].tolist()):
-            for batch in table.slice(first, last - first).combine_chunks().to_batches() or _empty(table.schema):
-                writer.write_batch(batch)
-    return np.diff(ends)
+
+    numbers: dict[str, NDArray] = {"user": place[user]}
+    texts: dict[str, pa.Array] = {}
+    num_names: dict[str, int] = {}
+    for name in rows.columns:
+        if name in NAMED:
+            codes, names = encode(rows[name])
+            numbers[NAMED[name]] = codes
+            num_names[NAMED[name]] = len(names)
+            write_table(pa.table({"name": to_arrow(names)}), Path(f"{stem}.{NAMED[name]}.arrow"))
+        elif rows[name].dtype != pl.String:
+            numbers[name] = rows[name].to_numpy()
+        elif name != "user_id":
+            texts[name] = to_arrow(rows[name]).take(pa.array(order))
+    kind = np.dtype([(name, values.dtype) for name, values in numbers.items()])
+    records = np.empty(rows.height, dtype=kind)
+    for name, values in numbers.items():
+        records[name] = values[order]
+    records.tofile(f"{stem}.rows")
+    if texts:
+        write_table(pa.table(texts), Path(f"{stem}.texts.arrow"))
+    write_table(pa.table({"user_id": to_arrow(users).take(pa.array(by_bucket))}), Path(f"{stem}.users.arrow"))
+    return Chunk(str(stem), _ends(bucket, num_buckets), user_ends, num_names, kind, tuple(texts))
 
 
-def buckets_of(user_ids: pl.Series, num_buckets: int) -> NDArray[np.int16]:
-    """Return the bucket of each user id, int16 [rows]; each different id is hashed once."""
-    codes = to_arrow(user_ids).dictionary_encode()
-    known = np.array([user_bucket(user, num_buckets) for user in codes.dictionary.to_pylist()], dtype=np.int16)
-    return known[codes.indices.to_numpy()]
+def _ends(bucket: NDArray[np.uint16], num_buckets: int) -> NDArray[np.int64]:
+    return np.append(0, np.cumsum(np.bincount(bucket, minlength=num_buckets)))
 
 
-def read_bucket(chunks: Sequence[tuple[Path, int]], bucket: int) -> pl.DataFrame:
-    """Return a bucket's rows, in the order of the log, with the column `arrival` in place of `ROW`.
+def read_bucket(
+    chunks: Sequence[Chunk], codes: dict[str, Sequence[NDArray[np.int32]]], bucket: int
+) -> tuple[pl.DataFrame, pl.Series]:
+    """Return a bucket's rows in the order of the log, and its different users.
 
     Args:
-        chunks: each with the arrival number of its file's first row.
+        chunks: of the log.
+        codes: by number column, for each chunk what its numbers are in the whole log, -1 (none) last.
         bucket: the bucket.
+
+    Returns:
+        user (row of the users), item, timestamp, arrival and, where the log has them, event_type and event_id; and
+        the user ids.
     """
-    tables, arrivals = [], []
-    for path, first_arrival in chunks:
-        with pa.memory_map(str(path)) as source:
-            batch = pa.ipc.open_file(source).get_batch(bucket)
-            if batch.num_rows:
-                arrivals.append(batch.column(ROW).to_numpy() + np.uint64(first_arrival))
-                tables.append(pa.Table.from_batches([batch]).drop_columns(ROW))
-    if not tables:
-        return pl.DataFrame()
-    rows = pl.DataFrame(pa.concat_tables(tables))
-    return rows.with_columns(arrival=pl.Series(np.concatenate(arrivals)))
+    there = [
+        (number, chunk) for number, chunk in enumerate(chunks) if chunk.row_ends[bucket] < chunk.row_ends[bucket + 1]
+    ]
+    if not there:
+        return pl.DataFrame(), pl.Series("user_id", dtype=pl.String)
+    pieces, users = list[dict[str, NDArray]](), list[pa.Array]()
+    num_users = 0
+    for number, chunk in there:
+        rows = chunk.rows(bucket)
+        piece = {name: rows[name] for name in chunk.numbers.names or ()}
+        piece["user"] = piece["user"] + np.int32(num_users)
+        piece["arrival"] = piece.pop(ROW) + np.uint64(chunk.first_arrival)
+        pieces.append(piece | {name: codes[name][number][piece[name]] for name in codes})
+        users.append(chunk.users(bucket))
+        num_users += len(users[-1])
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    place, different = encode(pl.Series("user_id", pa.chunked_array(users), dtype=pl.String))
+    columns["user"] = place[columns["user"]]
+    texts = {name: pa.concat_arrays([chunk.text(name, bucket) for _, chunk in there]) for name in there[0][1].texts}
+    return pl.DataFrame(columns | {name: pl.Series(text, dtype=pl.String) for name, text in texts.items()}), different
 
 
 def refuse_mixed_columns(spilled: Sequence[Spilled], names: Sequence[str], log: str) -> None:
@@ -168,7 +252,3 @@ def refuse_mixed_columns(spilled: Sequence[Spilled], names: Sequence[str], log: 
 
 def _listed(columns: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-
-
-def _empty(schema: pa.Schema) -> list[pa.RecordBatch]:
-    return pa.Table.from_batches([], schema).to_batches() or [pa.RecordBatch.from_pylist([], schema=schema)]

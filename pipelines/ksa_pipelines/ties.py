@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ksa_pipelines.arrow import take_rows
 from recsys_ksa.data.manifest import ChosenBy, TieAudit
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import TieKind, hash_tie_numbers
@@ -32,20 +33,14 @@ class TiedPairs:
     """Tied pairs of different items."""
     greater: int = 0
     """Of these, the second with the larger item id."""
-    integer_pairs: int = 0
-    """The same pairs where item ids are compared as integers (010 is 10)."""
-    integer_greater: int = 0
-    all_integers: bool = True
-    """Whether all item ids are integers."""
 
     def __add__(self, other: "TiedPairs") -> "TiedPairs":
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.type is int}
-        return TiedPairs(order=self.order, all_integers=self.all_integers and other.all_integers, **sums)
+        return TiedPairs(order=self.order, **sums)
 
     def audit(self) -> TieAudit:
         """Return how often neighbours are tied and whether the order inside ties follows the item id."""
-        integers = self.all_integers
-        pairs, greater = (self.integer_pairs, self.integer_greater) if integers else (self.pairs, self.greater)
+        pairs, greater = self.pairs, self.greater
         return TieAudit(
             order=self.order,
             gap_0_share=self.tied / self.gaps if self.gaps else 0.0,
@@ -56,27 +51,36 @@ class TiedPairs:
         )
 
 
-def sort_by_time(events: pl.DataFrame, user: str = "user") -> pl.DataFrame:
-    """Return the events by (user, timestamp), ties as they were.
+def order_by_time(user: NDArray[np.integer], timestamp: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the order of events by (user, timestamp), ties as they were: [T], [T] -> int64 [T].
+
+    Most logs come by time, so that putting users together is all there is to do: one pass for each 16 bits of the
+    largest user. Only events of users that are not in order then are sorted.
 
     Args:
-        events: `user` (not negative) and timestamp.
-        user: name of that column.
+        user: not negative.
+        timestamp: of the same events.
     """
-    first, last = events["timestamp"].min(), events["timestamp"].max()
-    if int(last) - int(first) >= 1 << 32 or int(events[user].max()) >= 1 << 32:  # pyright: ignore[reportArgumentType]
-        return events.sort(user, "timestamp", maintain_order=True)
-    # One key of 64 bits sorts four times as fast as two columns.
-    key = pl.col(user).cast(pl.UInt64) * (1 << 32) + (pl.col("timestamp") - first).cast(pl.UInt64)
-    return events.with_columns(key=key).sort("key", maintain_order=True).drop("key")
+    order = np.argsort((user & 0xFFFF).astype(np.uint16), kind="stable")
+    for shift in range(16, int(user.max(initial=0)).bit_length(), 16):
+        order = order[np.argsort((user[order] >> shift & 0xFFFF).astype(np.uint16), kind="stable")]
+    user, timestamp = user[order], timestamp[order]
+    opens = np.append(True, user[1:] != user[:-1])
+    late = ~opens
+    late[1:] &= timestamp[1:] < timestamp[:-1]
+    if late.any():
+        owner = np.cumsum(opens) - 1
+        rows = np.flatnonzero((np.bincount(owner[late], minlength=owner[-1] + 1) > 0)[owner])
+        order[rows] = order[rows[np.lexsort((timestamp[rows], owner[rows]))]]
+    return order
 
 
-def count_tied_pairs(events: pl.DataFrame, items: pl.Series) -> TiedPairs:
+def count_tied_pairs(events: pl.DataFrame, ranks: NDArray[np.int64]) -> TiedPairs:
     """Count neighbours in the log's own order.
 
     Args:
         events: by (user, timestamp), ties by arrival: user, item, timestamp and, where the log has them, event_id.
-        items: the item id of each value of `item`.
+        ranks: what item ids are compared by (`names.audit_ranks`), by `item`.
     """
     order: TieKind = "arrival"
     if "event_id" in events.columns:
@@ -86,22 +90,15 @@ def count_tied_pairs(events: pl.DataFrame, items: pl.Series) -> TiedPairs:
     same_user = user[1:] == user[:-1]
     tied = same_user & (timestamp[1:] == timestamp[:-1])
     last = np.append(~same_user, True)[1:]
-    first, second = item[:-1][tied], item[1:][tied]
-    earlier, later = items.gather(first), items.gather(second)  # strings compare as their bytes
-    numbers = items.cast(pl.Int64, strict=False)
-    all_integers = numbers.null_count() == 0
-    smaller, larger = (numbers.gather(first), numbers.gather(second)) if all_integers else (earlier, later)
+    first, second = ranks[item[:-1][tied]], ranks[item[1:][tied]]
     return TiedPairs(
         order=order,
         users=int((~same_user).sum()) + (len(user) > 0),
         gaps=int(same_user.sum()),
         tied=int(tied.sum()),
         tied_targets=int((tied & last).sum()),
-        pairs=int((earlier != later).sum()),
-        greater=int((later > earlier).sum()),
-        integer_pairs=int((smaller != larger).sum()),
-        integer_greater=int((larger > smaller).sum()),
-        all_integers=all_integers,
+        pairs=int((first != second).sum()),
+        greater=int((second > first).sum()),
     )
 
 
@@ -150,12 +147,18 @@ def sort_by_order(events: pl.DataFrame, kind: TieKind) -> pl.DataFrame:
             item_hash (uint64) and event_type_name (string, where the log has types); events of one user and time
             by arrival.
     """
-    ordered = sort_by_time(events, "user_index")
+    user, timestamp = events["user_index"].to_numpy(), events["timestamp"].to_numpy()
+    ordered = events if _in_order(user, timestamp) else take_rows(events, order_by_time(user, timestamp))
     keys = {"id": _id_keys, "arrival": _arrival_keys, "hash": _hash_keys}[kind](ordered)
     if keys:
         ordered = ordered.with_columns(**{f"tie_{n}": key for n, key in enumerate(keys)})
-        ordered = ordered[_tied_order(ordered, len(keys))]
+        ordered = take_rows(ordered, _tied_order(ordered, len(keys)))
     return ordered.with_columns(tie=_ties(ordered, kind)).drop(f"tie_{n}" for n in range(len(keys)))
+
+
+def _in_order(user: NDArray[np.int64], timestamp: NDArray[np.int64]) -> bool:
+    later = (user[1:] > user[:-1]) | ((user[1:] == user[:-1]) & (timestamp[1:] >= timestamp[:-1]))
+    return bool(later.all())
 
 
 def _tied_order(events: pl.DataFrame, num_keys: int) -> NDArray[np.int64]:

@@ -7,7 +7,9 @@ the bucket's users by (first timestamp, id as bytes). A later log counts on, so 
 
 import hashlib
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from ksa_pipelines.columns import Schema, id_column, text_column
 from ksa_pipelines.config import ItemsConfig
@@ -19,27 +21,22 @@ _VOCABULARY = pl.Schema({"index": pl.Int32, "value": pl.String, "count": pl.Int6
 
 
 class ItemCounts:
-    """item_id, count and first_seen of all items, added up a bucket at a time."""
+    """Events and first time of each item, by its code in the log, added up a bucket at a time."""
 
-    def __init__(self) -> None:
-        self._sum = pl.DataFrame(schema={"item_id": pl.String, "count": pl.Int64, "first_seen": pl.Int64})
-        self._pending = [self._sum]
+    def __init__(self, num_items: int) -> None:
+        self.count = np.zeros(num_items, dtype=np.int64)
+        self._first_seen = np.full(num_items, np.iinfo(np.int64).max)
 
     def add(self, counts: pl.DataFrame) -> None:
-        """Add a bucket's item_id, count, first_seen."""
-        self._pending.append(counts)
-        if sum(frame.height for frame in self._pending) > max(4 * self._sum.height, 1 << 20):
-            self._fold()
+        """Add a bucket's item (code, each once), count, first_seen."""
+        item = counts["item"].to_numpy()
+        self.count[item] += counts["count"].to_numpy()
+        self._first_seen[item] = np.minimum(self._first_seen[item], counts["first_seen"].to_numpy())
 
-    def total(self) -> pl.DataFrame:
-        """Return the sums, one row an item, in no order."""
-        self._fold()
-        return self._sum
-
-    def _fold(self) -> None:
-        rows = pl.concat([self._sum, *self._pending]) if self._sum.height else pl.concat(self._pending)
-        self._sum = rows.group_by("item_id").agg(pl.col("count").sum(), pl.col("first_seen").min())
-        self._pending = [self._sum.clear()]
+    def total(self, item_ids: pl.Series) -> pl.DataFrame:
+        """Return item_id, count, first_seen of the items that have events, by code."""
+        columns = {"item_id": item_ids, "count": self.count, "first_seen": self._first_seen}
+        return pl.DataFrame(columns).filter(pl.col("count") > 0)
 
 
 def number_items(counts: pl.DataFrame, num_known: int = 0) -> pl.DataFrame:
@@ -51,6 +48,12 @@ def number_items(counts: pl.DataFrame, num_known: int = 0) -> pl.DataFrame:
 def user_bucket(user_id: str, num_buckets: int) -> int:
     """Return the first 8 bytes, big-endian, of SHA-256(user id as UTF-8), mod `num_buckets`."""
     return int.from_bytes(hashlib.sha256(user_id.encode()).digest()[:8], "big") % num_buckets
+
+
+def user_buckets(user_ids: pl.Series, num_buckets: int) -> NDArray[np.uint16]:
+    """Return `user_bucket` of each id, uint16."""
+    digests = b"".join([hashlib.sha256(user_id).digest() for user_id in user_ids.cast(pl.Binary).to_list()])
+    return (np.frombuffer(digests, dtype=">u8")[::4] % np.uint64(num_buckets)).astype(np.uint16)
 
 
 def count_categories(values: pl.Series) -> pl.DataFrame:
@@ -79,16 +82,16 @@ def number_categories(counts: pl.DataFrame, known: pl.DataFrame | None = None) -
     return pl.concat([known, new.cast(_VOCABULARY)])
 
 
-def check_event_types(vocabulary: pl.DataFrame) -> None:
+def refuse_many_event_types(count: int) -> None:
     """Refuse more event types than an int8 numbers.
 
     Raises:
         SchemaError: more than 127.
     """
-    if vocabulary.height - 1 > MAX_EVENT_TYPES:
+    if count > MAX_EVENT_TYPES:
         raise SchemaError(
-            f"event_type: expected at most {MAX_EVENT_TYPES} types, got {vocabulary.height - 1}. "
-            "Map another column, or none (event_type = '')."
+            f"event_type: expected at most {MAX_EVENT_TYPES} types, got {count}. Map another column, or none "
+            "(event_type = '')."
         )
 
 
@@ -106,6 +109,6 @@ def map_item_columns(frame: pl.LazyFrame, config: ItemsConfig, schema: Schema, s
     return frame.select(columns).drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)
 
 
-def item_hashes(items: pl.DataFrame) -> pl.Series:
-    """Return `recsys_ksa.order.item_hash` of each row's item_id, uint64."""
-    return pl.Series("item_hash", [item_hash(item) for item in items["item_id"]], dtype=pl.UInt64)
+def item_hashes(item_ids: pl.Series) -> pl.Series:
+    """Return `recsys_ksa.order.item_hash` of each item id, uint64."""
+    return pl.Series("item_hash", [item_hash(item_id) for item_id in item_ids], dtype=pl.UInt64)

@@ -2,10 +2,11 @@
 """The loader's copy of the histories: one uncompressed Arrow IPC record batch, users by index, hash-checked.
 
     cache/histories.arrow   what training and evaluation map into memory (a later version's: histories-00003.arrow)
-    cache/histories.json    sha256 of that file, and the content and split hash it was built from
+    cache/ties.arrow        what the loader does not need, for increments: lists of tie and event_id, batches of users
+    cache/histories.json    sha256 of these files, and the content and split hash they were built from
 
-The cache can always be rebuilt from histories/part-*.parquet, in bounded memory: the file is laid out first (all
-sizes are known), then each block of users is written into its place.
+The caches can always be rebuilt from histories/part-*.parquet, in bounded memory: the loader's is laid out first
+(all sizes are known), then each block of users is written into its place.
 """
 
 import json
@@ -20,16 +21,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys_ksa.data.hashes import ContentHash, file_hash, split_hash
 from recsys_ksa.data.manifest import Manifest, versioned
-from recsys_ksa.data.parts import Part, blocks, checked_parts, with_global_split
+from recsys_ksa.data.parts import Source, blocks, checked_parts, with_global_split
 from recsys_ksa.errors import DataError
 from recsys_ksa.schema import SPLIT_COLUMNS
 
 CACHE = "cache/histories.arrow"
+TIES = "cache/ties.arrow"
 _log = logging.getLogger(__name__)
 
 
@@ -43,33 +44,38 @@ class Merged:
     """Events of each user, by user_index."""
 
 
-def write_cache(directory: Path, parts: Sequence[Part], split: dict[str, dict[str, int]], version: int) -> Merged:
-    """Merge the parts by user_index into the cache and its seal; return their hashes and lengths.
+def write_cache(directory: Path, sources: Sequence[Source], split: dict[str, dict[str, int]], version: int) -> Merged:
+    """Merge histories by user_index into the caches and their seal; return their hashes and lengths.
 
-    A reader sees the old cache or the new one whole.
+    A reader sees the old caches or the new ones whole.
 
     Args:
         directory: the data set.
-        parts: of all buckets, as `parts.checked_parts` gives them.
-        split: the cuts of protocol `global`; positions in the parts may be of an earlier version.
+        sources: of all histories, such as the parts of all buckets (`parts.checked_parts`).
+        split: the cuts of protocol `global`; positions in the sources may be of an earlier version.
         version: the data set's version; decides the names.
     """
-    path = directory / versioned(CACHE, version)
+    path, ties = (directory / versioned(name, version) for name in (CACHE, TIES))
     path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished, unfinished_ties = (each.with_name(f".{each.name}.{os.getpid()}") for each in (path, ties))
     try:
-        merged = _merge_into(unfinished, parts, split)
-        seal = {
-            "sha256": file_hash(unfinished),
-            "content_hash": merged.content_hash,
-            "split_hash": merged.split_hash,
-        }
+        merged = _merge_into(unfinished, unfinished_ties, sources, split)
+        with ThreadPoolExecutor(1) as other:
+            ties_hash = other.submit(file_hash, unfinished_ties)
+            seal = {
+                "sha256": file_hash(unfinished),
+                "ties_sha256": ties_hash.result(),
+                "content_hash": merged.content_hash,
+                "split_hash": merged.split_hash,
+            }
         unfinished_seal = unfinished.with_suffix(".seal")
         unfinished_seal.write_text(json.dumps(seal, indent=2) + "\n", encoding="utf-8")
+        unfinished_ties.replace(ties)
         unfinished.replace(path)
         unfinished_seal.replace(path.with_suffix(".json"))
     except BaseException:
         unfinished.unlink(missing_ok=True)
+        unfinished_ties.unlink(missing_ok=True)
         raise
     return merged
 
@@ -87,20 +93,50 @@ def map_cache(directory: Path, manifest: Manifest, *, checked: bool = False) -> 
     """
     directory = Path(directory)
     path = directory / versioned(CACHE, manifest.version)
+    seal = _sealed(directory, manifest)
+    if not checked:
+        _check_seal(path, seal["sha256"])
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return reader.get_batch(0)
+
+
+def checked_caches(directory: Path, manifest: Manifest) -> tuple[Path, Path]:
+    """Return the loader's cache and that of ties; rebuild both where one is missing or old.
+
+    Raises:
+        DataError: as `map_cache` says.
+    """
+    path, ties = (directory / versioned(name, manifest.version) for name in (CACHE, TIES))
+    seal = _sealed(directory, manifest)
+    if not (ties.is_file() and seal["ties_sha256"]):
+        _rebuild(directory, manifest)
+        seal = _sealed(directory, manifest)
+    with ThreadPoolExecutor(1) as other:
+        checked = other.submit(_check_seal, ties, seal["ties_sha256"])
+        _check_seal(path, seal["sha256"])
+        checked.result()
+    return path, ties
+
+
+def _sealed(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the seal of the version's caches; rebuild them where they are missing or of other data."""
+    path = directory / versioned(CACHE, manifest.version)
     seal = _read_seal(path)
     if seal is None or (seal["content_hash"], seal["split_hash"]) != (manifest.content_hash, manifest.split_hash):
         _log.warning("%s: building %s from the parts", directory, path.relative_to(directory))
         _rebuild(directory, manifest)
         seal = _read_seal(path)
         assert seal is not None
-    found = seal["sha256"] if checked else file_hash(path)
-    if found != seal["sha256"]:
+    return seal
+
+
+def _check_seal(path: Path, expected: str) -> None:
+    found = file_hash(path)
+    if found != expected:
         raise DataError(
-            f"{path}: expected sha256 {seal['sha256'][:12]}..., got {found[:12]}...: the cache was altered. "
-            f"Delete {directory / 'cache'}; it is rebuilt at the next use."
+            f"{path}: expected sha256 {expected[:12]}..., got {found[:12]}...: the cache was altered. "
+            f"Delete {path.parent}; it is rebuilt at the next use."
         )
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    return reader.get_batch(0)
 
 
 def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
@@ -137,20 +173,26 @@ def _check_content(directory: Path, manifest: Manifest, found: str) -> None:
         )
 
 
-def _merge_into(path: Path, parts: Sequence[Part], split: dict[str, dict[str, int]]) -> Merged:
-    """Write the record batch of the parts' newest rows into `path`."""
-    sizes = [_sizes(part) for part in parts]
+def _merge_into(path: Path, ties: Path, sources: Sequence[Source], split: dict[str, dict[str, int]]) -> Merged:
+    """Write the sources' newest rows into `path` and `ties`."""
+    sizes = [source.sizes() for source in sources]
     num_events, id_bytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
-    num_users = sum(int(part.newest.sum()) for part in parts)
-    schema = pq.read_schema(parts[0].path)
+    num_users = sum(int(source.newest.sum()) for source in sources)
+    schema = sources[0].schema
     layout = _Layout(path, schema, num_users, num_events, id_bytes)
     digest = ContentHash(schema)
     lengths = []
-    with path.open("r+b") as file:
-        for block in _read_ahead(blocks(parts)):
+    kept = [name for name in ("tie", "event_id") if name in schema.names]
+    with (
+        path.open("r+b") as file,
+        pa.OSFile(str(ties), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([schema.field(name) for name in kept])) as writer,
+    ):
+        for block in _read_ahead(blocks(sources)):
             digest.update(block)
             layout.write(file.fileno(), with_global_split(block, split))
-            lengths.append(_call("list_value_length", block.column("item_index")))
+            writer.write_table(block.select(kept))
+            lengths.append(pc.call_function("list_value_length", [block.column("item_index")]).to_numpy())
     with pa.memory_map(str(path)) as source:
         positions = split_hash(split, pa.ipc.open_file(source).get_batch(0))
     all_lengths = np.concatenate(lengths).astype(np.int64) if lengths else np.empty(0, dtype=np.int64)
@@ -164,23 +206,6 @@ def _read_ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         while (table := coming.result()) is not None:
             coming = reader.submit(next, tables, None)
             yield table
-
-
-def _sizes(part: Part) -> tuple[int, int]:
-    """Events and bytes of user ids in the newest rows of a part."""
-    events, id_bytes, row = 0, 0, 0
-    file = pq.ParquetFile(part.path)
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=["user_id", "item_index"])
-        mask = part.newest[row : row + table.num_rows]
-        row += table.num_rows
-        events += int(_call("list_value_length", table.column("item_index"))[mask].sum())
-        id_bytes += int(_call("binary_length", table.column("user_id"))[mask].sum())
-    return events, id_bytes
-
-
-def _call(function: str, column: pa.ChunkedArray) -> NDArray[np.int64]:
-    return pc.call_function(function, [column]).to_numpy()
 
 
 class _Layout:
@@ -211,11 +236,12 @@ class _Layout:
                 _put(descriptor, places[1], self._events, values)
                 num_events = len(values)
             elif pa.types.is_string(field.type):
-                ids = [user_id.encode() for user_id in column.to_pylist()]
-                ends = np.cumsum([0, *map(len, ids)], dtype=np.int32) + np.int32(self._id_bytes)
-                _put(descriptor, places[0], self._users, ends)
-                _put(descriptor, places[1], self._id_bytes, np.frombuffer(b"".join(ids), dtype=np.uint8))
-                num_bytes = sum(map(len, ids))
+                _, ends, ids = column.buffers()
+                ends = np.frombuffer(ends, dtype="<i4")[column.offset : column.offset + len(column) + 1]
+                _put(descriptor, places[0], self._users, ends - ends[0] + np.int32(self._id_bytes))
+                num_bytes = int(ends[-1] - ends[0])
+                if num_bytes:
+                    _put(descriptor, places[1], self._id_bytes, np.frombuffer(ids, dtype=np.uint8)[ends[0] : ends[-1]])
             else:
                 _put(descriptor, places[0], self._users, column.to_numpy())
         self._users += block.num_rows
@@ -230,7 +256,7 @@ def _span(lists: pa.LargeListArray) -> slice:
 
 def _put(descriptor: int, place: int, index: int, values: np.ndarray) -> None:
     """Write values so that the first becomes element `index` of the buffer at `place`."""
-    at, raw = place + index * values.itemsize, values.tobytes()
+    at, raw = place + index * values.itemsize, np.ascontiguousarray(values).view(np.uint8).data
     while raw:
         written = os.pwrite(descriptor, raw, at)
         raw, at = raw[written:], at + written
@@ -267,6 +293,7 @@ def _read_seal(path: Path) -> dict[str, str] | None:
         return None
     try:
         seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return {name: str(seal[name]) for name in ("sha256", "content_hash", "split_hash")}
+        needed = {name: str(seal[name]) for name in ("sha256", "content_hash", "split_hash")}
+        return needed | {"ties_sha256": str(seal.get("ties_sha256", ""))}
     except (OSError, ValueError, KeyError, TypeError):
         return None

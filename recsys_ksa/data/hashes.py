@@ -3,11 +3,13 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from recsys_ksa.schema import SPLIT_COLUMNS
 
@@ -39,15 +41,17 @@ class ContentHash:
         """Add a block in `schema.histories_schema`, its users by index and after all users before."""
         if block.num_rows == 0:
             return
-        user_index = block.column("user_index").to_numpy()
-        user_ids = block.column("user_id").to_pylist()
-        columns = [_Cells.of(block.column(name)) for name in self._names]
-        for row, user_id in enumerate(user_ids):
-            raw = user_id.encode()
-            num_events = columns[0].num_events(row)
-            self._digest.update(np.array([user_index[row], num_events, len(raw)], dtype="<i8").tobytes() + raw)
-            for column in columns:
-                column.update(self._digest, row)
+        ids = _Cells.of_strings(pa.concat_arrays(block.column("user_id").cast(pa.large_string()).chunks))
+        lists = [_Cells.of_lists(pa.concat_arrays(block.column(name).chunks)) for name in self._names]
+        heads = np.empty((block.num_rows, 3), dtype="<i8")
+        heads[:, 0] = block.column("user_index").to_numpy()
+        heads[:, 1] = np.diff(lists[0].offsets)
+        heads[:, 2] = np.diff(ids.offsets)
+        # One hash of many joined pieces: a call a piece costs more than the hash.
+        columns = [_Cells(heads.reshape(-1).view(np.uint8).data, np.arange(block.num_rows + 1) * 24), ids]
+        columns += [cells for cell in lists for cells in (cell.lengths, cell) if cells is not None]
+        pieces = zip(*(cells.pieces() for cells in columns))
+        self._digest.update(b"".join(piece for row in pieces for piece in row))
 
     def hexdigest(self) -> str:
         """Return the hash of everything so far, in hexadecimal."""
@@ -73,32 +77,42 @@ def split_hash(split: Split, histories: pa.Table | pa.RecordBatch) -> str:
 
 
 class _Cells:
-    """The values of one list column, ready to be cut by user without copying."""
+    """Bytes of a column, cut by user without copying."""
 
-    def __init__(self, offsets: list[int], values: memoryview, width: int, ends: np.ndarray | None) -> None:
-        self._offsets, self._values, self._width, self._ends = offsets, values, width, ends
+    def __init__(self, values: memoryview, ends: NDArray[np.int64], offsets: NDArray[np.int64] | None = None) -> None:
+        self._values, self._ends = values, ends.tolist()
+        self.offsets = ends if offsets is None else offsets
+        """[U + 1] in values, where `ends` counts bytes."""
+        self.lengths: _Cells | None = None
+        """Of a list of strings: the length of each, as int64."""
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield the bytes of user after user."""
+        return (self._values[first:last] for first, last in pairwise(self._ends))
 
     @classmethod
-    def of(cls, column: pa.ChunkedArray) -> "_Cells":
-        array = pa.concat_arrays(column.chunks)
-        offsets = array.offsets.to_pylist()
-        flat = array.values
+    def of_strings(cls, array: pa.Array) -> "_Cells":
+        ends, values = _strings(array)
+        return cls(values, ends)
+
+    @classmethod
+    def of_lists(cls, array: pa.LargeListArray) -> "_Cells":
+        offsets, flat = array.offsets.to_numpy(), array.values
         if pa.types.is_large_binary(flat.type) or pa.types.is_large_string(flat.type):
-            _, ends, values = flat.buffers()
-            ends_array = np.frombuffer(ends, dtype="<i8")[flat.offset :] if ends is not None else np.zeros(1, "<i8")
-            return cls(offsets, memoryview(values if values is not None else b""), 0, ends_array)
+            ends, values = _strings(flat)
+            cells = cls(values, ends[offsets], offsets)
+            lengths = np.diff(ends).astype("<i8", copy=False)
+            cells.lengths = cls(lengths.view(np.uint8).data, 8 * offsets)
+            return cells
         numbers = np.ascontiguousarray(flat.to_numpy())
         numbers = numbers.astype(numbers.dtype.newbyteorder("<"), copy=False)
-        return cls(offsets, memoryview(numbers.tobytes()), numbers.itemsize, None)
+        return cls(numbers.view(np.uint8).data, offsets * numbers.itemsize, offsets)
 
-    def num_events(self, row: int) -> int:
-        return self._offsets[row + 1] - self._offsets[row]
 
-    def update(self, digest: Any, row: int) -> None:
-        first, last = self._offsets[row], self._offsets[row + 1]
-        if self._ends is None:
-            digest.update(self._values[first * self._width : last * self._width])
-        else:
-            ends = self._ends[first : last + 1]
-            digest.update(np.diff(ends).tobytes())
-            digest.update(self._values[int(ends[0]) : int(ends[-1])])
+def _strings(array: pa.Array) -> tuple[NDArray[np.int64], memoryview]:
+    """large_binary or large_string [N] -> ends in bytes, int64 [N + 1], and the bytes."""
+    _, ends, values = array.buffers()
+    if ends is None:
+        return np.zeros(1, dtype=np.int64), memoryview(b"")
+    ends = np.frombuffer(ends, dtype="<i8")[array.offset : array.offset + len(array) + 1]
+    return ends, memoryview(b"" if values is None else values)

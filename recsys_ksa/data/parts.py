@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,30 @@ def parts_by_bucket(files: Iterable[str]) -> dict[int, list[str]]:
     return dict(parts)
 
 
+class Source(Protocol):
+    """Histories that are read forward by user_index: a part, or what a pipeline has nearer at hand."""
+
+    users: NDArray[np.int64]
+    """[rows] user_index, ascending."""
+    newest: NDArray[np.bool_]
+    """[rows] whether this source has the row that counts."""
+    num_events: int
+    """In all rows."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of `before`'s tables: `schema.histories_schema`."""
+        ...
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the events and the bytes of user ids of the newest rows."""
+        ...
+
+    def before(self, user_index: int) -> pa.Table | None:
+        """Return the next newest rows up to, without, `user_index`, or None."""
+        ...
+
+
 @dataclass
 class Part:
     """One part, read forward by user_index."""
@@ -66,6 +91,21 @@ class Part:
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
         self._group, self._held, self._row = 0, None, 0
 
+    @property
+    def schema(self) -> pa.Schema:
+        """`schema.histories_schema`."""
+        return pq.read_schema(self.path)
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the events and the bytes of user ids of the newest rows."""
+        events, id_bytes, row = 0, 0, 0
+        file = pq.ParquetFile(self.path)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["user_id", "item_index"])
+            more = sizes_of(table, self.newest[row : row + table.num_rows])
+            row, events, id_bytes = row + table.num_rows, events + more[0], id_bytes + more[1]
+        return events, id_bytes
+
     def before(self, user_index: int) -> pa.Table | None:
         """Return the next newest rows up to, without, `user_index`, or None."""
         stop = int(np.searchsorted(self.users, user_index))
@@ -83,6 +123,13 @@ class Part:
         return pa.concat_tables(pieces) if pieces else None
 
 
+def sizes_of(rows: pa.Table, newest: NDArray[np.bool_]) -> tuple[int, int]:
+    """Return the events and the bytes of user ids of the rows that are the newest."""
+    lengths = pc.call_function("list_value_length", [rows.column("item_index")]).to_numpy()
+    id_bytes = pc.call_function("binary_length", [rows.column("user_id")]).to_numpy()
+    return int(lengths[newest].sum()), int(id_bytes[newest].sum())
+
+
 def open_parts(directory: Path, names: Sequence[str], columns: Sequence[str] | None = None) -> list[Part]:
     """Return a bucket's parts, oldest first, each knowing which of its rows are the newest."""
     parts = [Part(directory / name, columns) for name in names]
@@ -93,8 +140,8 @@ def open_parts(directory: Path, names: Sequence[str], columns: Sequence[str] | N
     return parts
 
 
-def blocks(parts: Sequence[Part]) -> Iterator[pa.Table]:
-    """Yield the newest rows of all parts by user_index, in tables of about `BLOCK_EVENTS` events."""
+def blocks(parts: Sequence[Source]) -> Iterator[pa.Table]:
+    """Yield the newest rows of all sources by user_index, in tables of about `BLOCK_EVENTS` events."""
     users = np.sort(np.concatenate([part.users[part.newest] for part in parts])) if parts else np.empty(0, np.int64)
     num_events = sum(part.num_events * part.newest.mean() for part in parts if len(part.users))
     step = max(1, int(len(users) * BLOCK_EVENTS / max(num_events, 1)))

@@ -121,4 +121,4 @@ def check_going_on(path: Path) -> None:
     found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     cache = {name for name in found if name.startswith("cache/")}
     assert found == {*after.files, "manifest.json", ".lock", *cache}
-    assert len(cache) == 2
+    assert len(cache) == 3
