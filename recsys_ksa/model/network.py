@@ -68,7 +68,7 @@ class Network(ScoringNetwork):
         self.precision = precision
         self.summary_input = nn.Parameter(torch.randn(config.summaries_per_chunk, config.dim))
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
-        self._arrays: tuple[Tensor, int, ArrayNetwork | None] | None = None
+        self._arrays: tuple[int, ArrayNetwork | None] | None = None
 
     def forward(self, batch: "Batch", attention_impl: str = "auto") -> Tensor:
         """Return one user vector a question, [Q, E] ([Q, E + 1] with an item bias); score = user . item."""
@@ -179,11 +179,10 @@ class Network(ScoringNetwork):
 
         Kept, and looked up again where the parameters have moved (`to`, a copy of the network).
         """
-        sample = self.summary_input
-        kept = self._arrays
-        if kept is None or kept[0] is not sample or kept[1] != sample.data_ptr():
-            kept = self._arrays = sample, sample.data_ptr(), self._as_arrays()
-        return kept[2]
+        where = self.summary_input.data_ptr()
+        if self._arrays is None or self._arrays[0] != where:
+            self._arrays = where, self._as_arrays()
+        return self._arrays[1]
 
     @property
     def last_kind(self) -> LayerKind:
