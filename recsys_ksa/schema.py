@@ -39,8 +39,9 @@ ITEMS = pa.schema(
         pa.field("first_seen", pa.int64()),
     ]
 )
-"""items.parquet; then one int32 column `<feature>_index` for each side feature, and `title` (string) where known.
-Row r has item_index r; row 0 has item_id null."""
+"""items.parquet; then one int32 column `<feature>_index` for each side feature, `<feature>_indices` (list<int32>) for
+each that is several categories, `<feature>_vector` (fixed_size_list<float>) for each vector, and `title` (string) where
+known. Row r has item_index r; row 0 has item_id null."""
 
 VOCABULARY = pa.schema(
     [pa.field("index", pa.int32(), nullable=False), pa.field("value", pa.string()), pa.field("count", pa.int64())]
@@ -50,6 +51,16 @@ VOCABULARY = pa.schema(
 SPLIT_COLUMNS = ("loo_valid", "loo_test", "global_valid", "global_test")
 """int32, one each a user: the position in the history at which the protocol's validation (test) events begin;
 the history's length where it has none. `loo-classic` needs no column: length - 2 and length - 1."""
+
+
+def indices_column(name: str) -> str:
+    """Return the column of items.parquet that holds the categories of a feature of several."""
+    return f"{name}_indices"
+
+
+def vector_column(name: str) -> str:
+    """Return the column of items.parquet that holds a feature's vectors."""
+    return f"{name}_vector"
 
 
 def histories_schema(*, has_event_type: bool, has_event_id: bool) -> pa.Schema:

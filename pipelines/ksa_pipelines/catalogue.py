@@ -7,7 +7,8 @@ import polars as pl
 import pyarrow as pa
 
 from ksa_pipelines.arrow import to_arrow
-from ksa_pipelines.config import PrepareConfig
+from ksa_pipelines.config import ItemsConfig, PrepareConfig
+from ksa_pipelines.item_features import unknown_row, vector_length, with_category_indices, with_vector
 from ksa_pipelines.report import Report
 from ksa_pipelines.sources import find_files, reading, scan_all, source_files
 from ksa_pipelines.vocab import (
@@ -20,7 +21,7 @@ from ksa_pipelines.vocab import (
 from ksa_pipelines.write import write_table
 from recsys_ksa.data.manifest import Manifest, SourceFile, check_file, versioned
 from recsys_ksa.errors import SchemaError
-from recsys_ksa.schema import ITEMS, UNKNOWN_CATEGORY, UNKNOWN_ITEM, VOCABULARY
+from recsys_ksa.schema import ITEMS, UNKNOWN_CATEGORY, UNKNOWN_ITEM, VOCABULARY, vector_column
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def read_catalogue(dataset: Path, manifest: Manifest) -> Catalogue:
     def table(name: str) -> pl.DataFrame:
         return pl.read_parquet(check_file(dataset, manifest, manifest.table_file(name)))
 
-    names = [*(("event_type",) if manifest.has_event_type else ()), *manifest.side_features]
-    vocab = {name: table(f"vocab/{name}.parquet").sort("index") for name in names}
+    vocab = {name: table(f"vocab/{name}.parquet").sort("index") for name in manifest.vocabularies}
     return Catalogue(table("items.parquet").sort("item_index"), vocab, manifest.items_files, manifest.items_described)
 
 
@@ -88,7 +88,7 @@ def extend_catalogue(
         DataError: the items file is missing or broken.
     """
     described, files = read_items_file(items, config, needed=known is None)
-    before = known or Catalogue(_unknown_item(config.items.side_features, described), {})
+    before = known or Catalogue(_unknown_item(config.items, described, items), {})
     new = number_items(counted.items.join(before.items, on="item_id", how="anti"), before.num_items)
     num_described = new.join(described, on="item_id", how="semi").height
     table = new.join(described, on="item_id", how="left", maintain_order="left")
@@ -104,6 +104,14 @@ def extend_catalogue(
         values = table[name] if name in table.columns else pl.Series(name, [None] * table.height, dtype=pl.String)
         vocab[name] = number_categories(count_categories(values), before.vocab.get(name))
         table = table.with_columns(values).pipe(with_category_index, name, vocab[name])
+    for name in config.items.multi_features:
+        values = table[name] if name in table.columns else _nothing(name, pl.List(pl.String), table.height)
+        vocab[name] = number_categories(count_categories(values.explode()), before.vocab.get(name))
+        table = table.with_columns(values).pipe(with_category_indices, name, vocab[name])
+    for name in config.items.vectors:
+        values = table[name] if name in table.columns else _nothing(name, pl.List(pl.Float32), table.height)
+        length = before.items[vector_column(name)].dtype.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+        table = table.with_columns(values).pipe(with_vector, name, length, items)
     if items is not None:
         report(f"the items file describes {num_described:,} of {new.height:,} new items")
     rows = pl.concat([_counted_again(before.items, counted.items), table], how="diagonal_relaxed")
@@ -128,10 +136,10 @@ def read_items_file(
         SchemaError, DataError: as `extend_catalogue` says.
     """
     if items is None:
-        if config.items.side_features and needed:
+        wanted = [*config.items.vocabularies, *config.items.vectors]
+        if wanted and needed:
             raise SchemaError(
-                f"items.side_features {list(config.items.side_features)}: expected an items file that has them, got "
-                "none. Give --items FILE."
+                f"items.side_features {wanted}: expected an items file that has them, got none. Give --items FILE."
             )
         return pl.DataFrame(schema={"item_id": pl.String}), ()
     files_format, files = find_files(items)
@@ -150,15 +158,22 @@ def with_category_index(items: pl.DataFrame, name: str, vocabulary: pl.DataFrame
     return joined.with_columns(pl.col(f"{name}_index").fill_null(UNKNOWN_CATEGORY))
 
 
-def _unknown_item(side_features: tuple[str, ...], described: pl.DataFrame) -> pl.DataFrame:
+def _nothing(name: str, kind: pl.DataType, height: int) -> pl.Series:
+    return pl.Series(name, [None] * height, dtype=kind)
+
+
+def _unknown_item(config: ItemsConfig, described: pl.DataFrame, source: str | None) -> pl.DataFrame:
     """Return row 0, the unknown item; columns as `schema.ITEMS` says."""
+    side_features = config.side_features
+    lengths = {name: vector_length(name, described, source) for name in config.vectors}
+    more = unknown_row(config.multi_features, lengths)
     row = {"item_index": UNKNOWN_ITEM, "item_id": None, "count": 0, "first_seen": None}
     kinds: dict[str, type[pl.DataType]] = dict(zip(row, (pl.Int32, pl.String, pl.Int64, pl.Int64)))
     row |= {f"{name}_index": UNKNOWN_CATEGORY for name in side_features}
     kinds |= {f"{name}_index": pl.Int32 for name in side_features}
     if "title" in described.columns:
         row, kinds = row | {"title": None}, kinds | {"title": pl.String}
-    return pl.DataFrame([row], schema=kinds)
+    return pl.concat([pl.DataFrame([row], schema=kinds), more], how="horizontal")
 
 
 def _counted_again(items: pl.DataFrame, counts: pl.DataFrame) -> pl.DataFrame:
@@ -171,6 +186,13 @@ def _counted_again(items: pl.DataFrame, counts: pl.DataFrame) -> pl.DataFrame:
 
 def _items_table(items: pl.DataFrame) -> pa.Table:
     fields = [*ITEMS]
-    for name in items.columns[len(ITEMS) :]:
-        fields.append(pa.field(name, pa.string()) if name == "title" else pa.field(name, pa.int32(), nullable=False))
+    for name, kind in list(items.schema.items())[len(ITEMS) :]:
+        if name == "title":
+            fields.append(pa.field(name, pa.string()))
+        elif isinstance(kind, pl.List):
+            fields.append(pa.field(name, pa.list_(pa.int32()), nullable=False))
+        elif isinstance(kind, pl.Array):
+            fields.append(pa.field(name, pa.list_(pa.float32(), kind.shape[0]), nullable=False))
+        else:
+            fields.append(pa.field(name, pa.int32(), nullable=False))
     return to_arrow(items).cast(pa.schema(fields))

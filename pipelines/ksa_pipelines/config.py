@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from recsys_ksa.config import Strict, load_config, parse_config
 from recsys_ksa.data.manifest import Clock
@@ -58,16 +58,29 @@ class ItemsConfig(Strict):
     """Unset: `title` where the file has it. Empty: left out."""
     side_features: tuple[str, ...] = ()
     """Columns that become categorical vocabularies; their names are kept."""
+    multi_features: tuple[str, ...] = ()
+    """Columns of several categories an item: lists, or texts split at `multi_separator`; they have vocabularies too."""
+    multi_separator: str = Field(default="|", min_length=1)
+    """Between the categories of a text."""
+    vectors: dict[str, tuple[str, ...]] = {}
+    """Vectors by name, all of one length: a column of lists of numbers, or columns of one number each."""
 
-    @field_validator("side_features")
-    @classmethod
-    def _names_for_files(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """Features whose categories are numbered."""
+        return self.side_features + self.multi_features
+
+    @model_validator(mode="after")
+    def _names_for_files(self) -> Self:
+        names = [*self.side_features, *self.multi_features, *self.vectors]
         for name in names:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in ("event_type", "title", "item_id"):
                 raise ValueError(f"expected names of letters, digits and _ that are not taken, got {name!r}")
         if len(set(names)) != len(names):
             raise ValueError("expected each name once")
-        return names
+        if empty := [name for name, columns in self.vectors.items() if not columns]:
+            raise ValueError(f"vectors: expected the columns of {empty[0]!r}, got none")
+        return self
 
 
 class SplitConfig(Strict):

@@ -30,6 +30,7 @@ from recsys_ksa.data.cache import write_cache
 from recsys_ksa.data.manifest import Counts, Forgotten, Manifest, versioned
 from recsys_ksa.data.parts import Part, all_parts, blocks, checked_parts, part_name, parts_by_bucket
 from recsys_ksa.errors import DataError
+from recsys_ksa.schema import indices_column
 
 
 def forget(dataset: Path, user_ids: Sequence[str], report: Report) -> Manifest:
@@ -124,11 +125,13 @@ def _blank(catalogue: Catalogue, seen: Seen) -> Catalogue:
     there = pl.Series(seen.count[index] > 0)
     left = pl.when(there)
     sides = [name for name in catalogue.items.columns if name.endswith("_index") and name != "item_index"]
+    lists = [name for name in catalogue.items.columns if name.endswith(("_indices", "_vector"))]
     columns = [
         left.then("item_id").alias("item_id"),
         pl.Series("count", seen.count[index]),
         left.then(pl.Series(seen.first_seen[index])).alias("first_seen"),
         *(left.then(name).otherwise(0).cast(pl.Int32).alias(name) for name in sides),
+        *(left.then(name).otherwise(pl.col(name).first()).alias(name) for name in lists),
     ]
     if "title" in catalogue.items.columns:
         columns.append(left.then("title").alias("title"))
@@ -137,8 +140,11 @@ def _blank(catalogue: Catalogue, seen: Seen) -> Catalogue:
     for name, table in catalogue.vocab.items():
         if name == "event_type":
             counts = seen.event_types
-        else:
+        elif f"{name}_index" in items.columns:
             counts = np.bincount(items.filter(there)[f"{name}_index"].to_numpy(), minlength=table.height)
+        else:
+            met = items.filter(there)[indices_column(name)].explode().drop_nulls()
+            counts = np.bincount(met.to_numpy(), minlength=table.height)
         count = pl.Series("count", counts[: table.height].astype(np.int64))
         vocab[name] = table.with_columns(count, pl.when(count > 0).then("value").alias("value"))
     return Catalogue(items, vocab, catalogue.items_files, catalogue.items_described)

@@ -74,6 +74,8 @@ def prepare(
             has_event_id=ingested.has_event_id,
             has_title="title" in catalogue.items.columns,
             side_features=config.items.side_features,
+            multi_features=config.items.multi_features,
+            vectors=tuple(config.items.vectors),
             counts=Counts.of(merged.lengths, catalogue.num_items),
             split=split,
             logs=(ingested.source,),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksa_pipelines.arrow import to_arrow
@@ -50,7 +51,8 @@ def view(
     plain = {"read": ReadConfig(), "columns": ColumnsConfig(), "tie": source.manifest.tie, "k_core": limits.k_core}
     plain |= {"min_item_count": 0, "min_user_events": 0}
     config = config.model_copy(update=plain)
-    items_columns = config.items.model_copy(update={"item_id": "item_id", "title": "title"})
+    vectors = {name: (name,) for name in config.items.vectors}
+    items_columns = config.items.model_copy(update={"item_id": "item_id", "title": "title", "vectors": vectors})
     if source.items.title is None:
         items_columns = items_columns.model_copy(update={"title": ""})
     config = config.model_copy(update={"items": items_columns})
@@ -96,6 +98,11 @@ def _items_file(source: Dataset) -> pl.DataFrame:
     columns = {"item_id": pl.Series(source.items.item_id, dtype=pl.String)}
     for name, index in source.items.side.items():
         columns[name] = pl.Series(source.vocab[name], dtype=pl.String).gather(index)
+    for name, found in source.items.multi.items():
+        values = pl.Series(source.vocab[name], dtype=pl.String).gather(found.index)
+        columns[name] = pl.Series(pa.LargeListArray.from_arrays(found.offsets, to_arrow(values)))
+    for name, vectors in source.items.vectors.items():
+        columns[name] = pl.Series(vectors).arr.to_list()
     if source.items.title is not None:
         columns["title"] = pl.Series(source.items.title, dtype=pl.String)
     return pl.DataFrame(columns).drop_nulls("item_id")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ksa_pipelines.columns import Schema, id_column, text_column
 from ksa_pipelines.config import ItemsConfig
+from ksa_pipelines.item_features import feature_columns
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import item_hash
 
@@ -98,12 +99,15 @@ def refuse_many_event_types(count: int) -> None:
 def map_item_columns(frame: pl.LazyFrame, config: ItemsConfig, schema: Schema, source: str) -> pl.LazyFrame:
     """The items file -> item_id, side features, title as strings; empty ones are null, an id's first row stays.
 
+    Features of several categories come as lists of strings, vectors as lists of numbers.
+
     Raises:
         SchemaError: a column is missing or of a type that is no category.
     """
     columns = [id_column(schema, config.item_id, source).alias("item_id")]
     for name in config.side_features:
         columns.append(text_column(schema, name, source).alias(name))
+    columns += feature_columns(config, schema, source)
     if config.title != "" and (config.title is not None or "title" in schema):
         columns.append(text_column(schema, config.title or "title", source).alias("title"))
     return frame.select(columns).drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)

@@ -3,7 +3,7 @@
 Torch-free and polars-free. U users, T events, I items (rows of items.parquet without row 0).
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys_ksa.data.cache import map_cache
+from recsys_ksa.data.item_columns import Categories, vectors_of
 from recsys_ksa.data.manifest import Manifest, check_file, read_manifest
 from recsys_ksa.errors import DataError
-from recsys_ksa.schema import SPLIT_COLUMNS
+from recsys_ksa.schema import SPLIT_COLUMNS, indices_column, vector_column
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class Items:
     """[I + 1] each, by side feature: index into the vocabulary of that name; 0 where unknown."""
     title: list[str | None] | None
     """[I + 1], None where the log's items had no titles."""
+    multi: dict[str, Categories] = field(default_factory=dict)
+    """By feature of several categories: rows of the vocabulary of that name."""
+    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """[I + 1, D] by name; zeros where an item has none."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,7 @@ def open_dataset(path: Path | str, version: int | None = None) -> Dataset:
 
 def _open(path: Path, manifest: Manifest) -> Dataset:
     items = _read_items(path, manifest)
-    names = [*(("event_type",) if manifest.has_event_type else ()), *manifest.side_features]
-    vocab = {name: _read_vocabulary(path, manifest, name) for name in names}
+    vocab = {name: _read_vocabulary(path, manifest, name) for name in manifest.vocabularies}
     histories = replace(_view(map_cache(path, manifest)), mapped_from=(path, manifest))
     found = (histories.num_users, len(items.item_id) - 1, histories.num_events)
     counts = manifest.counts
@@ -168,6 +172,8 @@ def _read_items(path: Path, manifest: Manifest) -> Items:
         first_seen=table.column("first_seen").fill_null(-1).to_numpy(),
         side={name: table.column(f"{name}_index").to_numpy() for name in manifest.side_features},
         title=table.column("title").to_pylist() if manifest.has_title else None,
+        multi={name: Categories.of(table.column(indices_column(name))) for name in manifest.multi_features},
+        vectors={name: vectors_of(table.column(vector_column(name))) for name in manifest.vectors},
     )
 
 

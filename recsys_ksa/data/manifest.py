@@ -121,6 +121,10 @@ class Manifest(Strict):
     has_event_id: bool
     has_title: bool
     side_features: tuple[str, ...]
+    multi_features: tuple[str, ...] = ()
+    """Features of several categories an item."""
+    vectors: tuple[str, ...] = ()
+    """Features that are a vector an item."""
     counts: Counts
     split: dict[str, dict[str, int]]
     """`global`: {valid_start, test_start, log_end} in the data set's seconds; absent with an ordinal clock."""
@@ -141,8 +145,12 @@ class Manifest(Strict):
     @property
     def tables(self) -> list[str]:
         """Names of the items and vocabularies; `table_file` says where they lie."""
-        names = [*(("event_type",) if self.has_event_type else ()), *self.side_features]
-        return ["items.parquet", *(f"vocab/{name}.parquet" for name in names)]
+        return ["items.parquet", *(f"vocab/{name}.parquet" for name in self.vocabularies)]
+
+    @property
+    def vocabularies(self) -> list[str]:
+        """Names of the categorical vocabularies."""
+        return [*(("event_type",) if self.has_event_type else ()), *self.side_features, *self.multi_features]
 
     def table_file(self, name: str) -> str:
         """Return where this version's `items.parquet` or `vocab/<name>.parquet` lies in the data set."""

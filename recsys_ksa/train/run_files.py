@@ -64,9 +64,11 @@ def begin_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
         raise RunError(
             f"{run}: expected a directory that can be written, got: {error.strerror}. Name another."
         ) from error
-    shutil.copyfile(dataset.path / ITEMS_FILE, run / ITEMS_FILE)
+    tables = dataset.manifest
+    shutil.copyfile(dataset.path / tables.table_file(ITEMS_FILE), run / ITEMS_FILE)
     for name in dataset.vocab:
-        shutil.copyfile(dataset.path / VOCAB_FOLDER / f"{name}.parquet", vocabulary / f"{name}.parquet")
+        file = f"{VOCAB_FOLDER}/{name}.parquet"
+        shutil.copyfile(dataset.path / tables.table_file(file), run / file)
     if config.model.item_bias == "popularity-7d":
         _write(run / POPULARITY_FILE, DayCounts.of_histories(dataset.histories).save)
     _write_text(run / DATA_FILE, json.dumps(_data_hashes(dataset)))
