@@ -1,11 +1,14 @@
 """The items a user already had, each with (count, first time, last time): 24 bytes an item. Torch-free, immutable."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 BYTES_PER_ITEM = 24
+
+Width = TypeVar("Width", np.int32, np.int64)
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,15 @@ class SeenItems:
     def from_events(item_index: NDArray[np.integer], timestamp: NDArray[np.int64]) -> "SeenItems":
         """Count events, given in order. [T], [T]."""
         known = item_index > 0
-        items, inverse, count = np.unique(item_index[known], return_inverse=True, return_counts=True)
-        times = timestamp[known]
-        first = np.full(len(items), np.iinfo(np.int64).max)
-        last = np.full(len(items), np.iinfo(np.int64).min)
-        np.minimum.at(first, inverse, times)
-        np.maximum.at(last, inverse, times)
-        return SeenItems(items.astype(np.int32), count.astype(np.int32), first, last)
+        items, times = item_index[known], timestamp[known]
+        if not len(items):
+            return SeenItems.empty()
+        order = items.argsort()
+        items, times = items[order], times[order]
+        starts = np.concatenate(([0], (items[1:] != items[:-1]).nonzero()[0] + 1))
+        count = np.concatenate((starts[1:], [len(items)])) - starts
+        first, last = np.minimum.reduceat(times, starts), np.maximum.reduceat(times, starts)
+        return SeenItems(items[starts].astype(np.int32), count.astype(np.int32), first, last)
 
     def add(self, item_index: NDArray[np.integer], timestamp: NDArray[np.int64]) -> "SeenItems":
         """Return the items after further events. [n], [n]; this value stays as it is."""
@@ -49,11 +54,23 @@ class SeenItems:
         first[at[known]] = np.minimum(first[at[known]], new.first[known])
         last[at[known]] = np.maximum(last[at[known]], new.last[known])
         fresh = ~known
+        num_fresh = int(fresh.sum())
+        if not num_fresh:
+            return SeenItems(self.item_index, count, first, last)
+        place = at[fresh] + np.arange(num_fresh)
+        olds = np.ones(len(self) + num_fresh, dtype=bool)
+        olds[place] = False
+
+        def merged(old: NDArray[Width], added: NDArray[Width]) -> NDArray[Width]:
+            both = np.empty(len(olds), old.dtype)
+            both[olds], both[place] = old, added[fresh]
+            return both
+
         return SeenItems(
-            np.insert(self.item_index, at[fresh], new.item_index[fresh]),
-            np.insert(count, at[fresh], new.count[fresh]),
-            np.insert(first, at[fresh], new.first[fresh]),
-            np.insert(last, at[fresh], new.last[fresh]),
+            merged(self.item_index, new.item_index),
+            merged(count, new.count),
+            merged(first, new.first),
+            merged(last, new.last),
         )
 
     def __len__(self) -> int:
