@@ -28,13 +28,15 @@ from safetensors.torch import load_file
 
 from recsys_ksa.architectures import build_network
 from recsys_ksa.config import RunConfig, Strict, TrainingSpan, load_config
+from recsys_ksa.data.item_columns import Categories, vectors_of
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
-from recsys_ksa.model.features import Clock, FeatureSchema, SideFeature
+from recsys_ksa.model.features import Clock, FeatureSchema, MultiFeature, SideFeature
 from recsys_ksa.model.fingerprint import release_hash
 from recsys_ksa.model.network import Network
 from recsys_ksa.model.scoring import ScoringNetwork
 from recsys_ksa.order import TieKind
+from recsys_ksa.schema import indices_column, vector_column
 
 CONFIG_FILE = "config.toml"
 WEIGHTS_FILE = "model.safetensors"
@@ -127,13 +129,19 @@ def open_run(path: str | Path) -> Run:
             "Copy the run again, whole."
         )
     item_id = table["item_id"].to_pylist()
-    side = {}
+    side, multi, vectors = {}, {}, {}
     for name in config.model.side_features:
-        column = f"{name}_index"
-        if column not in table.column_names:
-            raise RunError(f"{path / ITEMS_FILE}: expected the column {column}, got {table.column_names}.")
+        if vector_column(name) in table.column_names:
+            vectors[name] = vectors_of(table[vector_column(name)])
+            continue
         rows = _read_table(path / VOCAB_FOLDER / f"{name}.parquet").num_rows
-        side[name] = SideFeature(rows, table[column].to_numpy().astype(np.int32))
+        if indices_column(name) in table.column_names:
+            lists = Categories.of(table[indices_column(name)])
+            multi[name] = MultiFeature(lists.offsets, lists.index, rows)
+        elif f"{name}_index" in table.column_names:
+            side[name] = SideFeature(rows, table[f"{name}_index"].to_numpy().astype(np.int32))
+        else:
+            raise RunError(f"{path / ITEMS_FILE}: expected the column {name}_index, got {table.column_names}.")
     types = path / VOCAB_FOLDER / "event_type.parquet"
     names = _read_table(types)["value"].to_pylist() if types.exists() else []
     return Run(
@@ -147,7 +155,7 @@ def open_run(path: str | Path) -> Run:
             index_of={name: row for row, name in enumerate(item_id) if name is not None},
         ),
         event_types={name: row for row, name in enumerate(names) if name is not None},
-        features=FeatureSchema(info.num_items, len(names), side, info.clock),
+        features=FeatureSchema(info.num_items, len(names), side, info.clock, multi, vectors),
     )
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys_ksa.data.item_columns import Categories
+
 Clock = Literal["unix", "relative", "ordinal"]
 
 
@@ -23,22 +25,41 @@ class SideFeature:
 
 
 @dataclass(frozen=True)
+class MultiFeature(Categories):
+    """One column of the items that holds several categories each.
+
+    num_categories: rows of its vocabulary, 0 (unknown) included.
+    """
+
+    num_categories: int
+
+
+@dataclass(frozen=True)
 class FeatureSchema:
     """Sizes of every embedding table and the clock of the timestamps.
 
     num_items: item rows, row 0 (unknown) included.
     num_event_types: rows of the event type vocabulary, 0 where events have no type.
-    side: the side features used, by name.
+    side: the side features used that are one category an item, by name.
+    multi: those that are several.
+    vectors: those that are a vector an item, float32 [num_items, D].
     """
 
     num_items: int
     num_event_types: int = 0
     side: Mapping[str, SideFeature] = field(default_factory=dict)
     clock: Clock = "unix"
+    multi: Mapping[str, MultiFeature] = field(default_factory=dict)
+    vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Return the schema without the items' columns, for run.json and fingerprints."""
-        return {
+        more: dict[str, object] = {}
+        if self.multi:
+            more["multi"] = {name: feature.num_categories for name, feature in self.multi.items()}
+        if self.vectors:
+            more["vectors"] = {name: vectors.shape[1] for name, vectors in self.vectors.items()}
+        return more | {
             "num_items": self.num_items,
             "num_event_types": self.num_event_types,
             "side": {name: feature.num_categories for name, feature in self.side.items()},

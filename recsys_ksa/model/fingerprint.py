@@ -48,6 +48,11 @@ def state_fingerprint(network: ScoringNetwork) -> str:
         "dtype": str(network.state_dtype),
         "side": {name: _array_hash(side.category.tobytes()) for name, side in network.features.side.items()},
     }
+    features = network.features
+    lists = {name: _array_hash(each.offsets.tobytes() + each.index.tobytes()) for name, each in features.multi.items()}
+    vectors = {name: _array_hash(each.tobytes()) for name, each in features.vectors.items()}
+    if lists or vectors:
+        about |= {"lists": lists, "vectors": vectors}
     return _hash(about, weights)
 
 

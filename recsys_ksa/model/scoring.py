@@ -129,8 +129,8 @@ class ScoringNetwork(nn.Module):
 
 def _check(config: ModelConfig, features: FeatureSchema) -> None:
     for name in config.side_features:
-        if name not in features.side:
-            have = ", ".join(features.side) or "none"
+        if not any(name in known for known in (features.side, features.multi, features.vectors)):
+            have = ", ".join([*features.side, *features.multi, *features.vectors]) or "none"
             raise ConfigError(
                 f"model.side_features: expected side features of the data set ({have}), got {name!r}. "
                 "Prepare the data with it, or leave it out."

@@ -14,7 +14,7 @@ from recsys_ksa import __version__
 from recsys_ksa.config import RunConfig, dump_config, load_config
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
-from recsys_ksa.model.features import FeatureSchema, SideFeature
+from recsys_ksa.model.features import FeatureSchema, MultiFeature, SideFeature
 from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
 from recsys_ksa.model.scoring import ScoringNetwork
 from recsys_ksa.run import (
@@ -43,8 +43,14 @@ def feature_schema(dataset: "Dataset", config: RunConfig) -> FeatureSchema:
         for name in config.model.side_features
         if name in dataset.items.side
     }
+    multi = {
+        name: MultiFeature(lists.offsets, lists.index, len(dataset.vocab[name]))
+        for name, lists in dataset.items.multi.items()
+        if name in config.model.side_features
+    }
+    vectors = {name: each for name, each in dataset.items.vectors.items() if name in config.model.side_features}
     num_event_types = len(dataset.vocab.get("event_type", ()))
-    return FeatureSchema(dataset.num_items, num_event_types, side, dataset.manifest.clock)
+    return FeatureSchema(dataset.num_items, num_event_types, side, dataset.manifest.clock, multi, vectors)
 
 
 def begin_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
