@@ -6,8 +6,9 @@ histories, with no Python loop over events; only the finished arrays become tens
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -52,11 +53,11 @@ class OwnItems:
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on `device`."""
-        return _to(self, device)
+        return changed(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Self:
         """Return a copy in page-locked memory."""
-        return _pin(self)
+        return changed(self, Tensor, Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on `device`, not waiting for it."""
-        return _to(self, device)
+        return changed(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Self:
         """Return a copy in page-locked memory, from which `to` runs beside the device's work."""
-        return _pin(self)
+        return changed(self, Tensor, Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -299,25 +300,15 @@ def _own_tensors(arrays: OwnItemArrays, questions: Ints) -> OwnItems:
     )
 
 
-def _to(holder, device):
-    moved = {}
+def changed(holder: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Return a copy of a dataclass with `change` applied to each field of `kind`, also of those within its fields."""
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(holder):
         value = getattr(holder, field.name)
-        if isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
-        elif isinstance(value, OwnItems):
-            moved[field.name] = value.to(device)
+        if isinstance(value, kind):
+            values[field.name] = change(value)
         elif isinstance(value, dict):
-            moved[field.name] = {name: column.to(device, non_blocking=True) for name, column in value.items()}
-    return dataclasses.replace(holder, **moved)
-
-
-def _pin(holder):
-    pinned = {}
-    for field in dataclasses.fields(holder):
-        value = getattr(holder, field.name)
-        if isinstance(value, Tensor | OwnItems):
-            pinned[field.name] = value.pin_memory() if isinstance(value, Tensor) else value.pin()
-        elif isinstance(value, dict):
-            pinned[field.name] = {name: column.pin_memory() for name, column in value.items()}
-    return dataclasses.replace(holder, **pinned)
+            values[field.name] = {name: change(column) for name, column in value.items()}
+        elif dataclasses.is_dataclass(value):
+            values[field.name] = changed(value, kind, change)
+    return dataclasses.replace(holder, **values)

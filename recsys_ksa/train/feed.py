@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_ksa.data.batches import Batch
+from recsys_ksa.data.batches import Batch, changed
 from recsys_ksa.data.negatives import NegativeSampler
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import RunError
@@ -48,7 +49,7 @@ class Feed:
 
     def pin(self) -> Self:
         """Return a copy in page-locked memory."""
-        return replace(self, batch=self.batch.pin(), negatives=self.negatives.pin_memory())
+        return changed(self, Tensor, Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def feed(source: Source, first: Place, device: torch.device, processes: int = 0)
                 built = source.build(next(places))
             else:
                 coming.append(pool.submit(_build, next(places)))
-                built = coming.popleft().result()
+                built = changed(coming.popleft().result(), np.ndarray, torch.from_numpy)
             return built.pin() if device.type == "cuda" else built
 
         ahead = thread.submit(ready)
@@ -139,4 +140,5 @@ def _end_with_training() -> None:
 
 
 def _build(place: Place) -> Feed:
-    return _here[0].build(place)
+    """Return an input with arrays in place of tensors, each of which would be sent by a connection of its own."""
+    return changed(_here[0].build(place), Tensor, Tensor.numpy)

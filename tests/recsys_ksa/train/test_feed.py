@@ -3,9 +3,11 @@
 import dataclasses
 import multiprocessing
 import pickle
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from recsys_ksa.data.spans import training_end
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import RunError
 from recsys_ksa.train.feed import Feed, Place, Source, feed
-from recsys_ksa.train.loop import Report, train
+from recsys_ksa.train.loop import train
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -77,19 +79,18 @@ def test_a_process_that_dies_ends_training_with_the_reason(dataset: Dataset, mak
 def test_training_says_how_long_it_waited_for_batches(
     dataset: Dataset, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import time
+    waits = []
 
-    told: list[Report] = []
-    build = Source.build
+    def slowly(*arguments: Any) -> Iterator[Feed]:
+        for given in feed(*arguments):
+            waits.append(0.1)
+            time.sleep(0.1)
+            yield given
 
-    def slowly(self: Source, place: Place) -> Feed:
-        time.sleep(0.3)
-        return build(self, place)
-
+    monkeypatch.setattr("recsys_ksa.train.loop.feed", slowly)
     config = make_config(train={"validate_every": 100})
-    train(config, dataset, tmp_path / "quick", device=CPU, report=told.append)
-    monkeypatch.setattr(Source, "build", slowly)
-    train(config, dataset, tmp_path / "starved", device=CPU, report=told.append)
-    quick, starved = (report.speed.waiting_share for report in told)
-    assert 0 <= quick < starved <= 1
-    assert '"waiting_share"' in (tmp_path / "starved" / "metrics.jsonl").read_text()
+    trained = train(config, dataset, tmp_path / "run", device=CPU)
+    seconds = trained.progress.tokens / trained.speed.tokens_per_second
+    assert trained.speed.waiting_share * seconds >= sum(waits[1:])
+    assert trained.speed.waiting_share <= 1
+    assert '"waiting_share"' in (tmp_path / "run" / "metrics.jsonl").read_text()
