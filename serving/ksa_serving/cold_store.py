@@ -16,13 +16,14 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from ksa_serving.events import Owner
+from ksa_serving.messages import Parity
 from ksa_serving.models import Mark, Model, StateParts
 from ksa_serving.state_store import StateRecord, StateStore
 from recsys_ksa.errors import StateError
 
 logger = logging.getLogger(__name__)
 MAGIC = b"ksaS"
-LAYOUT = 1
+LAYOUT = 2
 HEAD = b""
 """Name of a record's head among its parts; segments are named by their content."""
 
@@ -87,6 +88,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     marks: list[tuple[int, bytes]]
     segments: list[bytes]
     about: bytes
+    parity: Parity
 
 
 class ColdStateStore(StateStore):
@@ -126,6 +128,8 @@ class ColdStateStore(StateStore):
                 why = "owner"
             elif head.fingerprint != fingerprint or fingerprint not in self._models:
                 why = "fingerprint"
+            elif head.parity != self._models[fingerprint].cold_parity:
+                why = "parity"  # kept by a service that was set otherwise
             else:
                 try:
                     return self._record(owner, head, parts)
@@ -140,6 +144,8 @@ class ColdStateStore(StateStore):
         model = self._models.get(record.fingerprint)
         if record.cold or model is None:
             return
+        if record.parity not in ("exact", model.cold_parity):
+            return  # would be taken for better than it is
         key = self._key(record.owner, record.fingerprint)
         try:
             with self._writing:
@@ -148,8 +154,9 @@ class ColdStateStore(StateStore):
                     return
                 parts = model.dump(record.state)
                 names = list(parts.segments)
-                had = set() if old is None or old.owner != key[:16] else set(old.segments)
-                head = self._head(record, key[:16], names, parts.about)
+                same = old is not None and (old.owner, old.parity) == (key[:16], model.cold_parity)
+                had = set(old.segments) if old is not None and same else set()
+                head = self._head(record, key[:16], names, parts.about, model.cold_parity)
                 new = {name: parts.segments[name] for name in names if name not in had}
                 self._engine.write(key, {HEAD: seal_head(head), **new}, had.difference(names))
         except EngineError as error:
@@ -213,7 +220,7 @@ class ColdStateStore(StateStore):
             self._owed.add(key)
             logger.warning("cold store: cannot be written: %s", error)
 
-    def _head(self, record: StateRecord, owner: bytes, segments: list[bytes], about: bytes) -> Head:
+    def _head(self, record: StateRecord, owner: bytes, segments: list[bytes], about: bytes, parity: Parity) -> Head:
         order = record.last_order
         return Head(
             layout=LAYOUT,
@@ -227,6 +234,7 @@ class ColdStateStore(StateStore):
             marks=[(mark.num_events, mark.history_hash) for mark in record.marks],
             segments=segments,
             about=about,
+            parity=parity,
         )
 
     def _record(self, owner: Owner, head: Head, parts: dict[bytes, bytes]) -> StateRecord:
@@ -254,6 +262,7 @@ class ColdStateStore(StateStore):
             state=state,
             nbytes=state.nbytes + state.seen_nbytes + state.fixed_nbytes,
             cold=True,
+            parity=head.parity,
         )
 
 

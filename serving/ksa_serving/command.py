@@ -174,7 +174,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     from ksa_serving.app import create_app
     from ksa_serving.auth import Tokens
     from ksa_serving.event_log import EventLog
-    from ksa_serving.release import load_release
+    from ksa_serving.release import Release, load_release
     from ksa_serving.server import ReadyServer, server_config
     from ksa_serving.service import Service
     from ksa_serving.settings import ServeSettings
@@ -185,7 +185,11 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     tokens = None if args.tokens is None else Tokens(args.tokens)
     # Also before torch: several model threads share the cores, so each gets its part of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.model_threads)))
-    release = load_release(args.run, args.index)
+
+    def load(run: Path) -> Release:
+        return load_release(run, args.index, settings.cold_parity)
+
+    release = load(args.run)
     state_dir = prepare_state_dir(args.state_dir)
     log = EventLog(
         state_dir,
@@ -198,7 +202,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
         models: dict[str, Model] = {release.state_fingerprint: release.model}
         store = open_store(args.store, state_dir, models, log.salt, settings)
         num_users, num_events = log.counts()
-        service = Service(release, log, store, settings, models=models, releases=args.releases, index=args.index)
+        service = Service(release, log, store, settings, models=models, releases=args.releases, load=load)
         ports = [listener.getsockname()[1] for listener in listeners]
         name = f"[{args.host}]" if ":" in args.host else args.host
         ready = (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ksa_serving.attribution import explain
 from ksa_serving.events import StoredEvent
+from ksa_serving.messages import Parity
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
 from ksa_serving.ranking import rank_items
 from ksa_serving.state_bytes import StateBytes, num_summary_rows
@@ -27,14 +28,15 @@ from recsys_ksa.schema import UNKNOWN_ITEM
 class LibraryModel:
     """One loaded run. Safe to share between threads."""
 
-    def __init__(self, recommender: Recommender):
+    def __init__(self, recommender: Recommender, cold_parity: Parity = "exact"):
         self.recommender = recommender
+        self.cold_parity: Parity = cold_parity
         self._config = recommender.network.config
         self.chunk_size = self._config.chunk_size
         self.window_chunks = self._config.window_chunks
         self._by_id = recommender.run.info.tie == "id"
         self._by_value = bool(recommender.event_features.value_edges)
-        self._bytes = StateBytes(recommender)
+        self._bytes = StateBytes(recommender, cold_parity)
 
     # -- states -----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 EventStatus = Literal["accepted", "duplicate", "late-applied", "late-queued", "rejected"]
 ItemList = Literal["all", "again", "new"]
+Parity = Literal["exact", "int8"]
 StateSource = Literal["gpu", "host", "store", "rebuilt", "none", "degraded"]
 
 
@@ -135,6 +136,10 @@ class Provenance(Struct, frozen=True, kw_only=True):
             "none: no events kept; degraded: what could be had in time."
         ),
     ]
+    state_parity: Annotated[
+        Parity,
+        Meta(description="exact: as if computed from the events; int8: made from summaries rounded to int8."),
+    ]
     request_time: int | None
     beyond_trained_length: Annotated[bool, Meta(description="The history is longer than any the model trained on.")]
     degraded: Annotated[bool, Meta(description="Not all events are known to this answer; a later one will be whole.")]
@@ -226,6 +231,7 @@ class StateAnswer(Struct, frozen=True):
     seq: int
     state_source: StateSource
     state_seq: int
+    state_parity: Parity
     nbytes: Annotated[int, Meta(description="Keys and values, bytes.")]
     seen_nbytes: int
     fixed_nbytes: int

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ksa_serving.events import StoredEvent
+from ksa_serving.messages import Parity
 
 Scored = list[tuple[str, float]]
 """(item id, score), best first."""
@@ -87,6 +88,8 @@ class Model(Protocol):
 
     chunk_size: int
     window_chunks: int
+    cold_parity: Parity
+    """Of a state made from `dump`'s bytes."""
 
     def new_state(self) -> Any:
         """Return the state of a user without events."""

@@ -136,6 +136,7 @@ class QuestionCalls:
             seq=head.last_seq,
             state_source="none" if record is None else "store" if record.cold else "host",
             state_seq=0 if record is None else record.seq,
+            state_parity="exact" if record is None else record.parity,
             nbytes=0 if record is None else record.state.nbytes,
             seen_nbytes=0 if record is None else record.state.seen_nbytes,
             fixed_nbytes=0 if record is None else record.state.fixed_nbytes,

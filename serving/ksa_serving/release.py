@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ksa_serving.messages import Parity
 from ksa_serving.models import Model
 from recsys_ksa.errors import RunError
 from recsys_ksa.order import TieKind
@@ -37,11 +38,12 @@ class Release:
     """The run's folder, for people."""
 
 
-def load_release(run: Path, index: Literal["exact", "ivf"] = "exact") -> Release:
+def load_release(run: Path, index: Literal["exact", "ivf"] = "exact", cold_parity: Parity = "exact") -> Release:
     """Load a run or bundle for serving.
 
     Args:
         index: how items are searched: as the run says, exactly, or by an approximate index that passes the recall gate.
+        cold_parity: how its states are kept cold.
 
     Raises:
         RunError: it is damaged, its index belongs to other weights, or misses too many items.
@@ -57,7 +59,7 @@ def load_release(run: Path, index: Literal["exact", "ivf"] = "exact") -> Release
         check_recall(recommender)
     info = recommender.run.info
     return Release(
-        model=LibraryModel(recommender),
+        model=LibraryModel(recommender, cold_parity),
         tie=info.tie,
         clock=info.clock,
         model_version=info.release_hash,

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ksa_serving.batcher import Batcher
 from ksa_serving.errors import ReleaseError
@@ -40,7 +39,7 @@ class Releases:
         first: the release active from the start.
         root: folder of runs that may be loaded; None: none may.
         prepare: turns a release into what serves it.
-        index: how items are searched (`load_release`).
+        load: loads one by its folder.
     """
 
     def __init__(
@@ -48,11 +47,11 @@ class Releases:
         first: Release,
         root: Path | None,
         prepare: Callable[[Release], Served],
-        index: Literal["exact", "ivf"] = "exact",
+        load: Callable[[Path], Release] = load_release,
     ):
         self._root = root
         self._prepare = prepare
-        self._index: Literal["exact", "ivf"] = index
+        self._load = load
         self.active = prepare(first)
         self.previous: Served | None = None
         self.loaded: dict[str, Served] = {}
@@ -69,7 +68,7 @@ class Releases:
         if not run or Path(run).name != run or run.startswith(".") or path.is_symlink() or not path.is_dir():
             raise ReleaseError("release: expected the name of a folder in --releases, got another.")
         try:
-            release = replace(load_release(path, self._index), name=run)
+            release = replace(self._load(path), name=run)
         except RecsysKsaError as error:
             raise ReleaseError(f"release {run}: {error}") from error
         mine = self.active.release

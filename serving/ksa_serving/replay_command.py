@@ -1,18 +1,19 @@
 """`ksa replay`: rebuild every state from the event log and compare with what the cold store leads to."""
 
 import argparse
+import os
 from pathlib import Path
 
 from recsys_ksa.cli import Verb
 from recsys_ksa.errors import StateError
 
-TOLERANCE = 1e-5
-"""Largest difference of a row, relative to its norm, in float32."""
-
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run that was served")
     parser.add_argument("--state-dir", type=Path, required=True, metavar="DIR", help="of the stopped service")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, as given to `ksa serve`"
+    )
     parser.add_argument("--store", default="lmdb", metavar="lmdb|URL", help="as given to `ksa serve`")
 
 
@@ -25,9 +26,11 @@ def _run(args: argparse.Namespace) -> None:
     from ksa_serving.release import load_release
     from ksa_serving.settings import ServeSettings
     from ksa_serving.user_states import UserStates
+    from recsys_ksa.config import load_config
 
-    release = load_release(args.run)
-    settings = ServeSettings()
+    settings = load_config(ServeSettings, Path(os.devnull), args.set)
+    release = load_release(args.run, cold_parity=settings.cold_parity)
+    tolerance = {"exact": settings.audit_tolerance, "int8": settings.audit_tolerance_int8}
     log = EventLog(prepare_state_dir(args.state_dir), release.tie)
     models = {release.state_fingerprint: release.model}
     store = open_store(args.store, args.state_dir, models, log.salt, settings)
@@ -39,9 +42,10 @@ def _run(args: argparse.Namespace) -> None:
             if stored.held(owner) is None:
                 continue
             found += 1
-            difference = release.model.difference(stored.current(owner)[0].state, fresh.current(owner)[0].state)
+            record = stored.current(owner)[0]
+            difference = release.model.difference(record.state, fresh.current(owner)[0].state)
             worst = max(worst, difference)
-            different += difference > TOLERANCE
+            different += difference > tolerance[record.parity]
         users, events = log.counts()
     finally:
         store.close()
@@ -49,7 +53,7 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{events} events of {users} users; {found} states stored, largest difference {worst:.1e}")
     if different:
         raise StateError(
-            f"{different} stored states differ from their log by more than {TOLERANCE}. Remove the cold store: it is "
+            f"{different} stored states differ from their log by more than rounding. Remove the cold store: it is "
             "rebuilt from the log."
         )
 

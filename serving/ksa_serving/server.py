@@ -7,9 +7,37 @@ from typing import Any, cast
 
 import uvicorn
 from litestar.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
+
+
+def bounded_http(head_bytes: int) -> type[HttpToolsProtocol]:
+    """Return uvicorn's fast HTTP protocol with a bound on all of a request that is no body; the app counts exactly.
+
+    httptools itself lets a request line, headers and trailers grow without end. A request with more than `head_bytes`
+    of them, chunk marks included, is answered 400 and its connection closed.
+    """
+
+    class BoundedHttp(HttpToolsProtocol):
+        _no_body = 0
+
+        def data_received(self, data: bytes) -> None:
+            self._no_body += len(data)
+            super().data_received(data)
+            if self._no_body > head_bytes and not self.transport.is_closing():
+                self.send_400_response("Headers too large.")
+
+        def on_body(self, body: bytes) -> None:
+            self._no_body -= len(body)
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._no_body = 0
+            super().on_message_complete()
+
+    return BoundedHttp
 
 
 def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
@@ -17,7 +45,7 @@ def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
     return uvicorn.Config(
         cast(Any, app),
         lifespan="on",
-        http="h11",  # httptools is faster, but lets headers grow without bound
+        http=bounded_http(2 * settings.limits.header_bytes),
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -25,7 +53,6 @@ def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
         * settings.concurrent_requests,  # connections; the app bounds requests, with a better answer
         timeout_keep_alive=int(settings.keep_alive_seconds),
         timeout_graceful_shutdown=settings.graceful_seconds,
-        h11_max_incomplete_event_size=2 * settings.limits.header_bytes,  # while reading; the app counts exactly
         ws="none",
     )
 

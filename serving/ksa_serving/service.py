@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from ksa_serving.batcher import Batcher
 from ksa_serving.event_calls import EventCalls
@@ -16,7 +15,7 @@ from ksa_serving.event_log import EventLog
 from ksa_serving.metrics import Metrics
 from ksa_serving.models import Model
 from ksa_serving.question_calls import QuestionCalls
-from ksa_serving.release import Release
+from ksa_serving.release import Release, load_release
 from ksa_serving.release_calls import ReleaseCalls
 from ksa_serving.releases import Releases, Served
 from ksa_serving.settings import ServeSettings
@@ -38,7 +37,7 @@ class Service:
         clock: seconds since 1970; for the future check and missing request times.
         models: filled with the model of each state fingerprint in use; a cold store reads it.
         releases: folder of further runs that may be loaded.
-        index: how their items are searched.
+        load: loads one of them by its folder.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Service:
         clock: Callable[[], float] = time.time,
         models: dict[str, Model] | None = None,
         releases: Path | None = None,
-        index: Literal["exact", "ivf"] = "exact",
+        load: Callable[[Path], Release] = load_release,
     ):
         self.log = log
         self.store = store
@@ -58,7 +57,7 @@ class Service:
         self.metrics = Metrics()
         self._models = {} if models is None else models
         self.workers = workers = Workers(settings.model_threads)
-        self.releases = Releases(release, releases, self._prepare, index)
+        self.releases = Releases(release, releases, self._prepare, load)
         locks = UserLocks()
         self.upkeep = Upkeep(log, store, self.releases, locks, workers, self.metrics, settings)
         finder = StateFinder(log, self.releases, locks, workers, self.upkeep, settings.deadline_seconds)

@@ -1,6 +1,6 @@
 """What of the service can be set, with the limits that every request meets. Sizes in bytes, times in seconds."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -44,6 +44,9 @@ class ServeSettings(Strict):
     """User states held in memory; the least recently used are written to the cold store and dropped beyond it."""
     cold_bytes: PositiveInt = 32 * 1024**3
     """Largest size of the embedded cold store's file; a sparse file, it takes what is used."""
+    cold_parity: Literal["exact", "int8"] = "exact"
+    """How rows are kept cold: as they are, or rounded to int8 in about a quarter of the bytes. States made from
+    rounded ones are approximate, and every answer from one says `state_parity: int8`."""
     largest_share: PositiveFloat = 0.25
     """Of the memory for states, the most one user may take; a larger state is kept cold only."""
     spill_events: PositiveInt = 256
@@ -68,6 +71,8 @@ class ServeSettings(Strict):
     """Share of the answers whose state is computed anew in the background and compared."""
     audit_tolerance: PositiveFloat = 1e-5
     """Largest difference of a row, relative to its norm, that an audit takes as none (float32)."""
+    audit_tolerance_int8: PositiveFloat = 0.2
+    """The same for states made from rows rounded to int8."""
     warm_users: NonNegativeInt = 1000
     """Users whose states are made ready in a new release before it is activated, the last active first."""
     group_events: PositiveInt = 4096

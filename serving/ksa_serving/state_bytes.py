@@ -5,6 +5,7 @@ layers are not, for a replay rebuilds them exactly. Segments that never change a
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ksa_serving.int8_rows import pack_rows, row_bytes, unpack_rows
+from ksa_serving.messages import Parity
 from ksa_serving.models import StateParts
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import StateError
@@ -39,9 +42,14 @@ class _About(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StateBytes:
-    """Turns one network's states into bytes and back. Safe to share between threads."""
+    """Turns one network's states into bytes and back. Safe to share between threads.
 
-    def __init__(self, recommender: Recommender):
+    Args:
+        parity: `exact` keeps rows as they are, `int8` rounds them (`int8_rows.py`).
+    """
+
+    def __init__(self, recommender: Recommender, parity: Parity = "exact"):
+        self._parity: Parity = parity
         self._network = recommender.network
         self._config = recommender.network.config
         self._fingerprint = recommender.fingerprint
@@ -57,18 +65,18 @@ class StateBytes:
         seen = state.seen
         about = _About(
             num_events=state.num_events,
-            dtype=str(self._network.state_dtype),
+            dtype=self._dtype,
             last_key=state.last_key,
             history_hash=state.history_hash,
             num_unknown=state.num_unknown,
             fingerprint=state.fingerprint,
             segments=[[self._name(part) for part in rows.segments] for rows in kept],
-            tails=[_bytes(rows.tail) for rows in kept],
+            tails=[self._packed(rows.tail) for rows in kept],
             seen=(seen.item_index.tobytes(), seen.count.tobytes(), seen.first.tobytes(), seen.last.tobytes()),
             session_place=state.session_place,
         )
         parts = {self._name(part): part for rows in kept for part in rows.segments}
-        return StateParts(msgspec.msgpack.encode(about), _LazyBytes(parts))
+        return StateParts(msgspec.msgpack.encode(about), _LazyBytes(parts, self._packed))
 
     def load(self, parts: StateParts) -> UserState:
         """Return the cold state of `dump`'s bytes.
@@ -93,7 +101,7 @@ class StateBytes:
             about = msgspec.msgpack.decode(content, type=_About)
         except msgspec.DecodeError as error:
             raise StateError(f"state: expected a dumped state, got: {error}.") from error
-        if (about.fingerprint, about.dtype) != (self._fingerprint, str(self._network.state_dtype)):
+        if (about.fingerprint, about.dtype) != (self._fingerprint, self._dtype):
             raise StateError("state: expected one of this network and dtype, got another's.")
         kinds = self._config.layer_kinds
         if not len(about.segments) == len(about.tails) == len(kinds):
@@ -111,21 +119,32 @@ class StateBytes:
             layers.append(LayerState(kind, rows, nothing) if kind == "full" else LayerState(kind, nothing, rows))
         return layers
 
+    @property
+    def _dtype(self) -> str:
+        return str(self._network.state_dtype) if self._parity == "exact" else self._parity
+
+    def _packed(self, rows: Tensor) -> bytes:
+        return _bytes(rows) if self._parity == "exact" else pack_rows(rows)
+
     def _name(self, segment: Tensor) -> bytes:
         """Return a segment's name; segments never change, so it is computed once each."""
         name = self._names.get(segment)
         if name is None:
-            name = hashlib.sha256(_bytes(segment)).digest()[:16]
+            name = hashlib.sha256(self._packed(segment)).digest()[:16]
             self._names[segment] = name
         return name
 
     def _tensor(self, content: bytes, name: bytes | None = None) -> Tensor:
-        config, dtype = self._config, self._network.state_dtype
-        row = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        heads, width, dtype = self._config.num_kv_heads, self._config.head_dim, self._network.state_dtype
+        row = 2 * heads * width * dtype.itemsize if self._parity == "exact" else row_bytes(heads, width)
         if len(content) % row:
             raise StateError(f"state: expected rows of {row} bytes, got {len(content)} bytes.")
-        flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.zeros(0, dtype=dtype)
-        tensor = flat.view(-1, 2, config.num_kv_heads, config.head_dim).to(self._network.start.device)
+        if self._parity == "int8":
+            tensor = unpack_rows(content, heads, width, dtype)
+        else:
+            flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.zeros(0, dtype=dtype)
+            tensor = flat.view(-1, 2, heads, width)
+        tensor = tensor.to(self._network.start.device)
         if name is not None:
             self._names[tensor] = name
         return tensor
@@ -140,8 +159,12 @@ def num_summary_rows(config: ModelConfig, num_events: int) -> int:
 class _LazyBytes(dict[bytes, Any]):
     """Segments whose bytes are made when asked for: most are on disk already."""
 
+    def __init__(self, segments: dict[bytes, Tensor], packed: Callable[[Tensor], bytes]):
+        super().__init__(segments)
+        self._packed = packed
+
     def __getitem__(self, name: bytes) -> bytes:
-        return _bytes(super().__getitem__(name))
+        return self._packed(super().__getitem__(name))
 
 
 def _own_items(columns: tuple[bytes, bytes, bytes, bytes]) -> SeenItems:

@@ -43,6 +43,7 @@ class Found:
             "seq": self.seq,
             "state_seq": self.record.seq,
             "state_source": self.source,
+            "state_parity": self.record.parity,
             "request_time": request_time,
             "beyond_trained_length": longest is not None and num_events > longest,
             "degraded": self.source == "degraded",

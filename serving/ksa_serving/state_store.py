@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ksa_serving.events import Order, Owner
+from ksa_serving.messages import Parity
 from ksa_serving.models import Mark
 
 
@@ -34,6 +35,8 @@ class StateRecord:
     nbytes: int
     cold: bool = False
     """Whether it holds summaries only; the rest is replayed from the log before use."""
+    parity: Parity = "exact"
+    """How the state compares with one computed from its events; appending and replaying keep it."""
 
 
 class StateStore(ABC):
@@ -56,7 +59,9 @@ class StateStore(ABC):
     @property
     @abstractmethod
     def misses(self) -> Counter[str]:
-        """Why `get` returned None: `absent`, `fingerprint`, `owner`, `damaged`, `unavailable`."""
+        """Why `get` returned None: `absent`, `fingerprint`, `owner`, `parity`, `damaged`,
+        `unavailable`.
+        """
 
     @abstractmethod
     def get(self, owner: Owner, fingerprint: str) -> StateRecord | None:

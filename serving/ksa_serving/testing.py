@@ -14,6 +14,7 @@ import msgspec
 
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.events import StoredEvent
+from ksa_serving.messages import Parity
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
 from ksa_serving.release import Clock, Release
 from recsys_ksa.errors import OutOfOrderError, StateError
@@ -65,7 +66,8 @@ class ToyModel:
     chunk_size = 4
     window_chunks = 2
 
-    def __init__(self, tie: TieKind = "arrival", fingerprint: str = "toy-state"):
+    def __init__(self, tie: TieKind = "arrival", fingerprint: str = "toy-state", cold_parity: Parity = "exact"):
+        self.cold_parity: Parity = cold_parity
         self._tie: TieKind = tie
         self._fingerprint = fingerprint
 

@@ -128,7 +128,9 @@ class Upkeep:
             difference = await self._workers.run_slowly(served.states.audit, record)
             if difference is None:
                 return
-            equal = difference <= self._settings.audit_tolerance
+            settings = self._settings
+            exact = record.parity == "exact"
+            equal = difference <= (settings.audit_tolerance if exact else settings.audit_tolerance_int8)
             self._metrics.audits.labels("equal" if equal else "different").inc()
             if not equal:
                 logger.error("audit: a state differs from its log by %.1e; it is dropped", difference)

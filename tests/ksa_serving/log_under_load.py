@@ -22,6 +22,8 @@ from ksa_serving.settings import ServeSettings
 from ksa_serving.testing import toy_release
 
 NUM_USERS = 5
+STRIDE = 10_000
+"""Events of one sender, at most; times stay in the past for a thousand kills."""
 
 
 def story_event(number: int) -> NewEvent:
@@ -62,7 +64,7 @@ async def main(directory: Path, seed: int) -> None:
     service = open_service(directory)
     print("ready", flush=True)
     senders = range(seed * 4, seed * 4 + 4)
-    await asyncio.gather(*(keep_events(service, random.Random(n), n * 1_000_000) for n in senders))
+    await asyncio.gather(*(keep_events(service, random.Random(n), n * STRIDE) for n in senders))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -48,6 +50,7 @@ def test_the_life_of_a_user(client: httpx.Client):
         "seq": 1,
         "state_seq": 1,
         "state_source": "rebuilt",
+        "state_parity": "exact",
         "request_time": NOW,
         "beyond_trained_length": False,
         "degraded": False,
@@ -222,6 +225,28 @@ def test_bodies_at_the_limit_and_one_past_it(client: httpx.Client):
 
     assert_problem(client.post("/v1/users/bob/events", content=chunked()), 413, "body-too-large")
     assert client.get("/v1/users/bob/state").json()["num_events"] == 0
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /",
+        b"GET /livez HTTP/1.1\r\nx: ",
+        b"POST /v1/users/a/events HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx:",
+    ],
+    ids=["line", "header", "trailer"],
+)
+def test_what_is_no_body_cannot_grow_without_end(shared_client: httpx.Client, start: bytes):
+    with socket.create_connection((shared_client.base_url.host, shared_client.base_url.port)) as connection:
+        connection.settimeout(10)
+        connection.sendall(start)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 4 * 2**20:
+                sent += connection.send(b"a" * 4096)
+                time.sleep(0.001)
+        assert sent < 2**20  # refused long before
+    assert shared_client.get("/livez").status_code == 200
 
 
 def test_headers_beyond_their_limit_are_refused(shared_client: httpx.Client):

@@ -57,6 +57,25 @@ def test_gives_back_what_was_put_but_cold(engine: BytesEngine):
     assert store.nbytes > 0
 
 
+def test_records_of_another_parity_are_counted_misses_and_states_are_never_written_as_better_than_they_are(
+    engine: BytesEngine,
+):
+    exact = ColdStateStore(engine, MODELS, SALT)
+    rounding = ColdStateStore(engine, {"f": ToyModel(fingerprint="f", cold_parity="int8")}, SALT)
+    for mine, other, parity in ((exact, rounding, "exact"), (rounding, exact, "int8")):
+        mine.put(record())
+        found = mine.get(ANN, "f")
+        assert found is not None
+        assert found.parity == parity
+        assert other.get(ANN, "f") is None
+        assert other.misses["parity"] == 1
+        assert mine.get(ANN, "f") is None  # it was removed
+    exact.put(record(parity="int8"))
+    assert exact.get(ANN, "f") is None
+    rounding.put(record(parity="int8"))
+    assert rounding.get(ANN, "f") is not None
+
+
 def test_growing_writes_only_what_is_new(engine: BytesEngine, monkeypatch: pytest.MonkeyPatch):
     store = ColdStateStore(engine, MODELS, SALT)
     store.put(record(num_events=64, seq=64))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from ksa_serving import releases as releases_module
 from ksa_serving.errors import ReleaseError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import StoredEvent
@@ -50,16 +49,16 @@ def release(name: str, **fields: Any) -> Release:
 
 
 @pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def service(tmp_path: Path):
     """A service of release `a`, which can load `b` and `c`; `late` is of another tie."""
     for name in ("a", "b", "c", "late"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     (tmp_path / "state").mkdir()
     made = {name: release(name) for name in "abc"} | {"late": release("late", tie="hash")}
-    monkeypatch.setattr(releases_module, "load_release", lambda path, index: made[path.name])
     log = EventLog(tmp_path / "state", "arrival")
     settings = ServeSettings(warm_users=50)
-    yield Service(made["a"], log, MemoryStateStore(10**7), settings, clock=lambda: NOW, releases=tmp_path / "runs")
+    store, runs = MemoryStateStore(10**7), tmp_path / "runs"
+    yield Service(made["a"], log, store, settings, clock=lambda: NOW, releases=runs, load=lambda path: made[path.name])
     log.close()
 
 

@@ -18,7 +18,7 @@ from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.release import Release, load_release
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
-from recsys_ksa.cli import call_verb
+from recsys_ksa.cli import call_verb, main
 from recsys_ksa.errors import RunError
 from recsys_ksa.order import TieKind
 
@@ -149,6 +149,39 @@ def test_new_users_and_unknown_items_have_answers(release: Release, make_service
     asyncio.run(story())
 
 
+def test_answers_from_rounded_rows_say_so_until_the_state_is_computed_anew(tiny_run: Path, tmp_path: Path):
+    from ksa_serving.command import open_store
+    from ksa_serving.event_log import EventLog
+
+    release = load_release(tiny_run, cold_parity="int8")
+    settings = ServeSettings(spill_events=10, cold_parity="int8")
+    log = EventLog(tmp_path, release.tie)
+    models = {release.state_fingerprint: release.model}
+    service = Service(release, log, open_store("lmdb", tmp_path, models, log.salt, settings), settings, models=models)
+
+    async def story() -> None:
+        events = history(5, 155)
+        await service.events.post("ann", EventsRequest(events[:150]))
+        exact = await ask(service, "ann", k=20, request_time=None)
+        assert (exact.state_parity, exact.state_source) == ("exact", "rebuilt")
+        service.store.flush()
+        service.store.memory.drop(Owner("ann"))  # type: ignore[attr-defined]
+        rounded = await ask(service, "ann", k=20, request_time=None)
+        assert (rounded.state_parity, rounded.state_source) == ("int8", "store")
+        assert [item.score for item in rounded.items] != [item.score for item in exact.items]
+        scores = {item.item_id: item.score for item in exact.items}
+        assert max(abs(item.score - scores.get(item.item_id, item.score)) for item in rounded.items) < 0.5
+        assert (await service.questions.state("ann")).state_parity == "int8"
+        await service.events.post("ann", EventsRequest(events[150:]))
+        assert (await ask(service, "ann")).state_parity == "int8"  # a state keeps what it was made from
+        service.store.drop(Owner("ann"))
+        assert (await ask(service, "ann")).state_parity == "exact"
+        await service.close()
+
+    asyncio.run(story())
+    assert main(["replay", str(tiny_run), "--state-dir", str(tmp_path), "--set", "cold_parity=int8"]) == 0
+
+
 def test_an_index_folder_changes_the_search_and_not_the_answer(release: Release, tiny_run: Path, tmp_path: Path):
     indexed = shutil.copytree(tiny_run, tmp_path / "run")
     call_verb("index", [str(indexed)])
@@ -177,7 +210,6 @@ def test_replaying_a_stopped_services_log_finds_what_it_stored(
 ):
     from ksa_serving.command import open_store
     from ksa_serving.event_log import EventLog
-    from recsys_ksa.cli import main
 
     release = load_release(tiny_run)
     settings = ServeSettings(spill_events=10)
