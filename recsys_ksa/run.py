@@ -14,6 +14,7 @@ A *bundle* is a run without optimiser files. Imports without polars, mlflow and 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from recsys_ksa.config import RunConfig, Strict, TrainingSpan, load_config
 from recsys_ksa.data.item_columns import Categories, vectors_of
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
+from recsys_ksa.features.definitions import Vocabulary, feature_hashes
 from recsys_ksa.model.features import Clock, FeatureSchema, MultiFeature, SideFeature
 from recsys_ksa.model.fingerprint import release_hash
 from recsys_ksa.model.network import Network
@@ -87,6 +89,8 @@ class RunInfo(Strict):
     """Version of recsys-ksa that wrote the run."""
     num_items: int
     """Item rows, row 0 (unknown) included."""
+    feature_hashes: dict[str, str] | None = None
+    """What each feature meant in training: of its definition and vocabulary; None in runs older than these hashes."""
     popularity_hash: str | None = None
     """SHA-256 of popularity.parquet; None for a run without one."""
 
@@ -130,11 +134,13 @@ def open_run(path: str | Path) -> Run:
         )
     item_id = table["item_id"].to_pylist()
     side, multi, vectors = {}, {}, {}
+    vocabularies: dict[str, list[str | None]] = {}
     for name in config.model.side_features:
         if vector_column(name) in table.column_names:
             vectors[name] = vectors_of(table[vector_column(name)])
             continue
-        rows = _read_table(path / VOCAB_FOLDER / f"{name}.parquet").num_rows
+        vocabularies[name] = _read_table(path / VOCAB_FOLDER / f"{name}.parquet")["value"].to_pylist()
+        rows = len(vocabularies[name])
         if indices_column(name) in table.column_names:
             lists = Categories.of(table[indices_column(name)])
             multi[name] = MultiFeature(lists.offsets, lists.index, rows)
@@ -144,6 +150,9 @@ def open_run(path: str | Path) -> Run:
             raise RunError(f"{path / ITEMS_FILE}: expected the column {name}_index, got {table.column_names}.")
     types = path / VOCAB_FOLDER / "event_type.parquet"
     names = _read_table(types)["value"].to_pylist() if types.exists() else []
+    if types.exists():
+        vocabularies["event_type"] = names
+    check_features(path, config, info, vocabularies, "its own files and this version")
     return Run(
         path=path,
         config=config,
@@ -157,6 +166,31 @@ def open_run(path: str | Path) -> Run:
         event_types={name: row for row, name in enumerate(names) if name is not None},
         features=FeatureSchema(info.num_items, len(names), side, info.clock, multi, vectors),
     )
+
+
+def check_features(
+    path: Path, config: RunConfig, info: RunInfo, vocabularies: Mapping[str, Vocabulary], whose: str
+) -> None:
+    """Refuse features that are not what the run was trained with.
+
+    Args:
+        path, config, info: of the run.
+        vocabularies: as `feature_hashes` takes them.
+        whose: who computes the features; for the message.
+
+    Raises:
+        RunError: another definition or vocabulary; the feature is named.
+    """
+    if info.feature_hashes is None:
+        return
+    found = feature_hashes(config.model, vocabularies)
+    for name in sorted(found.keys() | info.feature_hashes.keys()):
+        if found.get(name) != info.feature_hashes.get(name):
+            raise RunError(
+                f"{path / INFO_FILE}: feature {name!r}: expected the definition and vocabulary the run was trained with "
+                f"({str(info.feature_hashes.get(name))[:12]}, recsys-ksa {info.code_version}), {whose} have another "
+                f"({str(found.get(name))[:12]}). Use what it was trained with, or train it anew."
+            )
 
 
 def load_network(run: Run, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Network:

@@ -26,6 +26,7 @@ from recsys_ksa.evaluate.ranking import Ranks, Scorer, rank_targets
 from recsys_ksa.evaluate.rows import MAIN, Row, make_rows
 from recsys_ksa.evaluate.slices import Column, columns, slices
 from recsys_ksa.evaluate.stored_summaries import Memory, has_summaries
+from recsys_ksa.run import check_features
 
 if TYPE_CHECKING:
     from recsys_ksa.config import ModelConfig
@@ -93,6 +94,7 @@ def check_run(run: "Run", dataset: "Dataset") -> None:
             f"{run.path}: expected {dataset.num_items} item rows as {dataset.path} has, got {run.info.num_items}. "
             "Train the run on this data set."
         )
+    check_features(run.path, run.config, run.info, dataset.vocab, f"{dataset.path} and this version")
 
 
 def check_max_length(max_length: int | None, run: "Run") -> None:

@@ -14,6 +14,7 @@ from recsys_ksa import __version__
 from recsys_ksa.config import RunConfig, dump_config, load_config
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
+from recsys_ksa.features.definitions import feature_hashes
 from recsys_ksa.model.features import FeatureSchema, MultiFeature, SideFeature
 from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
 from recsys_ksa.model.scoring import ScoringNetwork
@@ -131,6 +132,7 @@ def finish_run(
         release_hash=release_hash(network),
         code_version=__version__,
         num_items=dataset.num_items,
+        feature_hashes=feature_hashes(config.model, dataset.vocab),
         popularity_hash=hashlib.sha256(counts.read_bytes()).hexdigest() if counts.exists() else None,
     )
     (run / INFO_FILE).unlink(missing_ok=True)
