@@ -155,10 +155,12 @@ def _settle(
 def _old_events(known: Known, users: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame | None:
     """Return what the data set has of these users and could be the same as a new event, in the codes of the log."""
     met = users.with_row_index("user").drop_nulls("row")
-    if met.is_empty() or new.is_empty():
+    if "event_id" not in new.columns:  # then only events of one time can be the same, and most histories ended before
+        ended = known.stored.last_times(met["row"].to_numpy()) < new["timestamp"].to_numpy().min()
+        met = met.filter(pl.Series(~ended))
+    if met.is_empty():
         return None
-    span = None if "event_id" in new.columns else (new["timestamp"].min(), new["timestamp"].max())
-    old = known.stored.events(met["row"].to_numpy(), span)
+    old = known.stored.events(met["row"].to_numpy())
     item_codes = np.asarray(np.memmap(known.item_codes, dtype=np.int32, mode="r"))
     columns = {
         "user": met["user"].to_numpy().astype(np.int32)[old["user"].to_numpy()],

@@ -32,8 +32,8 @@ def insert_events(
 def _places(old: Lists, old_offsets: Offsets, new: Lists, new_offsets: Offsets, *, by_tie: bool) -> NDArray[np.int64]:
     """Return how many of all old events come before each new one."""
     old_time, new_time = old["timestamp"].to_numpy(), new["timestamp"].to_numpy()
-    first = min(old_time.min(initial=np.iinfo(np.int64).max), new_time.min())
-    span = int(max(old_time.max(initial=0), new_time.max()) - first) + 1
+    first = int(min(old_time.min(initial=new_time[0]), new_time.min()))
+    span = int(max(old_time.max(initial=new_time[0]), new_time.max())) - first + 1
     if span * (len(old_offsets) + 1) >= 1 << 63:  # times from another world: their ranks do as well
         times, ranks = np.unique(np.concatenate([old_time, new_time]), return_inverse=True)
         old_time, new_time, first, span = ranks[: len(old_time)], ranks[len(old_time) :], 0, len(times)

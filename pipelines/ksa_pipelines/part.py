@@ -61,7 +61,7 @@ def write_bucket(task: PartTask) -> int:
         lists, offsets = insert_events(before, old_offsets, lists, offsets, task.tie)
     positions = split_positions(lists["timestamp"].to_numpy(), offsets, task.split)
     histories = group_by_user(lists, users, positions, offsets)
-    write_part(histories, task.target)
+    write_part(histories, task.target, compact=task.stored is None)
     write_rows(histories, task.folder)
     return max(task.numbered, int(user_index[-1]) // task.num_buckets + 1)
 

@@ -39,20 +39,26 @@ class RowsFile:
         self._mapped = MappedTable(path)
         table = self._mapped.table
         self.schema: pa.Schema = table.schema
-        self.users: NDArray[np.int64] = table.column("user_index").to_numpy()
+        self.users: NDArray[np.int64] = table.column("user_index").to_numpy().copy()
         self.newest = np.ones(len(self.users), dtype=bool)
         self.num_events = len(table.column("item_index").chunk(0).values)
         self._row = 0
 
     def sizes(self) -> tuple[int, int]:
         """Return the events and the bytes of user ids of all rows."""
-        return sizes_of(self._mapped.table, self.newest)
+        sizes = sizes_of(self._mapped.table, self.newest)
+        self._mapped.release()
+        return sizes
 
     def before(self, user_index: int) -> pa.Table | None:
         """Return the next rows up to, without, `user_index`, or None."""
-        self._mapped.release()
         first, self._row = self._row, int(np.searchsorted(self.users, user_index))
-        return self._mapped.table.slice(first, self._row - first) if self._row > first else None
+        if self._row == first:
+            return None
+        rows = self._mapped.table.slice(first, self._row - first)
+        copied = pa.table([pa.concat_arrays(column.chunks) for column in rows.columns], schema=rows.schema)
+        self._mapped.release()
+        return copied
 
 
 def write_rows(histories: pa.Table, folder: Path) -> None:

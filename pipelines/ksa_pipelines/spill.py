@@ -11,7 +11,7 @@ the same for all chunks, `read_bucket` reads a bucket of them without touching t
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -199,7 +199,7 @@ def _ends(bucket: NDArray[np.uint16], num_buckets: int) -> NDArray[np.int64]:
 
 
 def read_bucket(
-    chunks: Sequence[Chunk], codes: dict[str, Sequence[NDArray[np.int32]]], bucket: int
+    chunks: Sequence[Chunk], codes: Mapping[str, Sequence[NDArray[np.int32]]], bucket: int
 ) -> tuple[pl.DataFrame, pl.Series]:
     """Return a bucket's rows in the order of the log, and its different users.
 

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ksa_pipelines.histories import lists_of
 from ksa_pipelines.rows import MappedTable
 from recsys_ksa.data.parts import Source, sizes_of
 from recsys_ksa.schema import histories_schema
@@ -37,23 +38,18 @@ class Stored:
         self._histories.release()
         return users.join(pl.DataFrame(there), on="user_id", how="left", maintain_order="left")
 
-    def events(self, rows: NDArray[np.int64], span: tuple[int, int] | None) -> pl.DataFrame:
-        """Return the events of some users: user (place in `rows`), item_index, timestamp, event_type, event_id.
+    def last_times(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the time of the last event of some users."""
+        lists = self._histories.table.column("timestamp").chunk(0)
+        found = lists.values.to_numpy()[lists.offsets.to_numpy()[rows + 1] - 1]
+        self._histories.release()
+        return found
 
-        Args:
-            rows: of users, ascending.
-            span: first and last time of the events that are wanted; None: all.
-        """
-        histories = self.read(rows)
-        lists = histories.column("timestamp").combine_chunks()
-        user = np.repeat(np.arange(len(rows)), np.diff(lists.offsets.to_numpy()))
-        wanted = {"item_index", "timestamp", "event_type", "event_id"} & set(histories.schema.names)
-        events = {name: histories.column(name).combine_chunks().flatten() for name in sorted(wanted)}
-        table = pa.table({"user": pa.array(user)} | events)
-        if span is not None:
-            timestamp = table.column("timestamp").to_numpy()
-            table = table.filter(pa.array((timestamp >= span[0]) & (timestamp <= span[1])))
-        return pl.DataFrame(table)
+    def events(self, rows: NDArray[np.int64]) -> pl.DataFrame:
+        """Return the events of some users, rows ascending: user (place in `rows`), item_index, timestamp and so on."""
+        lists, offsets = lists_of(self.read(rows))
+        user = np.repeat(np.arange(len(rows)), np.diff(offsets))
+        return pl.DataFrame(pa.table({"user": pa.array(user)} | {name: lists[name] for name in lists if name != "tie"}))
 
     def read(self, rows: NDArray[np.int64]) -> pa.Table:
         """Return the histories of some users, rows ascending."""
@@ -111,8 +107,6 @@ class Others:
 
     def before(self, user_index: int) -> pa.Table | None:
         """Return the next untouched rows up to, without, `user_index`, or None."""
-        self._histories.release()
-        self._ties.release()
         first, self._row = self._row, int(np.searchsorted(self.users, user_index))
         newest = self.newest[first : self._row]
         if not newest.any():
@@ -120,7 +114,10 @@ class Others:
         tables = [mapped.table.slice(first, self._row - first) for mapped in (self._histories, self._ties)]
         columns = {name: table.column(name) for table in tables for name in table.schema.names}
         rows = pa.Table.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
-        return rows if newest.all() else rows.filter(pa.array(newest))
+        rows = rows.take(pa.array(np.flatnonzero(newest))).combine_chunks()
+        self._histories.release()
+        self._ties.release()
+        return rows
 
 
 def _in_schema_order(names: Container[str]) -> list[str]:

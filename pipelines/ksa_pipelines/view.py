@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ksa_pipelines.arrow import to_arrow
 from ksa_pipelines.bots import BotRule, find_bots
+from ksa_pipelines.caps import capped_since
 from ksa_pipelines.config import ColumnsConfig, PrepareConfig, ReadConfig
 from ksa_pipelines.histories import as_events
 from ksa_pipelines.ingest import Resources
@@ -30,6 +33,8 @@ class Limits:
     """Every item and every user that is kept has at least so many events that are kept."""
     max_user_events: int | None = None
     """The newest events of a user that are kept."""
+    max_item_events: int | None = None
+    """The newest events of an item that are kept, of all users; those of one second stay or go together."""
     bots: BotRule | None = None
     """Whom to leave out; None: nobody."""
 
@@ -42,6 +47,8 @@ def view(
     resources: Resources = Resources(),  # noqa: B008  frozen
 ) -> Manifest:
     """Write what `limits` keeps of a data set as a new one, and return its manifest. Items and users count anew.
+
+    Both caps count all events of the data set; the core is taken of what they and the bots leave.
 
     Raises:
         DataError: nothing is left, `target` exists, or the data set is damaged.
@@ -70,7 +77,8 @@ def _kept_events(source: Dataset, limits: Limits, report: Report) -> Iterator[pl
     """Yield the events as a log, users by index, each user's in order, a block of users at a time."""
     names = pl.Series(source.items.item_id, dtype=pl.String)
     types = pl.Series(source.vocab.get("event_type", [None]), dtype=pl.String)
-    num_bots = num_cut = 0
+    since = _item_cap(source, limits.max_item_events)
+    num_bots = num_cut = num_capped = 0
     for block in blocks(checked_parts(source.path, source.manifest)):
         if limits.bots is not None:
             lists = block.column("item_index").combine_chunks()
@@ -84,14 +92,24 @@ def _kept_events(source: Dataset, limits: Limits, report: Report) -> Iterator[pl
         height = events.height
         if limits.max_user_events is not None:
             events = events.filter(pl.int_range(pl.len()).reverse().over("user_index") < limits.max_user_events)
-        num_cut += height - events.height
+        num_cut, height = num_cut + height - events.height, events.height
+        if since is not None:
+            events = events.filter(pl.Series(events["timestamp"].to_numpy() >= since[events["item_index"].to_numpy()]))
+        num_capped += height - events.height
         columns = [pl.col("user_id"), names.gather(events["item_index"]).alias("item_id"), pl.col("timestamp")]
         if "event_type" in events.columns:
             columns.append(types.gather(events["event_type"].cast(pl.UInt32)).alias("event_type"))
         if "event_id" in events.columns:
             columns.append(pl.col("event_id"))
         yield events.select(columns)
-    report(f"left out {num_bots:,} bots, and {num_cut:,} older events of users")
+    report(f"left out {num_bots:,} bots, {num_cut:,} older events of users and {num_capped:,} of items")
+
+
+def _item_cap(source: Dataset, most: int | None) -> NDArray[np.int64] | None:
+    histories = source.histories
+    if most is None:
+        return None
+    return capped_since(histories.item_index, histories.timestamp, source.num_items, most)
 
 
 def _items_file(source: Dataset) -> pl.DataFrame:

@@ -264,7 +264,7 @@ def _put(descriptor: int, place: int, index: int, values: np.ndarray) -> None:
 
 def _write_zeros(path: Path, schema: pa.Schema, num_users: int, num_events: int, id_bytes: int) -> None:
     """Write the record batch with zeros for values; an untouched anonymous map of zeros takes no memory."""
-    zeros = pa.py_buffer(mmap.mmap(-1, max(8 * num_users, 8 * num_events, id_bytes, 1)))
+    zeros = pa.py_buffer(_untouched(max(8 * num_users, 8 * num_events, id_bytes, 1)))
 
     def column(kind: pa.DataType) -> pa.Array:
         if pa.types.is_large_list(kind):
@@ -283,9 +283,13 @@ def _write_zeros(path: Path, schema: pa.Schema, num_users: int, num_events: int,
 
 def _ends(num_users: int, last: int, kind: str) -> pa.Buffer:
     """Offsets that are 0 but for the last: what Arrow needs to write all values."""
-    held = mmap.mmap(-1, (num_users + 1) * np.dtype(kind).itemsize)
+    held = _untouched((num_users + 1) * np.dtype(kind).itemsize)
     np.frombuffer(held, dtype=kind)[-1] = last
     return pa.py_buffer(held)
+
+
+def _untouched(num_bytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared one takes memory when read
 
 
 def _read_seal(path: Path) -> dict[str, str] | None:

@@ -21,7 +21,7 @@ from recsys_ksa.data.hashes import Split
 from recsys_ksa.data.manifest import Manifest, check_file
 from recsys_ksa.errors import DataError
 
-BLOCK_EVENTS = 1 << 18
+BLOCK_EVENTS = 1 << 17
 """Events of one block, about."""
 ROW_GROUP_EVENTS = 1 << 16
 """Events of one row group of a part, about: what a reader must hold of each part."""
@@ -189,8 +189,9 @@ def with_global_split(block: pa.Table, split: Split) -> pa.Table:
 
 def count_before(timestamp: NDArray[np.int64], offsets: NDArray[np.int64], cut: int) -> NDArray[np.int64]:
     """Return how many events of each user lie before `cut`: int64 [T], offsets int64 [U + 1] -> int64 [U]."""
-    before = np.concatenate([[0], np.cumsum(timestamp[offsets[0] : offsets[-1]] < cut)])
-    return before[offsets[1:] - offsets[0]] - before[offsets[:-1] - offsets[0]]
+    before = np.append(timestamp[: offsets[-1]] < cut, False)  # so that an empty last user has a place to look at
+    counts = np.add.reduceat(before, offsets[:-1], dtype=np.int64) if len(offsets) > 1 else np.empty(0, np.int64)
+    return np.where(np.diff(offsets) > 0, counts, 0)
 
 
 def newest_rows(directory: Path, names: Sequence[str], user_ids: Sequence[str]) -> pa.Table | None:

@@ -1,7 +1,9 @@
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from ksa_pipelines.append import append_log
 from ksa_pipelines.compact import compact
 from ksa_pipelines.config import PrepareConfig
+from ksa_pipelines.insert import insert_events
 from ksa_pipelines.prepare import prepare
 from ksa_pipelines.reference import Reference
 from recsys_ksa.config import parse_config
@@ -101,6 +104,29 @@ def test_appended_logs_give_what_the_rules_say_and_a_replay_gives_it_again(logs,
         assert one.counts == two.counts
         for name in one.tables:
             assert one.files[one.table_file(name)] == two.files[two.table_file(name)]
+
+
+@given(st.data(), st.sampled_from(["arrival", "id"]))
+def test_events_are_inserted_where_a_sort_puts_them(data, kind):
+    key = st.tuples(st.integers(0, 3) | st.sampled_from([2**62, -(2**62)]), st.binary(max_size=2))
+    users = data.draw(st.lists(st.tuples(st.lists(key, max_size=6), st.lists(key, min_size=1, max_size=6)), min_size=1))
+    if kind == "arrival":  # a tie is larger than all that came before
+        users = [([(time, b"0") for time, _ in old], [(time, b"1") for time, _ in new]) for old, new in users]
+    sides = [[sorted(user[side]) for user in users] for side in (0, 1)]
+
+    def lists(histories: list[list[tuple]]) -> tuple:
+        events = [event for history in histories for event in history]
+        columns = {"timestamp": pa.array([time for time, _ in events], pa.int64())}
+        columns["tie"] = pa.array([tie for _, tie in events], pa.large_binary())
+        return columns, np.cumsum([0, *map(len, histories)])
+
+    found, offsets = insert_events(*lists(sides[0]), *lists(sides[1]), kind)
+
+    expected, ends = lists([sorted(old + new) for old, new in zip(*sides)])
+    assert {name: column.to_pylist() for name, column in found.items()} == {
+        name: column.to_pylist() for name, column in expected.items()
+    }
+    assert offsets.tolist() == ends.tolist()
 
 
 FIRST = {"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"], "timestamp": [10, 30, 20]}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ksa_pipelines.bots import BotRule, find_bots
+from ksa_pipelines.caps import capped_since
 from ksa_pipelines.view import Limits, view
 from recsys_ksa.cli import main
 from recsys_ksa.data.dataset import open_dataset
@@ -66,6 +67,35 @@ def test_a_cap_keeps_the_newest_events(whole, tmp_path):
     for number, user in enumerate(capped.user_ids()):
         rows = whole.histories.rows(whole.histories.user_ids().index(user))
         assert capped.timestamp[capped.rows(number)].tolist() == whole.histories.timestamp[rows][-3:].tolist()
+
+
+def test_an_item_cap_keeps_the_newest_events_of_each_item(whole, tmp_path):
+    view(whole.path, tmp_path / "view", Limits(max_item_events=4), said)
+    times: dict[str, list[int]] = {}
+    for _, item, timestamp in events_of(whole):
+        times.setdefault(item, []).append(timestamp)
+    # Events of one second stay or go together.
+    since = {
+        item: min((t for t in each if sum(o >= t for o in each) <= 4), default=None) for item, each in times.items()
+    }
+    expected = [event for event in events_of(whole) if since[event[1]] is not None and event[2] >= since[event[1]]]
+    assert events_of(open_dataset(tmp_path / "view")) == expected
+    assert len(expected) < len(events_of(whole))
+
+
+def test_the_time_from_which_an_item_is_kept_is_found_by_halving(rng, monkeypatch):
+    monkeypatch.setattr("ksa_pipelines.caps.BLOCK", 7)
+    for _ in range(50):
+        num_events, most = int(rng.integers(1, 40)), int(rng.integers(1, 6))
+        item = rng.integers(0, 5, num_events).astype(np.int32)
+        timestamp = rng.integers(0, [4, 10**9][int(rng.integers(2))], num_events)
+        since = capped_since(item, timestamp, 6, most)
+        for index in range(6):
+            times = timestamp[item == index]
+            kept = times[times >= since[index]]
+            assert len(kept) <= most
+            left = np.setdiff1d(times, kept)
+            assert len(left) == 0 or (times >= left.max()).sum() > most
 
 
 def test_a_core_of_nothing_is_refused(whole, tmp_path):

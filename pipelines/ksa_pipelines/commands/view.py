@@ -12,6 +12,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="VIEW", required=True, type=Path, help="data set to write; must not exist")
     parser.add_argument("--k-core", type=int, default=0, metavar="N", help="items and users with N events or more")
     parser.add_argument("--max-user-events", type=int, metavar="N", help="only the newest N events of each user")
+    parser.add_argument(
+        "--max-item-events", type=int, metavar="N", help="only the newest N events of each item; one second goes whole"
+    )
     parser.add_argument("--drop-bots", action="store_true", help="leave out users that `ksa inspect` calls bots")
     add_resources(parser)
 
@@ -22,9 +25,10 @@ def _run(args: argparse.Namespace) -> None:
     from ksa_pipelines.view import Limits, view
     from recsys_ksa.errors import UsageError
 
-    if args.max_user_events is not None and args.max_user_events < 1:
-        raise UsageError(f"--max-user-events: expected at least 1, got {args.max_user_events}.")
-    limits = Limits(args.k_core, args.max_user_events, BotRule() if args.drop_bots else None)
+    for name, value in (("user", args.max_user_events), ("item", args.max_item_events)):
+        if value is not None and value < 1:
+            raise UsageError(f"--max-{name}-events: expected at least 1, got {value}.")
+    limits = Limits(args.k_core, args.max_user_events, args.max_item_events, BotRule() if args.drop_bots else None)
     counts = view(args.dataset, args.out, limits, step_report(), resources_of(args)).counts
     print(f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events")
 
