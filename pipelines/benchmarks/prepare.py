@@ -1,4 +1,7 @@
-"""Events per second, processor seconds and peak memory: `ksa prepare`, pandas doing the same, an append of 1%.
+"""Events per second, processor seconds and peak memory: `ksa prepare`, pandas doing the same, appends to the rest.
+
+Appended are the log's last day, and its last 1% of events, each to a data set of the events before; beside each, how
+many of the data set's events belong to users that it touches: their whole rows are written again.
 
     python pipelines/benchmarks/prepare.py --events 1000000 10000000 --json figures.json
 
@@ -18,6 +21,8 @@ import time
 from pathlib import Path
 
 import polars as pl
+
+DAY = 86_400
 
 
 def measured(command: list[str]) -> dict[str, float]:
@@ -50,14 +55,21 @@ def tree_memory(process: int) -> int:
     return resident + sum(tree_memory(int(child)) for child in children)
 
 
-def split_log(log: Path, folder: Path, share: float) -> tuple[Path, Path]:
-    """Write the log's last `share` of events by time, and the rest, as two folders of one file a part."""
-    cut = pl.scan_parquet(log / "*.parquet").select(pl.col("timestamp").quantile(1 - share, "lower")).collect().item()
+def split_log(log: Path, folder: Path, cut: int) -> tuple[Path, Path]:
+    """Write the log's events up to a time, and those after it, as two folders of one file a part."""
     for name, keep in (("old", pl.col("timestamp") <= cut), ("new", pl.col("timestamp") > cut)):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
         for part in sorted(log.glob("*.parquet")):
             pl.scan_parquet(part).filter(keep).sink_parquet(folder / name / part.name)
     return folder / "old", folder / "new"
+
+
+def touched_share(old: Path, new: Path) -> float:
+    """Return the share of the old events that belong to users of the new ones."""
+    events = pl.scan_parquet(old / "*.parquet").select("user_id")
+    touched = events.join(pl.scan_parquet(new / "*.parquet").select("user_id").unique(), on="user_id", how="semi")
+    share = pl.collect_all([touched.select(pl.len()), events.select(pl.len())], engine="streaming")
+    return share[0].item() / share[1].item()
 
 
 def ksa(*arguments: object) -> list[str]:
@@ -75,11 +87,22 @@ def bench(events: int, folder: Path, peers: bool, memory: str) -> list[dict]:
         peer = Path(__file__).with_name("pandas_prepare.py")
         rows.append({"what": "pandas", **measured([sys.executable, str(peer), str(log), str(folder / "pandas")])})
         shutil.rmtree(folder / "pandas")
-        shutil.rmtree(folder / "ds")
-        old, new = split_log(log, folder, 0.01)
-        rows.append({"what": "rebuild of 99%", **measured(ksa("prepare", old, "--out", folder / "ds"))})
-        rows.append({"what": "append of 1%", **measured(ksa("append-log", folder / "ds", new))})
+        time_column = pl.scan_parquet(log / "*.parquet").select("timestamp")
+        last_day = time_column.max().collect().item() - DAY
+        last_hundredth = time_column.quantile(0.99, "lower").collect().item()
+        for name, cut in (("last day", last_day), ("last 1%", last_hundredth)):
+            rows += bench_append(log, folder / name.replace(" ", "-"), name, cut)
     return [{"events": events, **row, "events_per_second": round(events / row["seconds"])} for row in rows]
+
+
+def bench_append(log: Path, folder: Path, name: str, cut: int) -> list[dict]:
+    """Return the figures of appending what a log has after a time, and of preparing what it has before."""
+    old, new = split_log(log, folder, cut)
+    touched = f"{touched_share(old, new):.0%} touched"
+    rows = [{"what": f"all but {name}", **measured(ksa("prepare", old, "--out", folder / "ds"))}]
+    rows.append({"what": f"+ {name}, {touched}", **measured(ksa("append-log", folder / "ds", new))})
+    shutil.rmtree(folder)
+    return rows
 
 
 def main() -> None:
@@ -97,7 +120,7 @@ def main() -> None:
             for row in bench(events, folder, not args.no_peers, args.memory):
                 rows.append(row)
                 spent = "{seconds:8.2f} s {processor_seconds:8.2f} s of processors {events_per_second:>10,}/s"
-                line = "{events:>13,} {what:<16} " + spent + " {peak_mib:>7,} MiB"
+                line = "{events:>13,} {what:<24} " + spent + " {peak_mib:>7,} MiB"
                 print(line.format(**row), flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
