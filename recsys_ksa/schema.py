@@ -63,11 +63,11 @@ def vector_column(name: str) -> str:
     return f"{name}_vector"
 
 
-def histories_schema(*, has_event_type: bool, has_event_id: bool) -> pa.Schema:
+def histories_schema(*, has_event_type: bool, has_event_id: bool, has_value: bool = False) -> pa.Schema:
     """Return the schema of histories/part-*.parquet, one row a user, events in order.
 
     The lists hold one entry an event: item_index, timestamp (Unix seconds), tie (see `recsys_ksa.order`),
-    and where the log has them event_id and event_type (index into vocab/event_type.parquet).
+    and where the log has them event_id, event_type (index into vocab/event_type.parquet) and value (NaN: none).
     """
     fields = [
         pa.field("user_id", pa.string(), nullable=False),
@@ -80,5 +80,7 @@ def histories_schema(*, has_event_type: bool, has_event_id: bool) -> pa.Schema:
         fields.append(pa.field("event_id", pa.large_list(pa.large_string()), nullable=False))
     if has_event_type:
         fields.append(pa.field("event_type", pa.large_list(pa.int8()), nullable=False))
+    if has_value:
+        fields.append(pa.field("value", pa.large_list(pa.float32()), nullable=False))
     fields += [pa.field(name, pa.int32(), nullable=False) for name in SPLIT_COLUMNS]
     return pa.schema(fields)

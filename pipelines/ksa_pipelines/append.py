@@ -126,7 +126,7 @@ def _config(before: Manifest, dataset: Path, mapping: PrepareConfig | None) -> P
 
 
 def _optional_columns(manifest: Manifest) -> frozenset[str]:
-    there = {"event_type": manifest.has_event_type, "event_id": manifest.has_event_id}
+    there = {"event_type": manifest.has_event_type, "event_id": manifest.has_event_id, "value": manifest.has_value}
     return frozenset(name for name, has in there.items() if has)
 
 

@@ -14,7 +14,7 @@ _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 def map_columns(
     frame: pl.LazyFrame, config: ColumnsConfig, schema: Schema, source: str, read: ReadConfig = _PLAIN
 ) -> pl.LazyFrame:
-    """Return `ROW`, user_id, item_id (string), timestamp (int64 seconds) and, where there, event_type, event_id.
+    """Return `ROW`, user_id, item_id (string), timestamp (int64 seconds) and, where there, event_type, event_id, value.
 
     What cannot be read as such becomes null; `checks.mark_rejected` counts it. Datetimes without a zone are UTC.
 
@@ -29,6 +29,8 @@ def map_columns(
         name = getattr(config, target)
         if name != "" and (name is not None or target in schema):
             columns.append(text_column(schema, name or target, source).alias(target))
+    if config.value is not None:
+        columns.append(_value_column(schema, config.value, source).alias("value"))
     return frame.select(columns)
 
 
@@ -40,6 +42,8 @@ def column_kinds(config: ColumnsConfig, schema: Schema) -> dict[str, str]:
         name = target if name is None else name
         if name in schema:
             kinds[target] = _kind(schema[name])
+    if config.value in schema:
+        kinds["value"] = "number"
     return kinds
 
 
@@ -79,6 +83,14 @@ def column_type(schema: Schema, name: str, source: str) -> pl.DataType:
             f"{source}: expected a column {name!r}, got {there}. Map it in the prepare file ([columns] or [items])."
         )
     return schema[name]
+
+
+def _value_column(schema: Schema, name: str, source: str) -> pl.Expr:
+    """Return the column `name` as float32; NaN where there is no number: histories hold no nulls."""
+    kind = column_type(schema, name, source)
+    if not (kind.is_numeric() or kind in (pl.String, pl.Null)):
+        raise SchemaError(f"{source}: column {name!r}: expected numbers, got {kind}. Cast the column.")
+    return pl.col(name).cast(pl.Float32, strict=False).fill_nan(None).fill_null(float("nan"))
 
 
 def _timestamp_column(schema: Schema, name: str, source: str, read: ReadConfig) -> pl.Expr:

@@ -48,6 +48,8 @@ class ColumnsConfig(Strict):
     """Unset: `event_type` where the log has it. Empty: left out."""
     event_id: str | None = None
     """Unset: `event_id` where the log has it. Empty: left out."""
+    value: str | None = Field(default=None, min_length=1)
+    """What an event was worth, such as a rating or a price: a column of numbers. Unset: events have no value."""
 
 
 class ItemsConfig(Strict):

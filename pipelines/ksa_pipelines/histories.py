@@ -9,7 +9,7 @@ from ksa_pipelines.arrow import to_arrow
 from ksa_pipelines.split import Positions
 from recsys_ksa.schema import histories_schema
 
-LISTS = ("item_index", "timestamp", "tie", "event_id", "event_type")
+LISTS = ("item_index", "timestamp", "tie", "event_id", "event_type", "value")
 
 
 def user_offsets(user_index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -25,12 +25,13 @@ def group_by_user(
 
     Args:
         lists: values of all events, by (user_index, order): item_index, timestamp, tie and, where the log has them,
-            event_id and event_type (index).
+            event_id, event_type (index) and value.
         users: user_id and user_index, sorted by user_index.
         split: positions.
         offsets: int64 [U + 1].
     """
-    schema = histories_schema(has_event_type="event_type" in lists, has_event_id="event_id" in lists)
+    there = {f"has_{name}": name in lists for name in ("event_type", "event_id", "value")}
+    schema = histories_schema(**there)
     bounds = pa.array(offsets)
     columns: dict[str, pa.Array] = {
         "user_id": to_arrow(users["user_id"]).cast(pa.string()),

@@ -194,7 +194,7 @@ def _filter(ingested: Ingested, min_item: int, min_user: int, engine: Engine) ->
 
 
 def _refuse_other_columns(known: KnownNames, spilled: Spilled, log: str) -> None:
-    there = {name for name in ("event_type", "event_id") if name in spilled.columns}
+    there = {name for name in ("event_type", "event_id", "value") if name in spilled.columns}
     if there != known.columns:
         raise SchemaError(
             f"{log}: expected the optional columns of the data set ({', '.join(sorted(known.columns)) or 'none'}), got "

@@ -72,6 +72,7 @@ def prepare(
             num_buckets=config.num_buckets,
             has_event_type=ingested.has_event_type,
             has_event_id=ingested.has_event_id,
+            has_value=config.columns.value is not None,
             has_title="title" in catalogue.items.columns,
             side_features=config.items.side_features,
             multi_features=config.items.multi_features,

@@ -121,5 +121,5 @@ class Others:
 
 
 def _in_schema_order(names: Container[str]) -> list[str]:
-    schema = histories_schema(has_event_type=True, has_event_id=True)
+    schema = histories_schema(has_event_type=True, has_event_id=True, has_value=True)
     return [name for name in schema.names if name in names]

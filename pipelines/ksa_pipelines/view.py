@@ -55,7 +55,8 @@ def view(
     """
     source = open_dataset(dataset)
     config = parse_config(PrepareConfig, source.manifest.config, str(dataset))
-    plain = {"read": ReadConfig(), "columns": ColumnsConfig(), "tie": source.manifest.tie, "k_core": limits.k_core}
+    columns = ColumnsConfig(value="value" if source.manifest.has_value else None)
+    plain = {"read": ReadConfig(), "columns": columns, "tie": source.manifest.tie, "k_core": limits.k_core}
     plain |= {"min_item_count": 0, "min_user_events": 0}
     config = config.model_copy(update=plain)
     vectors = {name: (name,) for name in config.items.vectors}
@@ -101,6 +102,8 @@ def _kept_events(source: Dataset, limits: Limits, report: Report) -> Iterator[pl
             columns.append(types.gather(events["event_type"].cast(pl.UInt32)).alias("event_type"))
         if "event_id" in events.columns:
             columns.append(pl.col("event_id"))
+        if "value" in events.columns:
+            columns.append(pl.col("value"))
         yield events.select(columns)
     report(f"left out {num_bots:,} bots, {num_cut:,} older events of users and {num_capped:,} of items")
 

@@ -212,7 +212,7 @@ class _Layout:
     """An Arrow IPC file of one record batch whose buffers are filled in later, front to back."""
 
     def __init__(self, path: Path, schema: pa.Schema, num_users: int, num_events: int, id_bytes: int) -> None:
-        names = ["user_id", "user_index", "item_index", "timestamp", "event_type", *SPLIT_COLUMNS]
+        names = ["user_id", "user_index", "item_index", "timestamp", "event_type", "value", *SPLIT_COLUMNS]
         self._schema = pa.schema([schema.field(name) for name in names if name in schema.names])
         self._users = self._events = self._id_bytes = 0
         _write_zeros(path, self._schema, num_users, num_events, id_bytes)

@@ -193,4 +193,5 @@ def _view(batch: pa.RecordBatch) -> Histories:
         timestamp=batch.column("timestamp").values.to_numpy(),
         event_type=batch.column("event_type").values.to_numpy() if has_event_type else None,
         split={name: batch.column(name).to_numpy() for name in SPLIT_COLUMNS},
+        value=batch.column("value").values.to_numpy() if "value" in batch.schema.names else None,
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from recsys_ksa.schema import SPLIT_COLUMNS
 
-_HASHED_LISTS = ("item_index", "timestamp", "tie", "event_id", "event_type")
+_HASHED_LISTS = ("item_index", "timestamp", "tie", "event_id", "event_type", "value")
 Split = dict[str, dict[str, int]]
 
 
@@ -27,9 +27,9 @@ class ContentHash:
     """SHA-256 of a histories table's canonical rows, fed with blocks of users in order of user_index.
 
     Each user's row is: user_index and number of events (int64), user_id, then item_index (int32), timestamp
-    (int64), tie, and where the log has them event_id and event_type (int8). Numbers are little-endian; a string is
-    its length as int64 and its bytes; a list of strings is the lengths as int64, then all bytes. Split positions
-    have a hash of their own.
+    (int64), tie, and where the log has them event_id, event_type (int8) and value (float32). Numbers are
+    little-endian; a string is its length as int64 and its bytes; a list of strings is the lengths as int64, then all
+    bytes. Split positions have a hash of their own.
     """
 
     def __init__(self, schema: pa.Schema) -> None:

@@ -119,6 +119,7 @@ class Manifest(Strict):
     num_buckets: int
     has_event_type: bool
     has_event_id: bool
+    has_value: bool = False
     has_title: bool
     side_features: tuple[str, ...]
     multi_features: tuple[str, ...] = ()
