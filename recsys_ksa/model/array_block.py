@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,6 +24,10 @@ from recsys_ksa.model.rotary import BASE
 Array = NDArray[np.floating]
 ArrayRotary = tuple[Array, Array]
 """(cos [T, 1, 1, D / 2], signed sin [T, 1, 2, D / 2]); see `recsys_ksa.model.rotary.Rotary`."""
+
+LARGE = 1 << 18
+"""Multiplications in a product of matrices beyond which torch computes it: from there on NumPy's own threads would take
+part, and they keep a core busy while they wait."""
 
 
 class ArrayProjection(NamedTuple):
@@ -42,22 +47,15 @@ class ArrayProjection(NamedTuple):
         return cls(p.num_heads, p.num_kv_heads, *map(array_of, (p.gain, p.weight, p.key_gain, p.query_gain)))
 
     def __call__(self, x_TE: Array, rotary: ArrayRotary) -> tuple[Array, Array, Array]:
-        """Return `queries` and `keys_values` of one product."""
+        """Return queries [T, H, D], what the output's gate opens by [T, H, D], and rows [T, 2, J, D]."""
         heads, scale = self._heads(x_TE, self.weight)
         rows = 2 * self.num_kv_heads
         return *self._queries(heads[:, rows:], scale[:, rows:], rotary), self._rows(heads[:, :rows], scale, rotary)
 
     def queries(self, x_TE: Array, rotary: ArrayRotary) -> tuple[Array, Array]:
-        """Return queries [T, H, D] and what the output's gate opens by [T, H, D]."""
-        return self._queries(*self._heads(x_TE, self.weight[:, self._num_row_columns :]), rotary)
-
-    def keys_values(self, x_TE: Array, rotary: ArrayRotary) -> Array:
-        """Return keys and values side by side, [T, 2, J, D]."""
-        return self._rows(*self._heads(x_TE, self.weight[:, : self._num_row_columns]), rotary)
-
-    @property
-    def _num_row_columns(self) -> int:
-        return 2 * self.num_kv_heads * len(self.key_gain)
+        """Return queries and gates alone."""
+        columns = self.weight[:, 2 * self.num_kv_heads * len(self.key_gain) :]
+        return self._queries(*self._heads(x_TE, columns), rotary)
 
     def _heads(self, x_TE: Array, weight: Array) -> tuple[Array, Array]:
         """Return the heads that columns of `weight` give, [T, heads, D], and what normalises each, [T, heads, 1]."""
@@ -123,19 +121,23 @@ class ArrayNetwork(NamedTuple):
 
 def attend(query: Array, rows: Array) -> Array:
     """Return what one query [H, D] gathers from the rows it sees, [L, 2, J, D]."""
-    num_heads, head_dim = query.shape
-    keys, values = rows[:, 0].transpose(1, 2, 0), rows[:, 1].transpose(1, 0, 2)
-    weights = (query * head_dim**-0.5).reshape(len(keys), -1, head_dim) @ keys
+    num_kv_heads, head_dim = rows.shape[2:]
+    by_key_head = query.reshape(num_kv_heads, -1, head_dim)
+    keys, values = rows[:, 0].transpose(1, 0, 2), rows[:, 1].transpose(1, 0, 2)
+    if by_key_head[0].size * len(rows) > LARGE:
+        q, k, v = (torch.from_numpy(each)[None] for each in (by_key_head, keys, values))
+        return F.scaled_dot_product_attention(q, k, v).numpy().reshape(query.shape)
+    weights = (by_key_head * head_dim**-0.5) @ keys.transpose(0, 2, 1)
     weights -= np.maximum.reduce(weights, axis=-1, keepdims=True)
     np.exp(weights, out=weights)
     gathered = weights @ values
     gathered /= np.add.reduce(weights, axis=-1, keepdims=True)
-    return gathered.reshape(num_heads, head_dim)
+    return gathered.reshape(query.shape)
 
 
 def product(x: Array, weight: Array) -> Array:
-    """Return x @ weight, [T, in] by [in, out]; of several rows by torch: NumPy's own threads would spin, waiting."""
-    if len(x) == 1:
+    """Return x @ weight, [T, in] by [in, out]."""
+    if len(x) * weight.size <= LARGE:
         return x @ weight
     return torch.mm(torch.from_numpy(x), torch.from_numpy(weight)).numpy()
 

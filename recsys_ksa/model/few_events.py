@@ -48,9 +48,10 @@ def append_few(
             each.project(projection)
         for user, (memory, (had, total)) in enumerate(zip(memories, ends)):
             layer = memory.layers[depth]
-            new_rows = [each.rows[each.of_user[user]] for each, _ in tokens]
-            held = HeldRows.of(config, layer, had, *new_rows)
-            layers[user].append(grown(config, layer, had, total, *map(torch.from_numpy, (held.events, *new_rows[1:]))))
+            new_events, *new_summaries = [each.rows[each.of_user[user]] for each, _ in tokens]
+            held = HeldRows.of(config, layer, had, new_events, *new_summaries)
+            kept = map(torch.from_numpy, (held.events, *new_summaries))
+            layers[user].append(grown(config, layer, had, total, *kept))
             if depth < last:  # the last block's queries are `answer_few`'s
                 for each, _ in tokens:
                     each.gather(user, kind, held)

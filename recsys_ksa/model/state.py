@@ -61,7 +61,10 @@ class SharedRows:
         """Return these rows and `rows` behind them."""
         if not len(rows):
             return self
-        parts = list(torch.cat((self.tail, rows)).split(SEGMENT_ROWS))
+        joined = torch.cat((self.tail, rows))
+        if len(joined) < SEGMENT_ROWS:
+            return SharedRows(self.segments, joined)
+        parts = list(joined.split(SEGMENT_ROWS))
         tail = parts.pop() if len(parts[-1]) < SEGMENT_ROWS else self.tail[:0]
         return SharedRows((*self.segments, *(part.clone() for part in parts)), tail.clone())
 

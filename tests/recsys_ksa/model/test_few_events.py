@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from ksa_kernels.summary_attention.reference import Tokens, visible
 from recsys_ksa.config import LayerKind, ModelConfig
-from recsys_ksa.model import few_events
+from recsys_ksa.model import array_block, few_events
 from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
 from recsys_ksa.model.features import FeatureSchema, SideFeature
 from recsys_ksa.model.network import Network
@@ -87,16 +88,19 @@ def differences(got: Memory, expected: Memory) -> float:
 @given(
     config=configs(),
     users=st.lists(st.tuples(st.integers(0, 40), st.integers(1, few_events.MOST_EVENTS)), min_size=1, max_size=3),
+    large=st.sampled_from([array_block.LARGE, 300, 0]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_few_events_leave_the_states_that_torch_does(
-    config: ModelConfig, users: list[tuple[int, int]], seed: int
+    config: ModelConfig, users: list[tuple[int, int]], large: int, seed: int
 ) -> None:
     rng, network = np.random.default_rng(seed), build(config, seed)
     memories = remember(network, rng, [length for length, _ in users])
     arrivals = arrive(rng, *(new for _, new in users))
     expected = append_events(network, memories, arrivals, "torch")
-    for mine, theirs in zip(append_events(network, memories, arrivals), expected, strict=True):
+    with mock.patch.object(array_block, "LARGE", large):  # small products are NumPy's, large ones torch's
+        got = append_events(network, memories, arrivals)
+    for mine, theirs in zip(got, expected, strict=True):
         assert differences(mine, theirs) <= EXACT
 
 
