@@ -121,7 +121,7 @@ class Client:
             ClientError: the service refused the call, or could not be reached in all tries.
         """
         content = None if body is None else msgspec.json.encode(body)
-        reason = ""
+        reason, refused = "", False
         for turn in range(self._tries):
             if turn:
                 self._sleep(min(2.0, 0.1 * 2**turn))
@@ -134,8 +134,9 @@ class Client:
                 return msgspec.json.decode(response.content, type=kind)
             reason = _detail(response)
             if response.status_code not in (429, 503):
+                refused = response.status_code in (400, 404, 413, 431)
                 break
-        raise ClientError(f"{method} {self._http.base_url}: expected an answer, got: {reason}")
+        raise ClientError(f"{method} {self._http.base_url}: expected an answer, got: {reason}", refused)
 
 
 def user_path(user_id: str, verb: str = "") -> str:

@@ -56,4 +56,12 @@ class ReleaseError(ServiceError):
 
 
 class ClientError(RecsysKsaError):
-    """The service refused a request of the client, or cannot be reached."""
+    """The service refused a request of the client for what it says (`refused`), or cannot answer it now."""
+
+    def __init__(self, message: str, refused: bool = False):
+        super().__init__(message)
+        self.refused = refused
+
+
+class SourceError(RecsysKsaError):
+    """A log of messages cannot be read."""
