@@ -12,6 +12,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DS", required=True, type=Path, help="data set to write; must not exist")
     parser.add_argument("--config", metavar="PREPARE.toml", type=Path, help="column mapping, filters, split")
     parser.add_argument("--preset", metavar="NAME", help="mapping of a public log: movielens, amazon, kuairand, ...")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the preset's log from its publisher into the folder LOG first"
+    )
+    parser.add_argument("--accept-terms", action="store_true", help="accept the publisher's terms, which are shown")
     parser.add_argument("--items", metavar="FILE", help="items file: titles and side features")
     parser.add_argument(
         "--tie", choices=["id", "arrival", "hash"], help="order of equal timestamps; overrides the audit"
@@ -25,12 +29,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     share_cores()
     from ksa_pipelines.config import resolve_config
+    from ksa_pipelines.download import download_of, fetch
     from ksa_pipelines.prepare import prepare
 
     names = ("tie", "clock", "num_buckets", "k_core")
     said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = resolve_config(args.preset, args.config, said)
-    counts = prepare(args.log, args.out, config, args.items, step_report(), resources_of(args)).counts
+    report = step_report()
+    if args.download:
+        fetch(download_of(args.preset), Path(args.log), report, accepted=args.accept_terms)
+    counts = prepare(args.log, args.out, config, args.items, report, resources_of(args)).counts
     print(
         f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events; histories of "
         f"{counts.shortest_history:,} to {counts.longest_history:,} events, median {counts.median_history:,.0f}"
