@@ -1,4 +1,4 @@
-"""Messages into the log: delivered again, cut off between keeping and committing, moved to another consumer, poisoned."""
+"""Messages into the log: delivered again, cut off between keeping and committing, moved elsewhere, poisoned."""
 
 import json
 import random
@@ -42,7 +42,7 @@ class Topic:
 
 
 class Consumer:
-    """Reads from the committed positions on, at most a few at a time; crashes, and loses partitions, when it is told to."""
+    """Reads from the committed positions on, a few at a time; crashes, and loses partitions, when told to."""
 
     def __init__(self, topic: Topic, draw: random.Random, crashes: float = 0.0, loses: float = 0.0):
         self.topic, self.draw, self.crashes, self.loses = topic, draw, crashes, loses

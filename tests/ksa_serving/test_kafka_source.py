@@ -26,6 +26,7 @@ def brokers() -> Iterator[str]:
     owner = kafka.Producer({"test.mock.num.brokers": 1, "log_level": 0})
     found = owner.list_topics(timeout=10).brokers.values()
     yield ",".join(f"{broker.host}:{broker.port}" for broker in found)
+    owner.flush(1)
 
 
 def send(brokers: str, first: int, count: int) -> None:
