@@ -187,10 +187,14 @@ def check_features(
     for name in sorted(found.keys() | info.feature_hashes.keys()):
         if found.get(name) != info.feature_hashes.get(name):
             raise RunError(
-                f"{path / INFO_FILE}: feature {name!r}: expected the definition and vocabulary the run was trained "
-                f"with ({str(info.feature_hashes.get(name))[:12]}, recsys-ksa {info.code_version}), {whose} have another "
-                f"({str(found.get(name))[:12]}). Use what it was trained with, or train it anew."
+                f"{path / INFO_FILE}: feature {name!r}: expected the definition and vocabulary the run was trained with "
+                f"({_short(info.feature_hashes.get(name))}, recsys-ksa {info.code_version}), {whose} have another "
+                f"({_short(found.get(name))}). Use what it was trained with, or train it anew."
             )
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]
 
 
 def load_network(run: Run, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Network:
