@@ -187,8 +187,8 @@ def check_features(
     for name in sorted(found.keys() | info.feature_hashes.keys()):
         if found.get(name) != info.feature_hashes.get(name):
             raise RunError(
-                f"{path / INFO_FILE}: feature {name!r}: expected the definition and vocabulary the run was trained with "
-                f"({_short(info.feature_hashes.get(name))}, recsys-ksa {info.code_version}), {whose} have another "
+                f"{path / INFO_FILE}: feature {name!r}: expected the definition and vocabulary the run was trained "
+                f"with ({_short(info.feature_hashes.get(name))}, recsys-ksa {info.code_version}), {whose} have another "
                 f"({_short(found.get(name))}). Use what it was trained with, or train it anew."
             )
 

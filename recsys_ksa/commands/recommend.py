@@ -18,7 +18,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--events",
         metavar="FILE",
         type=Path,
-        help="one user's events, .csv or .parquet: item_id, timestamp, and event_type, event_id where present",
+        help="one user's events, .csv or .parquet: item_id, timestamp; event_type, event_id, value",
     )
     parser.add_argument("--k", type=int, default=10, help="how many items (default 10)")
     parser.add_argument("--request-time", type=int, help="Unix seconds of the request (default: none)")
@@ -42,6 +42,7 @@ def _run(args: argparse.Namespace) -> None:
         columns["item_id"],
         _whole_numbers(args.events, columns["timestamp"]),
         event_types=_optional(columns, "event_type"),
+        features=_values(args.events, columns) if rec.event_features.value_edges else None,
         event_ids=_optional(columns, "event_id"),
     )
     exclude = True if args.new else False if args.again else None
@@ -109,6 +110,13 @@ def _whole_numbers(file: Path, values: list[str]) -> list[int]:
 
 def _optional(columns: Columns, name: str) -> list[str | None] | None:
     return [value or None for value in columns[name]] if name in columns else None
+
+
+def _values(file: Path, columns: Columns) -> dict[str, list[float | None]]:
+    try:
+        return {"value": [float(value) if value else None for value in columns["value"]]} if "value" in columns else {}
+    except ValueError as error:
+        raise SchemaError(f"{file}: value: expected numbers, got: {error}.") from error
 
 
 verb = Verb(
