@@ -192,34 +192,3 @@ def count_before(timestamp: NDArray[np.int64], offsets: NDArray[np.int64], cut: 
     before = np.append(timestamp[: offsets[-1]] < cut, False)  # so that an empty last user has a place to look at
     counts = np.add.reduceat(before, offsets[:-1], dtype=np.int64) if len(offsets) > 1 else np.empty(0, np.int64)
     return np.where(np.diff(offsets) > 0, counts, 0)
-
-
-def newest_rows(directory: Path, names: Sequence[str], user_ids: Sequence[str]) -> pa.Table | None:
-    """Return the histories of some of a bucket's users, by user_index; None where the bucket has no part.
-
-    Args:
-        directory: the data set.
-        names: the bucket's parts, oldest first.
-        user_ids: whom to look for; those not found are left out.
-    """
-    wanted, found = pa.array(user_ids, pa.string()), []
-    for part in open_parts(directory, names):
-        file, row = pq.ParquetFile(part.path), 0
-        for group in range(file.num_row_groups):
-            ids = file.read_row_group(group, columns=["user_id"]).column(0)
-            asked = pc.call_function("is_in", [ids], pc.SetLookupOptions(wanted)).to_numpy()
-            asked &= part.newest[row : row + len(ids)]
-            row += len(ids)
-            if asked.any():
-                found.append(file.read_row_group(group).filter(pa.array(asked)))
-    if not names:
-        return None
-    if not found:
-        return pq.read_schema(directory / names[0]).empty_table()
-    return pa.concat_tables(found).sort_by("user_index").combine_chunks()
-
-
-def numbered_users(directory: Path, names: Sequence[str], num_buckets: int) -> int:
-    """Return one more than the largest n of a bucket's users (`user_index = bucket + num_buckets * n`)."""
-    largest = max((int(part.users[-1]) for part in open_parts(directory, names) if len(part.users)), default=-1)
-    return largest // num_buckets + 1

@@ -1,0 +1,44 @@
+import polars as pl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ksa_pipelines import names
+from ksa_pipelines.names import number_names
+from ksa_pipelines.spill import read_bucket, write_chunk
+from ksa_pipelines.vocab import user_bucket
+
+ROW = st.tuples(
+    st.sampled_from(["a", "b", "é", "d"]),
+    st.sampled_from(["x", "10", "9", "é", "z" * 40]),
+    st.sampled_from([None, "v"]),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.lists(st.lists(ROW, min_size=1, max_size=8), min_size=1, max_size=6), st.integers(1, 9))
+def test_chunks_hold_what_was_spilled_under_numbers_of_the_whole_log(tmp_path_factory, monkeypatch, logs, group):
+    folder = tmp_path_factory.mktemp("chunks")
+    monkeypatch.setattr(names, "GROUP", group)
+    columns = {"user_id": pl.String, "item_id": pl.String, "event_type": pl.String}
+    chunks = []
+    for number, rows in enumerate(logs):
+        frame = pl.DataFrame(rows, schema=columns, orient="row").with_columns(timestamp=pl.lit(number, pl.Int64))
+        frame = frame.with_row_index("__row").cast({"__row": pl.UInt64})
+        chunks.append(write_chunk(frame.with_columns(event_id="user_id"), 3, folder / f"chunk-{number}"))
+
+    found = {column: number_names(chunks, column, folder) for column in ("item", "event_type")}
+    codes = {column: each.of_chunks() for column, each in found.items()}
+    items, types = found["item"].values.to_list(), [*found["event_type"].values, None]
+
+    assert items == sorted({item for rows in logs for _, item, _ in rows}, key=str.encode)
+    for bucket in range(3):
+        events, users = read_bucket(chunks, codes, bucket)
+        expected = [
+            (user, item, kind, number, row, user)
+            for number, rows in enumerate(logs)
+            for row, (user, item, kind) in enumerate(rows)
+            if user_bucket(user, 3) == bucket
+        ]
+        order = ("user", "item", "event_type", "timestamp", "arrival", "event_id")
+        met = events.select(order).rows() if len(events) else []
+        assert [(users[user], items[item], types[kind], *rest) for user, item, kind, *rest in met] == expected
