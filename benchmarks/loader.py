@@ -4,7 +4,9 @@
 
 The data set is a log of `ksa synth`, prepared, unless one is given; its cache is mapped and stays in memory. What is
 measured is `train.feed`, as training calls it, with nobody to wait for: a thread (0), and processes. The first `--warm`
-batches, while processes start, are left out. `--fastest` is the fastest training step measured (kernels/README.md).
+batches, while processes start, are left out. Processor time is this process's: with a thread all there is, with
+processes what training itself pays for what they send. `--fastest` is the fastest training step measured
+(kernels/README.md).
 """
 
 import argparse
@@ -64,18 +66,19 @@ def measure(source: Source, processes: int, args: argparse.Namespace) -> dict[st
     with closing(inputs):  # pyright: ignore[reportArgumentType]
         for _ in islice(inputs, args.warm):
             pass
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         events = sum(given.batch.num_events for given in islice(inputs, args.steps))
-        seconds = time.perf_counter() - began
+        seconds, used = time.perf_counter() - began, time.process_time() - used
     rate = events / seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     by = f"{processes} processes" if processes else "a thread"
     print(
         f"{by:12} | {rate / 1e6:6.2f} M events/s | {seconds / args.steps * 1e3:6.1f} ms a batch | "
-        f"{rate / args.fastest:4.1f} x the fastest step | peak {peak:,.0f} MiB here",
+        f"{rate / args.fastest:4.1f} x the fastest step | here {used / args.steps * 1e3:5.1f} ms of processor time a "
+        f"batch, {events / used / 1e6:.2f} M events a second of it, peak {peak:,.0f} MiB",
         flush=True,
     )
-    return {"processes": processes, "events_per_second": rate, "steps": args.steps}
+    return {"processes": processes, "events_per_second": rate, "processor_seconds_here": used, "steps": args.steps}
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
