@@ -46,7 +46,7 @@ imports: setup
 gpu:
 	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/ksa_kernels
 	! command -v compute-sanitizer || compute-sanitizer --target-processes all --error-exitcode 9 \
-		$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/ksa_kernels -k "append or catalogue or (reference and 64)"
+		$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/ksa_kernels -k "append or catalogue or outweigh or (reference and 64)"
 	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/run.py --out results.json
 
 bench: setup

@@ -1,12 +1,19 @@
-"""Device time of a function: median over repeats, cold cache, launches queued ahead so that Python is not timed."""
+"""Device time of a function: median over repeats, cold cache, launches queued ahead so that Python is not timed.
+
+Every function rests the device first, ours and peers alike: it is power limited, and a second of dense attention slows
+whatever comes next by up to a sixth; a quarter of a second later nothing of that is left.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
+
+REST_SECONDS = 0.25
 
 
 def median_ms(run: Callable[[], Any], repeats: int = 15) -> float:
@@ -15,6 +22,7 @@ def median_ms(run: Callable[[], Any], repeats: int = 15) -> float:
     for _ in range(2):
         run()
     torch.cuda.synchronize()
+    time.sleep(REST_SECONDS)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda._sleep(60_000_000)  # some 30 ms: the host is ahead from the first repeat on
     for start, stop in events:

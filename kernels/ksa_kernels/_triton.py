@@ -63,6 +63,13 @@ def load_rows(pointer, stride, count, ROWS: tl.constexpr, D: tl.constexpr, MASKE
 
 
 @triton.jit
+def hide(scores, at, low, high, COLUMNS: tl.constexpr):
+    """Replace scores of columns outside [low, high) by HIDDEN; low and high by row, the first column is `at`."""
+    columns = tl.arange(0, COLUMNS)[None, :]  # constants: the bounds are shifted instead, one a row
+    return tl.where((columns >= (low - at)[:, None]) & (columns < (high - at)[:, None]), scores, HIDDEN)
+
+
+@triton.jit
 def softmax_step(scores, scale, value, acc, top, total, PRECISION: tl.constexpr):
     """Add one tile of keys, with scores before scaling, to a running softmax."""
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -71,3 +78,12 @@ def softmax_step(scores, scale, value, acc, top, total, PRECISION: tl.constexpr)
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_top, total
+
+
+@triton.jit
+def steady_softmax_step(scores, scale, value, acc, top, total, PRECISION: tl.constexpr):
+    """Add one tile of keys to a running softmax whose maximum stays: nothing is rescaled, weights may exceed 1."""
+    weights = tl.exp2(scores * scale - top[:, None])
+    total += tl.sum(weights, 1)
+    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, total

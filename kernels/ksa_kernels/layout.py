@@ -1,7 +1,8 @@
 """ChunkLayout: the only place that knows where event tokens and summary tokens sit, and who is where.
 
 Letters: U users, N events of one history, k chunk_size, m summaries_per_chunk, W window_chunks, V max_visible_chunks.
-A history's events are i = 0..N-1, the chunk of i is i // k, and its N // k closed chunks have m summaries each.
+A history's events are i = 0..N-1, the chunk of i is i // k, and its N // k closed chunks have m summaries each (or
+only those of them that an event sees, `unseen_summaries`).
 Rows of event tensors are ordered by user, then event; rows of summary tensors by user, chunk, slot.
 """
 
@@ -31,11 +32,11 @@ class UserSpan(NamedTuple):
     key_start: int
     """First event whose key and value are given."""
     first_query_chunk: int
-    """Chunk of query_start; summary queries are those of this chunk up to the last closed one."""
+    """Chunk of query_start; summary queries are those of this chunk up to the last that has summaries."""
     first_key_chunk: int
     """First chunk whose summaries are given as keys."""
-    num_closed: int
-    """Closed chunks of the history, N // k."""
+    num_summarised: int
+    """Chunks that have summaries, from the first on: the N // k closed ones, or those of them that an event sees."""
 
     @property
     def num_query_events(self) -> int:
@@ -50,12 +51,12 @@ class UserSpan(NamedTuple):
     @property
     def num_query_chunks(self) -> int:
         """Chunks whose summaries ask."""
-        return max(0, self.num_closed - self.first_query_chunk)
+        return max(0, self.num_summarised - self.first_query_chunk)
 
     @property
     def num_key_chunks(self) -> int:
         """Chunks whose summaries are keys."""
-        return max(0, self.num_closed - self.first_key_chunk)
+        return max(0, self.num_summarised - self.first_key_chunk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,7 @@ class ChunkLayout:
         max_visible_chunks: int | None = None,
         query_start: Integers | None = None,
         key_start: Integers | None = None,
+        unseen_summaries: bool = True,
     ) -> ChunkLayout:
         """Describe a jagged batch of histories.
 
@@ -97,6 +99,8 @@ class ChunkLayout:
             query_start: [U] first event of each history that asks (default 0).
             key_start: [U] first event of each history whose key and value are given (default 0): a chunk start, no
                 later than the first chunk that the window of query_start's chunk reaches.
+            unseen_summaries: whether there are summaries of the chunks W and fewer before the last event's, too, which
+                no event of these histories sees. Later events will: a state needs them, training does not.
 
         Raises:
             ShapeError: one of these is violated; the message names the argument, the user and both values.
@@ -110,7 +114,7 @@ class ChunkLayout:
         starts = _starts("query_start", query_start, len(lengths))
         key_starts = _starts("key_start", key_start, len(lengths))
         spans = tuple(
-            _span(user, n, start, key, chunk_size, window_chunks, max_visible_chunks)
+            _span(user, n, start, key, chunk_size, window_chunks, max_visible_chunks, unseen_summaries)
             for user, (n, start, key) in enumerate(zip(lengths, starts, key_starts))
         )
         return ChunkLayout(spans, chunk_size, summaries_per_chunk, window_chunks, max_visible_chunks, device)
@@ -188,7 +192,7 @@ class ChunkLayout:
     @cached_property
     def summary_key_chunk(self) -> Tensor:
         """Chunk of each row of summaries.key: int64 [num_key_summaries]."""
-        return self._by_slot(self._ranges([(span.first_key_chunk, span.num_closed) for span in self.spans]))
+        return self._by_slot(self._ranges([(span.first_key_chunk, span.num_summarised) for span in self.spans]))
 
     @cached_property
     def summary_key_slot(self) -> Tensor:
@@ -248,7 +252,9 @@ def _starts(name: str, values: Integers | None, num_users: int) -> list[int]:
     return starts
 
 
-def _span(user: int, n: int, start: int, key: int, k: int, window: int | None, visible: int | None) -> UserSpan:
+def _span(
+    user: int, n: int, start: int, key: int, k: int, window: int | None, visible: int | None, unseen_summaries: bool
+) -> UserSpan:
     if not 0 <= start <= n:
         raise ShapeError(f"query_start[{user}] must lie in 0..{n}, the history's length: got {start}.")
     chunk = start // k
@@ -259,4 +265,7 @@ def _span(user: int, n: int, start: int, key: int, k: int, window: int | None, v
             f"(query_start is {start}, window_chunks {window}): got {key}."
         )
     first_summary = 0 if visible is None or window is None else max(0, chunk - window - visible)
-    return UserSpan(n, start, key, chunk, first_summary, n // k)
+    num_summarised = n // k
+    if not unseen_summaries:
+        num_summarised = 0 if window is None else max(0, (n - 1) // k - window)
+    return UserSpan(n, start, key, chunk, first_summary, num_summarised)

@@ -72,7 +72,9 @@ class Network(ScoringNetwork):
 
     def forward(self, batch: "Batch", attention_impl: str = "auto") -> Tensor:
         """Return one user vector a question, [Q, E] ([Q, E + 1] with an item bias); score = user . item."""
-        place = place_histories(self.config, batch.offsets, batch.first_position, self.start.device, self.dtype)
+        place = place_histories(
+            self.config, batch.offsets, batch.first_position, self.start.device, self.dtype, unseen_summaries=False
+        )
         lengths = batch.offsets.diff()
         events = self.embed(batch.item_index, batch.event_type, batch.gap_bucket, lengths, batch.features)
         encoded = self.encode(events, place, attention_impl)

@@ -44,6 +44,7 @@ def chunk_layout(
     offsets: Tensor | Sequence[int],
     query_start: Sequence[int] | None = None,
     key_start: Sequence[int] | None = None,
+    unseen_summaries: bool = True,
 ) -> ChunkLayout:
     """Return the layout of a layer of `kind` over whole histories of lengths `offsets.diff()`."""
     full = kind == "full"
@@ -55,20 +56,28 @@ def chunk_layout(
         max_visible_chunks=None if full else config.max_visible_chunks,
         query_start=query_start,
         key_start=key_start,
+        unseen_summaries=unseen_summaries,
     )
 
 
 def place_histories(
-    config: ModelConfig, offsets: Tensor, first_position: Tensor, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    offsets: Tensor,
+    first_position: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    unseen_summaries: bool = True,
 ) -> Place:
     """Place histories that have no earlier rows (training, evaluation).
 
     Args:
         offsets: int64 [U + 1].
         first_position: int64 [U], true index of the first event given of each; a multiple of chunk_size.
+        unseen_summaries: whether there are summaries that only later events will see, too (what a state keeps).
     """
     layouts: dict[LayerKind, ChunkLayout] = {
-        kind: chunk_layout(config, kind, offsets).to(device) for kind in dict.fromkeys(config.layer_kinds)
+        kind: chunk_layout(config, kind, offsets, unseen_summaries=unseen_summaries).to(device)
+        for kind in dict.fromkeys(config.layer_kinds)
     }
     return _place(config, layouts, first_position.to(device), dtype)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ksa_kernels import ChunkLayout, summary_attention
+from ksa_kernels import QKV, ChunkLayout, summary_attention
 from ksa_kernels.testing import make_layout, make_qkv
 
 
@@ -30,6 +30,8 @@ def random_case(rng: random.Random, longest: int = 150, most_users: int = 5) -> 
         "window_chunks": window,
         "max_visible_chunks": rng.choice([None, None, 0, 1, 2, 5]),
     }
+    if rng.random() < 0.3:
+        rule["unseen_summaries"] = False
     lengths = [
         rng.choice([0, 1, k - 1, k, k + 1, rng.randint(0, longest), rng.randint(0, longest)])
         for _ in range(rng.randint(1, most_users))
@@ -65,3 +67,22 @@ def outputs_and_gradients(case: Case, impl: str, *, seed: int, head_dim: int = 4
         return list(out), [torch.zeros_like(each) for each in inputs]
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
     return list(out), [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
+
+
+def outweighed(factor: float, dtype: torch.dtype, head_dim: int, window: int | None, device: str = "cpu", longest=230):
+    """Return Triton's outputs and the reference's in float64 where old keys' scores dwarf those near the queries.
+
+    Old keys are summaries or, without a window, events. Queries and keys are whole numbers, so that no rounding but the
+    outputs' own tells the two apart.
+    """
+    rule = {"chunk_size": 4, "summaries_per_chunk": 1, "window_chunks": window}
+    layout = Case([longest, 5], rule, 2, 1).layout.to(device)
+    events, summaries = make_qkv(layout, num_heads=2, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
+    key = (events.key * 2).round()
+    if window is None:
+        key[: longest // 2] *= factor
+    events = QKV(events.query.round(), key, events.value)
+    summaries = QKV(summaries.query.round(), (summaries.key * 2).round() * factor, summaries.value)
+    out = summary_attention(events, summaries, layout, impl="triton")
+    exact = [QKV(*(each.double() for each in qkv)) for qkv in (events, summaries)]
+    return list(out), list(summary_attention(*exact, layout, impl="reference"))

@@ -166,6 +166,34 @@ def test_queries_on_top_of_a_state_equal_rows_of_the_full_computation(seed):
         assert_equal_within([out.summaries], [expected.summaries[asking:]], 1e-12)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_leaving_out_summaries_that_no_event_sees_changes_no_event(impl, rng):
+    for _ in range(6):
+        lengths, window = [rng.choice([0, 1, 30, rng.randint(0, 90)]) for _ in range(3)], rng.choice([0, 1, 3, None])
+        rule = {"chunk_size": rng.choice([1, 4, 7]), "summaries_per_chunk": 2, "window_chunks": window}
+        layout, less = (make_layout(lengths, unseen_summaries=unseen, **rule) for unseen in (True, False))
+        events, summaries = make_qkv(layout, requires_grad=True, seed=rng.randint(0, 10**6))
+        expected = summary_attention(events, summaries, layout, impl=impl).events
+        seen = torch.cat([torch.zeros(0, dtype=torch.bool), *(_is_seen(span, layout) for span in layout.spans)])
+        kept = QKV(*(each[seen] for each in summaries))
+        assert less.num_query_summaries == int(seen.sum())
+        out = summary_attention(events, kept, less, impl=impl).events
+        assert_equal_within([out], [expected], 1e-12)
+        weights = torch.randn_like(expected)
+        gradients = (
+            torch.autograd.grad((each * weights).sum(), [*events, *summaries[1:]], materialize_grads=True)
+            for each in (out, expected)
+        )
+        assert_equal_within(*gradients, 1e-11)
+
+
+def _is_seen(span, layout):
+    """Whether the history's last event sees each of its summaries through the window; then some event does."""
+    n, k, m, window = span.num_events, layout.chunk_size, layout.summaries_per_chunk, layout.window_chunks
+    seen = [sees(("event", n - 1), ("summary", chunk, 0), k, window, None) for chunk in range(n // k)]
+    return torch.tensor(seen, dtype=torch.bool).repeat_interleave(m)
+
+
 @torch.no_grad()
 def test_one_event_attends_in_place_to_summaries_behind_the_window(rng):
     for _ in range(20):

@@ -47,7 +47,8 @@ def compile(kernel, types={}, **constants):
 
 keys_of_summaries, keys_of_events = {"SUMMARIES": True}, {"SUMMARIES": False}
 on_keys = [(columns_kernel, keys_of_summaries), (columns_kernel, keys_of_events)]
-for kernel, more in [(forward_kernel, {"SAME_STRIDES": FUSED}), (queries_kernel, {"SAME_STRIDES": FUSED}), *on_keys]:
+on_queries = [(forward_kernel, {"SAME_STRIDES": FUSED, "STEADY": FUSED}), (queries_kernel, {"SAME_STRIDES": FUSED})]
+for kernel, more in [*on_queries, *on_keys]:
     asm = compile(kernel, FUSED=FUSED, **RULE, **more)
     assert len(asm["cubin"]) > 1000
     assert ARCH != 90 or "wgmma" in asm["ptx"]

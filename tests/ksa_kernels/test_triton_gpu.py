@@ -9,7 +9,7 @@ from ksa_kernels import summary_attention
 from ksa_kernels.errors import ImplUnavailableError
 from ksa_kernels.testing import error_budget, make_qkv, nan_filled_empty, relative_error
 
-from .cases import Case, random_case
+from .cases import Case, outweighed, random_case
 from .test_catalogue_softmax import value_and_gradients
 from .test_norm_rotary import check as check_norm_rotary
 from .test_sigmoid_gate import check as check_sigmoid_gate
@@ -57,6 +57,16 @@ def test_a_long_history_beside_short_ones():
     expected = summary_attention(events, summaries, layout, impl="torch")
     for one, other in zip(out, expected, strict=True):
         assert relative_error(one, other) <= error_budget(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, None])
+def test_old_keys_may_outweigh_recent_ones_by_any_factor(window, dtype):
+    for head_dim in (32, 64, 128):
+        for factor in (1, 8, 128):
+            out, expected = outweighed(factor, dtype, head_dim, window, "cuda", longest=2000)
+            for one, other in zip(out, expected, strict=True):
+                assert relative_error(one, other) <= error_budget(dtype), (head_dim, factor)
 
 
 def test_equal_inputs_give_equal_gradients():

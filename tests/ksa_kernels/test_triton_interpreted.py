@@ -58,6 +58,18 @@ def test_triton_chunks_longer_than_a_tile():
     run_interpreted(f"check(Case([145], {rule}, 1, 1))")
 
 
+def test_old_keys_may_outweigh_recent_ones_by_far():
+    run_interpreted(
+        """
+from cases import outweighed
+for window in (1, None):
+    out, expected = outweighed(3000, torch.float32, 16, window, longest=100)
+    errors = [relative_error(one, other) for one, other in zip(out, expected)]
+    assert max(errors) <= error_budget(torch.float32), (window, errors)
+"""
+    )
+
+
 def test_the_operator_passes_torchs_own_checks_and_compiles_whole():
     run_interpreted(
         """

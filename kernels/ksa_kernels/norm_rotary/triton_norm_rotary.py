@@ -50,7 +50,7 @@ def _copy_parts(
         tl.store(to_ptr + token[:, None] * to_token + at, values, mask=exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, num_rows, x_token, eps,
     P: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
@@ -70,7 +70,7 @@ def forward_kernel(
     _copy_parts(x_ptr, out_ptr, exists, token, head, x_token, P * H * D, P, H, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, d_out_ptr, d_x_ptr, d_weight_ptr, num_rows, x_token, eps,
     P: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,

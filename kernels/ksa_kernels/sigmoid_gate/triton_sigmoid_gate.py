@@ -18,7 +18,7 @@ ELEMENTS = 4096
 """Elements a program takes."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
     x_ptr, gate_ptr, out_ptr, num_tokens, x_token, gate_token,
     E: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
@@ -31,7 +31,7 @@ def forward_kernel(
     tl.store(out_ptr + token * E + element, (x * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def backward_kernel(
     d_out_ptr, x_ptr, gate_ptr, d_x_ptr, d_gate_ptr, num_tokens, x_token, gate_token,
     E: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,

@@ -27,7 +27,7 @@ from ksa_kernels.layout import ChunkLayout
 from ksa_kernels.summary_append.cache import PagedCache, Pages
 from ksa_kernels.summary_attention.triton_tiles import FOREVER, users_table
 
-FIELDS = tl.constexpr(6)
+FIELDS = tl.constexpr(7)
 LOG2E = 1.4426950408889634
 BLOCK_N = 64
 STAGES = 3
@@ -36,7 +36,7 @@ PROGRAMS = 528
 MOST_SPLITS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "visible", "num_event_rows", "num_rows", "event_ring", "summary_ring"])
 def append_kernel(
     eq_ptr, sq_ptr, ek_ptr, ev_ptr, sk_ptr, sv_ptr, event_table_ptr, summary_table_ptr,
     part_ptr, part_lse_ptr, count_ptr, eo_ptr, so_ptr, elsep_ptr, slsep_ptr, tiles_ptr,
@@ -53,16 +53,15 @@ def append_kernel(
     user = tl.load(fields).to(tl.int64)
     start = tl.load(fields + 1)
     is_summary = tl.load(fields + 2) == 1
-    n, key_start = tl.load(fields + 3), tl.load(fields + 4)
-    shift = tl.load(fields + 5).to(tl.int64)
+    n, key_start, num_slots = tl.load(fields + 3), tl.load(fields + 4), tl.load(fields + 5)
+    shift = tl.load(fields + 6).to(tl.int64)
 
     # rows: query (start + row // G) of head kv_head * G + row % G; a query is an event or a summary slot
     offsets = tl.arange(0, ROWS)
     query = start + offsets // G
     head = kv_head * G + offsets % G
     chunk = tl.where(is_summary, query // tl.maximum(M, 1), query // K)
-    slot_stop = n // K * M
-    stop = tl.where(is_summary, tl.minimum(start + QUERIES, slot_stop), tl.minimum(start + QUERIES, n))
+    stop = tl.minimum(start + QUERIES, tl.where(is_summary, num_slots, n))
     exists = (query < stop) & (offsets < QUERIES * G)
     chunk_first = tl.where(is_summary, start // tl.maximum(M, 1), start // K)
     chunk_last = tl.where(is_summary, (stop - 1) // tl.maximum(M, 1), (stop - 1) // K)
@@ -193,8 +192,8 @@ def _pools(pages: Pages) -> tuple[Any, Any]:
 
 
 def _tiles(layout: ChunkLayout, queries: int) -> Tensor:
-    """Return int32 [tiles, 6]: user, first event or slot, whether its queries are summaries, N, key_start, and what to
-    add to an event or slot number for its row.
+    """Return int32 [tiles, 7]: user, first event or slot, whether its queries are summaries, N, key_start, number of
+    summaries, and what to add to an event or slot number for its row.
     """
     name = f"append tiles {queries}"
     if name not in layout.plans:
@@ -202,11 +201,11 @@ def _tiles(layout: ChunkLayout, queries: int) -> Tensor:
         found: list[tuple[int, ...]] = []
         shifts = users_table(layout).tolist()
         for user, span in enumerate(layout.spans):
-            event_shift, slot_shift = shifts[user][3], shifts[user][5]
+            num_slots, event_shift, slot_shift = shifts[user][3], shifts[user][4], shifts[user][6]
             n, key_start = span.num_events, span.key_start
             events = range(span.query_start, n, queries)
-            slots = range(span.first_query_chunk * m, span.num_closed * m, queries)
-            found += [(user, first, 0, n, key_start, event_shift) for first in events]
-            found += [(user, first, 1, n, key_start, slot_shift) for first in slots]
-        layout.plans[name] = torch.tensor(found, dtype=torch.int32).reshape(-1, 6).to(layout.device, non_blocking=True)
+            slots = range(span.first_query_chunk * m, num_slots, queries)
+            found += [(user, first, 0, n, key_start, num_slots, event_shift) for first in events]
+            found += [(user, first, 1, n, key_start, num_slots, slot_shift) for first in slots]
+        layout.plans[name] = torch.tensor(found, dtype=torch.int32).reshape(-1, 7).to(layout.device, non_blocking=True)
     return layout.plans[name]

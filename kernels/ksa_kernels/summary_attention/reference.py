@@ -89,7 +89,7 @@ def _query_tokens(span: UserSpan, layout: ChunkLayout) -> Tokens:
 
 
 def _key_tokens(span: UserSpan, layout: ChunkLayout) -> Tokens:
-    return _tokens(span.key_start, span.num_events, span.first_key_chunk, span.num_closed, layout)
+    return _tokens(span.key_start, span.num_events, span.first_key_chunk, span.num_summarised, layout)
 
 
 def _tokens(first_event: int, stop_event: int, first_chunk: int, stop_chunk: int, layout: ChunkLayout) -> Tokens:

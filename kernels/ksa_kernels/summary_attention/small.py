@@ -81,7 +81,7 @@ def _pieces(layout: ChunkLayout) -> Iterator[Piece]:
                 (first + key_shift, stop + key_shift),
                 (old[0] + summary_shift, old[1] + summary_shift),
             )
-            if stop == (chunk + 1) * k and m:
+            if stop == (chunk + 1) * k and m and chunk < span.num_summarised:
                 yield Piece(
                     False,
                     (summary_query_row, summary_query_row + m),

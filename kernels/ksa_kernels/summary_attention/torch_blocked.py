@@ -102,7 +102,7 @@ class Plan:
         """Cut the layout's queries into blocks and group them by size."""
         m = layout.summaries_per_chunk
         table = torch.tensor(layout.spans, dtype=torch.int64).reshape(-1, 6).to(layout.device)
-        n, query_start, key_start, query_chunk, key_chunk, closed = table.unbind(1)
+        n, query_start, key_start, query_chunk, key_chunk, summarised = table.unbind(1)
 
         def side(first: Tensor, stop: Tensor, offsets: Tensor, rows_before: int) -> Side:
             return Side(first, stop, offsets[:-1] + rows_before - first)
@@ -111,9 +111,9 @@ class Plan:
             layout,
             tuple(_groups(layout)),
             side(query_start, n, layout.event_query_offsets, 0),
-            side(query_chunk * m, closed * m, layout.summary_query_offsets, layout.num_query_events),
+            side(query_chunk * m, summarised * m, layout.summary_query_offsets, layout.num_query_events),
             side(key_start, n, layout.event_key_offsets, 0),
-            side(key_chunk * m, closed * m, layout.summary_key_offsets, layout.num_key_events),
+            side(key_chunk * m, summarised * m, layout.summary_key_offsets, layout.num_key_events),
         )
 
     def pieces(self, num_heads: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:

@@ -111,7 +111,7 @@ def _summary_queries(
     tl.store(sdq_base + place, acc.to(sdq_base.dtype.element_ty), mask=here[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "visible", "num_event_rows", "num_summary_rows"])
 def queries_kernel(
     eq_ptr, ek_ptr, ev_ptr, sq_ptr, sk_ptr, sv_ptr,
     eo_ptr, so_ptr, else_ptr, slse_ptr, edo_ptr, sdo_ptr,
@@ -125,7 +125,7 @@ def queries_kernel(
     FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, kv_head = tl.program_id(0) % H, (tl.program_id(0) % H) // G
-    start, n, query_start, key_start, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(
+    start, n, query_start, key_start, num_slots, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(
         tiles_ptr, tl.program_id(0) // H
     )
     eq_base = eq_ptr + eq_shift * eq_row + head * eq_head
@@ -172,19 +172,20 @@ def queries_kernel(
 
     # --- summary queries of the chunks whose last event lies in this tile
     if M > 0:
-        slot_stop = tl.minimum((start + BLOCK_M) // K, n // K) * M
+        slot_start, slot_stop = start // K * M, tl.minimum((start + BLOCK_M) // K * M, num_slots)
         sq_base = sq_ptr + sq_shift * sq_row + head * sq_head
         shift = (sq_shift * H + head) * D
         lse_shift = head.to(tl.int64) * num_summary_rows + sq_shift
         if FUSED:
-            _summary_queries(
-                start // K * M, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base,
-                so_ptr + shift, sdo_ptr + shift, sdq_ptr + shift, slse_ptr + lse_shift, sdelta_ptr + lse_shift,
-                sq_row, ek_row, ev_row, sk_row, sv_row, H * D, scale,
-                D, K, M, BLOCK_M, BLOCK_N, BLOCK_S, FUSED, PRECISION,
-            )  # fmt: skip
+            if slot_start < slot_stop:
+                _summary_queries(
+                    slot_start, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base,
+                    so_ptr + shift, sdo_ptr + shift, sdq_ptr + shift, slse_ptr + lse_shift, sdelta_ptr + lse_shift,
+                    sq_row, ek_row, ev_row, sk_row, sv_row, H * D, scale,
+                    D, K, M, BLOCK_M, BLOCK_N, BLOCK_S, FUSED, PRECISION,
+                )  # fmt: skip
         else:
-            for slot_first in range(start // K * M, slot_stop, BLOCK_S):
+            for slot_first in range(slot_start, slot_stop, BLOCK_S):
                 _summary_queries(
                     slot_first, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base,
                     so_ptr + shift, sdo_ptr + shift, sdq_ptr + shift, slse_ptr + lse_shift, sdelta_ptr + lse_shift,
@@ -230,7 +231,7 @@ def _own_summaries_step(
     return _dkv_step(k, v, q, d_out, lse2, delta, seen, dk, dv, scale, PRECISION, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "visible", "num_event_rows", "num_summary_rows"])
 def columns_kernel(
     k_ptr, v_ptr, dk_ptr, dv_ptr,
     eq_ptr, edo_ptr, else_ptr, edelta_ptr,
@@ -245,14 +246,14 @@ def columns_kernel(
     num_kv_heads: tl.constexpr = H // G
     kv_head = tl.program_id(0) % num_kv_heads
     tile = tl.program_id(0) // num_kv_heads
-    start, n, query_start, _key_start, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(tiles_ptr, tile)
+    start, n, query_start, _key_start, num_slots, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(tiles_ptr, tile)
     chunk_asking = query_start // K
     columns = start + tl.arange(0, BLOCK_N)
 
     # --- which events see each of these keys: low <= i < high
     if SUMMARIES:
         key_shift = sk_shift
-        num_columns = n // K * M
+        num_columns = num_slots
         last = tl.minimum(start + BLOCK_N, num_columns) - 1
         chunk, chunk_first, chunk_last = columns // M, start // M, last // M
         low, low_first, low_last = (
@@ -284,7 +285,7 @@ def columns_kernel(
     offsets_m = tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, D)
     slot_start = tl.maximum(chunk_first, chunk_asking) * M
-    slot_stop = tl.minimum(chunk_last + 1, n // K) * M
+    slot_stop = tl.minimum((chunk_last + 1) * M, num_slots)
 
     for g in range(G):
         head = kv_head * G + g

@@ -11,13 +11,18 @@ Tiles at edges (the diagonal is one) run in one masked loop, whole tiles in one 
 events and summaries alike by choosing a base pointer, so its loads stay in flight across both. Nothing big lies in
 shared memory beside the loops' own tiles: so four programs with three tiles in flight each fit a multiprocessor.
 
+STEADY, for wide heads and for attention without a window: whole tiles keep the maximum that the edges found, where each
+event met at least itself. Weights may then exceed 1, which floating point does not mind, and nothing is rescaled. A
+program whose sums grow beyond reason (an old summary's score is 60 powers of two above the edges') does its events
+again with a running maximum.
+
 Letters: K chunk_size, M summaries_per_chunk, D head dim. Log-sum-exps are stored by head, [H, rows], natural log.
 """
 
 import triton
 import triton.language as tl
 
-from ksa_kernels._triton import HIDDEN, LN2, LOWEST, load_rows, softmax_step
+from ksa_kernels._triton import HIDDEN, LN2, LOWEST, hide, load_rows, softmax_step, steady_softmax_step
 from ksa_kernels.summary_attention.triton_ranges import (
     edge_tile,
     load_fields,
@@ -97,28 +102,18 @@ def _summary_queries(
 
 
 @triton.jit
-def forward_kernel(
-    eq_ptr, ek_ptr, ev_ptr, sq_ptr, sk_ptr, sv_ptr,
-    eo_ptr, so_ptr, else_ptr, slse_ptr,
-    tiles_ptr,
-    scale, window, visible, num_event_rows, num_summary_rows,
-    eq_row, eq_head, ek_row, ek_head, ev_row, ev_head,
-    sq_row, sq_head, sk_row, sk_head, sv_row, sv_head,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
-    SAME_STRIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    FUSED: tl.constexpr, PRECISION: tl.constexpr,
+def _event_queries(
+    start, n, query_start, key_start, eq_shift, head,
+    eq_base, ek_base, ev_base, sk_base, sv_base, eo_ptr, else_ptr, eq_row, ek_row, ev_row, sk_row, sv_row,
+    scale, window, visible, num_event_rows,
+    H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEADY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, kv_head = tl.program_id(0) % H, (tl.program_id(0) % H) // G
-    start, n, query_start, key_start, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(
-        tiles_ptr, tl.program_id(0) // H
-    )
-    eq_base = eq_ptr + eq_shift * eq_row + head * eq_head
-    ek_base = ek_ptr + ek_shift * ek_row + kv_head * ek_head
-    ev_base = ev_ptr + ek_shift * ev_row + kv_head * ev_head
-    sk_base = sk_ptr + sk_shift * sk_row + kv_head * sk_head
-    sv_base = sv_ptr + sk_shift * sv_row + kv_head * sv_head
+    """Attend from a tile's events; return the largest sum of weights of any of them.
 
-    # --- event queries
+    STEADY: whole tiles keep the edges' maximum.
+    """
     rows, low_event, low_old, high_old, events, old = query_ranges(
         start, n, key_start, window, visible, K, M, CAPPED, BLOCK_M, BLOCK_N
     )
@@ -136,9 +131,8 @@ def forward_kernel(
             BLOCK_N, D, SAME_STRIDES, True,
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        columns = (at + tl.arange(0, BLOCK_N))[None, :]
-        low, high = tl.where(is_old, low_old, low_event)[:, None], tl.where(is_old, high_old, rows + 1)[:, None]
-        scores = tl.where((columns >= low) & (columns < high), scores, HIDDEN)
+        low, high = tl.where(is_old, low_old, low_event), tl.where(is_old, high_old, rows + 1)
+        scores = hide(scores, at, low, high, BLOCK_N)
         acc, top, total = softmax_step(scores, scale, v, acc, top, total, PRECISION)
     for t in range(num_whole_tiles(events, old)):
         is_old, at = whole_tile(t, events, old, BLOCK_N)
@@ -147,16 +141,49 @@ def forward_kernel(
             BLOCK_N, D, SAME_STRIDES, False,
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        acc, top, total = softmax_step(scores, scale, v, acc, top, total, PRECISION)
+        if STEADY:
+            acc, total = steady_softmax_step(scores, scale, v, acc, top, total, PRECISION)
+        else:
+            acc, top, total = softmax_step(scores, scale, v, acc, top, total, PRECISION)
     out_rows = eq_shift + rows
     out = (acc / total[:, None]).to(eo_ptr.dtype.element_ty)
     tl.store(eo_ptr + (out_rows[:, None] * H + head) * D + offsets_d[None, :], out, mask=exists[:, None])
     lse_base = else_ptr + head.to(tl.int64) * num_event_rows
     tl.store(lse_base + out_rows, (top + tl.log2(total)) * LN2, mask=exists)
+    return tl.max(tl.where(exists, total, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["window", "visible", "num_event_rows", "num_summary_rows"])
+def forward_kernel(
+    eq_ptr, ek_ptr, ev_ptr, sq_ptr, sk_ptr, sv_ptr,
+    eo_ptr, so_ptr, else_ptr, slse_ptr,
+    tiles_ptr,
+    scale, window, visible, num_event_rows, num_summary_rows,
+    eq_row, eq_head, ek_row, ek_head, ev_row, ev_head,
+    sq_row, sq_head, sk_row, sk_head, sv_row, sv_head,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    FUSED: tl.constexpr, STEADY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, kv_head = tl.program_id(0) % H, (tl.program_id(0) % H) // G
+    start, n, query_start, key_start, num_slots, eq_shift, ek_shift, sq_shift, sk_shift = load_fields(
+        tiles_ptr, tl.program_id(0) // H
+    )
+    eq_base = eq_ptr + eq_shift * eq_row + head * eq_head
+    ek_base = ek_ptr + ek_shift * ek_row + kv_head * ek_head
+    ev_base = ev_ptr + ek_shift * ev_row + kv_head * ev_head
+    sk_base = sk_ptr + sk_shift * sk_row + kv_head * sk_head
+    sv_base = sv_ptr + sk_shift * sv_row + kv_head * sv_head
+    largest = _event_queries(
+        start, n, query_start, key_start, eq_shift, head,
+        eq_base, ek_base, ev_base, sk_base, sv_base, eo_ptr, else_ptr, eq_row, ek_row, ev_row, sk_row, sv_row,
+        scale, window, visible, num_event_rows,
+        H, D, K, M, CAPPED, SAME_STRIDES, BLOCK_M, BLOCK_N, STEADY, PRECISION,
+    )  # fmt: skip
 
     # --- summary queries of the chunks whose last event lies in this tile
     if M > 0:
-        slot_stop = tl.minimum((start + BLOCK_M) // K, n // K) * M
+        slot_stop = tl.minimum((start + BLOCK_M) // K * M, num_slots)
         sq_base = sq_ptr + sq_shift * sq_row + head * sq_head
         so_base = so_ptr + (sq_shift * H + head) * D
         slse_base = slse_ptr + head.to(tl.int64) * num_summary_rows + sq_shift
@@ -173,3 +200,24 @@ def forward_kernel(
                     sq_row, ek_row, ev_row, sk_row, sv_row, H * D, scale,
                     D, K, M, BLOCK_M, BLOCK_N, BLOCK_S, FUSED, PRECISION,
                 )  # fmt: skip
+
+    # --- the events again, where sums in float32 (weights in float16) grew too large to be trusted
+    if STEADY:
+        limit = 2.0**60
+        if ev_ptr.dtype.element_ty == tl.float16:
+            limit = 2.0**15
+        if largest > limit:
+            start, n, query_start, key_start, _num_slots, eq_shift, ek_shift, _sq_shift, sk_shift = load_fields(
+                tiles_ptr, tl.program_id(0) // H
+            )
+            _event_queries(
+                start, n, query_start, key_start, eq_shift, head,
+                eq_ptr + eq_shift * eq_row + head * eq_head,
+                ek_ptr + ek_shift * ek_row + kv_head * ek_head,
+                ev_ptr + ek_shift * ev_row + kv_head * ev_head,
+                sk_ptr + sk_shift * sk_row + kv_head * sk_head,
+                sv_ptr + sk_shift * sv_row + kv_head * sv_head,
+                eo_ptr, else_ptr, eq_row, ek_row, ev_row, sk_row, sv_row,
+                scale, window, visible, num_event_rows,
+                H, D, K, M, CAPPED, SAME_STRIDES, BLOCK_M, BLOCK_N, False, PRECISION,
+            )  # fmt: skip

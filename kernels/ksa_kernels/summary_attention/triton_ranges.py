@@ -9,21 +9,21 @@ import triton.language as tl
 
 from ksa_kernels._triton import cut_range, first_seen, load_rows, old_start, old_stop
 
-FIELDS = tl.constexpr(8)
+FIELDS = tl.constexpr(9)
 """Entries of a row of the tile map; `triton_tiles.tiles` writes them."""
 
 
 @triton.jit
 def load_fields(tiles_ptr, tile):
-    """Return a tile's start, its user's N, query_start and key_start, and what to add to an event or slot number for
-    its row among event queries, event keys, summary queries and summary keys.
+    """Return a tile's start, its user's N, query_start, key_start and number of summaries, and what to add to an event
+    or slot number for its row among event queries, event keys, summary queries and summary keys.
     """
     at = tiles_ptr + tile * FIELDS
     start, n = tl.load(at), tl.load(at + 1)
-    query_start, key_start = tl.load(at + 2), tl.load(at + 3)
-    eq_shift, ek_shift = tl.load(at + 4).to(tl.int64), tl.load(at + 5).to(tl.int64)
-    sq_shift, sk_shift = tl.load(at + 6).to(tl.int64), tl.load(at + 7).to(tl.int64)
-    return start, n, query_start, key_start, eq_shift, ek_shift, sq_shift, sk_shift
+    query_start, key_start, num_slots = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+    eq_shift, ek_shift = tl.load(at + 5).to(tl.int64), tl.load(at + 6).to(tl.int64)
+    sq_shift, sk_shift = tl.load(at + 7).to(tl.int64), tl.load(at + 8).to(tl.int64)
+    return start, n, query_start, key_start, num_slots, eq_shift, ek_shift, sq_shift, sk_shift
 
 
 @triton.jit

@@ -16,12 +16,12 @@ FOREVER = 1 << 21
 
 
 def users_table(layout: ChunkLayout) -> Tensor:
-    """Return int64 [U, 7], on the CPU: N, query_start, key_start, and what to add to an event or slot number for its
-    row among event queries, event keys, summary queries and summary keys.
+    """Return int64 [U, 8], on the CPU: N, query_start, key_start, number of summaries, and what to add to an event or
+    slot number for its row among event queries, event keys, summary queries and summary keys.
     """
     if "users" not in layout.plans:
         m = layout.summaries_per_chunk
-        n, query_start, key_start, query_chunk, key_chunk, closed = _spans(layout)
+        n, query_start, key_start, query_chunk, key_chunk, summarised = _spans(layout)
 
         def shift(counts: Tensor, first: Tensor) -> Tensor:
             return counts.cumsum(0) - counts - first
@@ -30,17 +30,18 @@ def users_table(layout: ChunkLayout) -> Tensor:
             n,
             query_start,
             key_start,
+            summarised * m,
             shift(n - query_start, query_start),
             shift(n - key_start, key_start),
-            shift((closed - query_chunk).clamp_min(0) * m, query_chunk * m),
-            shift((closed - key_chunk).clamp_min(0) * m, key_chunk * m),
+            shift((summarised - query_chunk).clamp_min(0) * m, query_chunk * m),
+            shift((summarised - key_chunk).clamp_min(0) * m, key_chunk * m),
         ]
         layout.plans["users"] = torch.stack(columns, 1)
     return layout.plans["users"]
 
 
 def tiles(layout: ChunkLayout, kind: str, block: int) -> Tensor:
-    """Return int32 [tiles, 8]: first token of each tile of `block` tokens, and its user's row of `users_table`.
+    """Return int32 [tiles, 9]: first token of each tile of `block` tokens, and its user's row of `users_table`.
 
     One row of it is all that a program looks up. kind: "queries" (events that ask), "events" (keys) or "summaries"
     (keys).
@@ -60,7 +61,7 @@ def _spans(layout: ChunkLayout) -> tuple[Tensor, ...]:
 
 def _tiles(layout: ChunkLayout, kind: str, block: int) -> tuple[Tensor, Tensor]:
     """Return user and first token of each tile."""
-    n, query_start, key_start, _query_chunk, key_chunk, closed = _spans(layout)
+    n, query_start, key_start, _query_chunk, key_chunk, summarised = _spans(layout)
     m = layout.summaries_per_chunk
     if kind == "queries":
         step = min(layout.chunk_size, block)
@@ -68,7 +69,7 @@ def _tiles(layout: ChunkLayout, kind: str, block: int) -> tuple[Tensor, Tensor]:
     elif kind == "events":
         first, stop = key_start, n
     else:
-        first, stop = key_chunk * m, closed * m
+        first, stop = key_chunk * m, summarised * m
     count = (stop - first + block - 1).div(block, rounding_mode="floor").clamp_min(0)
     order = n.argsort(descending=True, stable=True)
     user = order.repeat_interleave(count[order])

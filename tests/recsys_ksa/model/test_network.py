@@ -75,6 +75,20 @@ def test_answers_of_a_state_equal_those_of_a_whole_pass(rng: np.random.Generator
     torch.testing.assert_close(ask(net, [memory], [9]), net.user_vectors(hidden), rtol=1e-10, atol=1e-12)
 
 
+def test_leaving_out_summaries_that_no_event_sees_changes_no_event(rng: np.random.Generator) -> None:
+    net = network(window_chunks=2)
+    items, gaps = (torch.from_numpy(rng.integers(1, 30, 60)) for _ in range(2))
+    offsets = torch.tensor([0, int(rng.integers(0, 13)), 60])
+    inputs, summaries = [], []
+    for unseen in (True, False):
+        cpu = torch.device("cpu")
+        place = place_histories(net.config, offsets, torch.zeros(2, dtype=torch.int64), cpu, net.dtype, unseen)
+        inputs.append(net.encode(net.embed(items, None, gaps, offsets.diff()), place).last_input)
+        summaries.append(len(place.summary_slot))
+    torch.testing.assert_close(inputs[1], inputs[0], rtol=1e-12, atol=1e-12)
+    assert summaries[1] <= summaries[0] - net.config.summaries_per_chunk * 2  # the window of the longer history
+
+
 def test_gradients_reach_every_parameter() -> None:
     side = {"kind": SideFeature(4, np.arange(30, dtype=np.int32) % 4)}
     net = network(
