@@ -14,7 +14,7 @@ from recsys_ksa.retrieval.index import Found, TorchIndex
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 SEARCHED_AT_ONCE = 16
-"""Users whose scores of all items are in memory at once."""
+"""Users whose scores of all items are in memory at once, on a CPU; an accelerator takes a whole batch."""
 
 
 def rank_items(recommender: Recommender, questions: Sequence[Question]) -> list[Scored]:
@@ -31,16 +31,22 @@ def _search(recommender: Recommender, questions: Sequence[Question], vectors: Te
     index = recommender.index
     if not isinstance(index, TorchIndex) or len(questions) == 1:
         return [None] * len(questions)
+    at_once = SEARCHED_AT_ONCE if index.vectors.device.type == "cpu" else len(questions)
     found: list[Found | None] = []
-    for start in range(0, len(questions), SEARCHED_AT_ONCE):
-        part = questions[start : start + SEARCHED_AT_ONCE]
-        scores_UI = vectors[start : start + SEARCHED_AT_ONCE].to(index.vectors) @ index.vectors.T
+    for start in range(0, len(questions), at_once):
+        part = questions[start : start + at_once]
+        scores_UI = vectors[start : start + at_once].to(index.vectors) @ index.vectors.T
         scores_UI[:, UNKNOWN_ITEM] = -torch.inf
-        for asked, scores in zip(part, scores_UI):
-            scores[torch.from_numpy(asked.state.seen.item_index.astype(np.int64)).to(scores.device)] = -torch.inf
-            values, rows = scores.topk(min(_depth(asked), len(scores)))
-            kept = values > -torch.inf
-            found.append((rows[kept].cpu().numpy(), values[kept].cpu().numpy()))
+        owned = [asked.state.seen.item_index for asked in part]
+        users = np.repeat(np.arange(len(part)), [len(items) for items in owned])
+        items = np.concatenate(owned).astype(np.int64)
+        scores_UI[
+            torch.from_numpy(users).to(scores_UI.device), torch.from_numpy(items).to(scores_UI.device)
+        ] = -torch.inf
+        best = scores_UI.topk(min(max(map(_depth, part)), scores_UI.shape[1]))
+        for asked, rows, values in zip(part, best.indices.cpu().numpy(), best.values.cpu().numpy()):
+            depth = min(_depth(asked), int(np.isfinite(values).sum()))
+            found.append((rows[:depth], values[:depth]))
     return found
 
 

@@ -170,10 +170,10 @@ class _LazyBytes(dict[bytes, Any]):
 def _own_items(columns: tuple[bytes, bytes, bytes, bytes]) -> SeenItems:
     item, count, first, last = columns
     return SeenItems(
-        np.frombuffer(item, np.int32),
-        np.frombuffer(count, np.int32),
-        np.frombuffer(first, np.int64),
-        np.frombuffer(last, np.int64),
+        np.frombuffer(item, np.int32).copy(),  # bytes cannot be written, which torch warns of
+        np.frombuffer(count, np.int32).copy(),
+        np.frombuffer(first, np.int64).copy(),
+        np.frombuffer(last, np.int64).copy(),
     )
 
 
