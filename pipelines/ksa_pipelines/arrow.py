@@ -20,9 +20,17 @@ def to_arrow(values: pl.DataFrame | pl.Series) -> pa.Table | pa.Array:
 
 def encode(values: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:
     """Return each value's code and the distinct values in order of first sight; nulls get code -1."""
-    codes = to_arrow(values).dictionary_encode()
-    indices = codes.indices.fill_null(-1) if codes.null_count else codes.indices
-    return indices.to_numpy(), pl.Series(values.name, codes.dictionary, dtype=values.dtype)
+    if values.dtype == pl.String and values.null_count() == 0:
+        # Hashes compare faster than texts; two texts of one hash are found by comparing once at the end.
+        codes, _ = encode(values.hash())
+        first = np.empty(codes.max(initial=-1) + 1, dtype=np.int64)
+        first[codes[::-1]] = np.arange(len(codes))[::-1]
+        distinct = values.gather(first)
+        if (distinct.gather(codes) == values).all():
+            return codes, distinct
+    found = to_arrow(values).dictionary_encode()
+    indices = found.indices.fill_null(-1) if found.null_count else found.indices
+    return indices.to_numpy(), pl.Series(values.name, found.dictionary, dtype=values.dtype)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

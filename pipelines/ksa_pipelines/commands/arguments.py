@@ -49,7 +49,8 @@ def resources_of(args: argparse.Namespace) -> Resources:
 def share_cores() -> None:
     """Let Polars use half the cores, before it is imported: each core has a worker already, which calls Polars.
 
-    On two cores `prepare` of 10 million events takes 17.8 s of processor time so, and 21.6 s with Polars on both.
+    On two cores `prepare` of 10 million events took 17.8 s of processor time so, and 21.6 s with Polars on both
+    (commit 3d73e89).
     """
     os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
 

@@ -29,7 +29,6 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     share_cores()
     from ksa_pipelines.config import resolve_config
-    from ksa_pipelines.download import download_of, fetch
     from ksa_pipelines.prepare import prepare
 
     names = ("tie", "clock", "num_buckets", "k_core")
@@ -37,6 +36,8 @@ def _run(args: argparse.Namespace) -> None:
     config = resolve_config(args.preset, args.config, said)
     report = step_report()
     if args.download:
+        from ksa_pipelines.download import download_of, fetch
+
         fetch(download_of(args.preset), Path(args.log), report, accepted=args.accept_terms)
     counts = prepare(args.log, args.out, config, args.items, report, resources_of(args)).counts
     print(
