@@ -24,11 +24,13 @@ EDGES = (0.0, 1.5, 1.5000000000000002, 40.0)
 ALL = EventFeatures(("hour", "weekday"), GAP, EDGES)
 
 values = st.none() | st.sampled_from(EDGES) | st.floats(allow_nan=False)
-history = st.lists(st.tuples(st.sampled_from([0, 0, 1, GAP, GAP + 1, 90_000, 2**40]), values), max_size=80)
+# Few pauses, so that sessions grow beyond what is counted.
+gaps = st.sampled_from([0, 1, GAP] * 12 + [GAP + 1, 90_000, 2**40])
+history = st.lists(st.tuples(gaps, values), max_size=80)
 
 
-def times_of(gaps: list[tuple[int, Any]], start: int = 3_000_000) -> np.ndarray:
-    return start + np.cumsum([gap for gap, _ in gaps], dtype=np.int64)
+def times_of(events: list[tuple[int, Any]], start: int = 3_000_000) -> np.ndarray:
+    return start + np.cumsum([gap for gap, _ in events], dtype=np.int64)
 
 
 def plain(times: list[int], worth: list[float | None]) -> dict[str, list[int]]:
@@ -94,6 +96,27 @@ def test_a_batch_s_tokens_are_those_of_whole_histories_wherever_its_spans_begin(
         rows = slice(int(batch.offsets[user]), int(batch.offsets[user + 1]))
         for name, column in batch.features.items():
             assert column[rows].tolist() == expected[name][start : cuts[user]]
+
+
+def test_a_span_inside_a_long_session_counts_from_before_it() -> None:
+    lengths = np.arange(LONGEST - 4, LONGEST + 8)
+    data: Any = SimpleNamespace(
+        offsets=offsets_of(lengths),
+        item_index=np.ones(lengths.sum(), dtype=np.int32),
+        timestamp=np.arange(lengths.sum()),
+        event_type=None,
+        value=None,
+    )
+    users = np.arange(len(lengths))
+    batch = questions_batch(
+        data, users, users, lengths, chunk_size=2, max_length=3, features=EventFeatures(session_gap=GAP)
+    )
+    expected = [
+        min(place, LONGEST).bit_length()
+        for start, length in zip(batch.first_position.tolist(), lengths.tolist())
+        for place in range(start + 1, length + 1)
+    ]
+    assert batch.features["session"].tolist() == expected
 
 
 def test_every_row_lies_in_its_table() -> None:
