@@ -19,6 +19,8 @@ import torch
 from ksa_kernels import QKV, summary_attention
 from ksa_kernels.testing import error_budget, make_layout, make_qkv, nan_filled_empty, relative_error
 
+ROUNDING = 1.25
+
 
 def random_case(draw: random.Random) -> dict[str, Any]:
     """Draw a rule, lengths around a chunk's, heads, and half of the time queries on top of a state."""
@@ -42,8 +44,9 @@ def random_case(draw: random.Random) -> dict[str, Any]:
 def compare(case: dict[str, Any], head_dim: int, dtype: torch.dtype, seed: int) -> tuple[tuple[float, float], bool]:
     """Return the worst relative error of outputs and of gradients, and whether all are within budget.
 
-    The budget is the dtype's, or twice the error of "torch" where that is more: it rounds inputs and outputs alike but
-    computes in float32, so its error is what rounding costs where a gradient of a row or two cancels.
+    The budget is the dtype's. Where "torch" itself is beyond it (a gradient of a row or two that nearly cancels), no
+    implementation of that precision meets it: "torch" rounds inputs and outputs alike but computes in float32. The
+    budget is then `ROUNDING` times torch's error.
     """
     layout = make_layout(case["lengths"], **case["rule"]).to("cuda")
     shape = {"num_heads": case["heads"], "num_kv_heads": case["kv_heads"], "head_dim": head_dim, "seed": seed}
@@ -55,9 +58,14 @@ def compare(case: dict[str, Any], head_dim: int, dtype: torch.dtype, seed: int) 
     rounded = [*itertools.chain(*_run(inputs, layout, "torch", seed))]
     exact_all = [*expected, *expected_grads]
     errors = [relative_error(a, b) for a, b in zip((*out, *grads), exact_all, strict=True)]
-    budgets = [max(error_budget(dtype), 2 * relative_error(a, b)) for a, b in zip(rounded, exact_all, strict=True)]
-    within = all(error <= budget for error, budget in zip(errors, budgets, strict=True))
+    rounding = [relative_error(a, b) for a, b in zip(rounded, exact_all, strict=True)]
+    within = all(error <= _budget(dtype, torchs) for error, torchs in zip(errors, rounding, strict=True))
     return (_worst(errors[: len(out)]), _worst(errors[len(out) :])), within
+
+
+def _budget(dtype: torch.dtype, torchs: float) -> float:
+    budget = error_budget(dtype)
+    return budget if torchs <= budget else ROUNDING * torchs
 
 
 def _run(inputs: Any, layout: Any, impl: str, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
