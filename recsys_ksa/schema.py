@@ -10,6 +10,7 @@ A prepared data set:
     vocab/<side feature>.parquet  one row a category; index 0 is unknown
     histories/part-*.parquet      one row a user, events in order
     cache/histories.arrow         uncompressed copy that the loader maps
+    cache/ties.arrow              what it does not need, for increments
 """
 
 import pyarrow as pa
