@@ -238,6 +238,9 @@ class Recommender:
         if len(self._blanked):
             named = ~np.isin(rows, self._blanked)
             rows, scores = rows[named], scores[named]
+        if len(scores) > k:  # a long history owns tens of thousands; ties with the last stay
+            kept = scores >= np.partition(scores, -k)[-k]
+            rows, scores = rows[kept], scores[kept]
         best = np.lexsort((rows, -scores))[:k]
         return [(str(self.run.items.item_id[rows[at]]), float(scores[at])) for at in best]
 
