@@ -4,16 +4,14 @@ What is yielded is a function of the step and its place in the epoch alone: not 
 nor of how many there are.
 """
 
-import os
 import signal
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from itertools import cycle
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Self
 
 import numpy as np
@@ -93,52 +91,97 @@ def feed(source: Source, first: Place, device: torch.device, processes: int = 0)
     places = source.places(first)
     with ExitStack() as running:
         thread = running.enter_context(ThreadPoolExecutor(1, "feed"))
-        pool, coming = None, deque[Future[Feed]]()
-        if processes:
-            # Spawned: a fork would copy half of what CUDA's and torch's threads are doing.
-            pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (source,))
-            running.callback(pool.shutdown, cancel_futures=True)
-            coming.extend(pool.submit(_build, next(places)) for _ in range(BUILT_AHEAD * processes))
+        builders = [Builder(source) for _ in range(processes)]
+        for builder in builders:
+            running.callback(builder.stop)
+        for _ in range(BUILT_AHEAD):
+            for builder in builders:
+                builder.ask(next(places))
+        turns = cycle(builders)
 
         def ready() -> Feed:
-            if pool is None:
-                built = source.build(next(places))
+            if builders:
+                builder = next(turns)
+                built = changed(builder.take(), np.ndarray, torch.from_numpy)
+                builder.ask(next(places))
             else:
-                coming.append(pool.submit(_build, next(places)))
-                built = changed(coming.popleft().result(), np.ndarray, torch.from_numpy)
+                built = source.build(next(places))
             return built.pin() if device.type == "cuda" else built
 
         ahead = thread.submit(ready)
         while True:
             try:
                 given = ahead.result()
-            except BrokenProcessPool as error:
+            except (EOFError, ConnectionError) as error:
                 raise RunError(
-                    f"train.loader_processes: expected {processes} to build batches, one ended: {error} "
+                    f"train.loader_processes: expected {processes} to build batches, one ended: "
+                    f"{', '.join(builder.end() for builder in builders if builder.has_ended())}. "
                     "Is there memory enough? Use fewer, or 0 for a thread."
                 ) from error
             ahead = thread.submit(ready)
             yield given
 
 
-_here: list[Source] = []
-"""In a process that builds: what it builds from, sent once."""
+class Builder:
+    """A process that builds inputs, in the order they are asked for.
+
+    Its end of the pipe is its own: when it dies, even half way through an answer, reading ends with an error. (The
+    standard library's pool keeps that end open in this process, too, and would wait for the other half for ever.)
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Start the process, with `source` sent once. Spawned: a fork would copy what torch's threads are doing."""
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, source), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, place: Place) -> None:
+        """Ask for the input of a place.
+
+        Raises:
+            ConnectionError: the process has ended.
+        """
+        self._connection.send(place)
+
+    def take(self) -> Feed:
+        """Wait for the next input, arrays in place of tensors.
+
+        Raises:
+            EOFError, ConnectionError: the process has ended.
+        """
+        answer = self._connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone, or going: its end of the pipe is closed."""
+        self._process.join(timeout=1.0)
+        return self._process.exitcode is not None
+
+    def end(self) -> str:
+        """Return how the process ended."""
+        return f"exit code {self._process.exitcode}"
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
 
 
-def _begin(source: Source) -> None:
+def _serve(connection: Connection, source: Source) -> None:
+    """Answer until training has ended, however it did: the pipe is closed then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for training to stop
-    Thread(target=_end_with_training, daemon=True).start()
-    _here.append(source)
-
-
-def _end_with_training() -> None:
-    """End when the process that trains has ended, however it did: nobody else would tell."""
-    training = parent_process()
-    assert training is not None
-    training.join()
-    os._exit(1)
-
-
-def _build(place: Place) -> Feed:
-    """Return an input with arrays in place of tensors, each of which would be sent by a connection of its own."""
-    return changed(_here[0].build(place), Tensor, Tensor.numpy)
+    try:
+        while True:
+            place = connection.recv()
+            try:
+                # Arrays: each tensor would be sent by a connection of its own.
+                answer = changed(source.build(place), Tensor, Tensor.numpy)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
+    except (EOFError, ConnectionError):
+        return

@@ -76,6 +76,27 @@ def test_a_process_that_dies_ends_training_with_the_reason(dataset: Dataset, mak
         list(islice(inputs, 20))
 
 
+def test_a_process_that_dies_half_way_through_an_answer_ends_training(
+    dataset: Dataset, make_config: MakeConfig
+) -> None:
+    """Answers larger than a pipe: killed while it writes one, the process must not be waited for."""
+    source = dataclasses.replace(source_of(dataset, make_config()), num_negatives=1 << 20)
+    inputs = feed(source, Place(0, 0, 0), CPU, 1)
+    next(inputs)
+    time.sleep(0.5)  # the next answer fills the pipe
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(RunError, match="exit code -9"):
+        list(islice(inputs, 20))
+
+
+def test_what_cannot_be_built_is_said_by_the_process(dataset: Dataset, make_config: MakeConfig) -> None:
+    source = source_of(dataset, make_config())
+    inputs = feed(source, Place(0, 0, source.batches.num_batches(0) + 1), CPU, 1)
+    with pytest.raises(IndexError):
+        next(inputs)
+
+
 def test_training_says_how_long_it_waited_for_batches(
     dataset: Dataset, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
