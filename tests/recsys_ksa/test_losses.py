@@ -256,7 +256,9 @@ def test_the_unknown_item_is_never_a_candidate(kind: str, rng: np.random.Generat
 
 
 def test_losses_without_any_owned_item_are_finite(rng: np.random.Generator) -> None:
-    scorer, batch = Scorer(True), make_batch(rng, True)
+    histories = make_histories(rng)
+    histories.item_index = histories.item_index.clip(min=1)  # unknown items are no targets, and the first must have one
+    scorer, batch = Scorer(True), make_batch(rng, True, histories=histories)
     assert batch.own is not None
     first = int((batch.question_row < 0).nonzero()[0])
     users = user_vectors(batch)
