@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import apsw
 
-from ksa_serving.errors import EventLogError, OverloadedError
+from ksa_serving.errors import EventLogError, OverloadedError, ServiceError
 from ksa_serving.log_entries import LogEntries
 from ksa_serving.sqlite_file import FORMAT, transaction
 
@@ -132,9 +132,7 @@ class LogWriter:
                     self._commit([call])
                 return
             self.healthy = not isinstance(error, (apsw.Error, OSError))
-            reason = EventLogError(f"event log: cannot be written: {error}. Nothing of this call was kept; try again.")
-            reason.__cause__ = error
-            group[0].future.set_exception(reason)
+            group[0].future.set_exception(_reason(error))
         else:
             self.healthy = True
             self.on_commit(time.perf_counter() - began, len(group))
@@ -154,3 +152,12 @@ class LogWriter:
         except apsw.Error:
             self.healthy = False
             time.sleep(0.5)
+
+
+def _reason(error: Exception) -> ServiceError:
+    """Return why a call was not kept: as its own work said, or because the disk failed."""
+    if isinstance(error, ServiceError):
+        return error
+    reason = EventLogError(f"event log: cannot be written: {error}. Nothing of this call was kept; try again.")
+    reason.__cause__ = error
+    return reason
