@@ -109,14 +109,14 @@ def said_within(seconds: float, function: str, *arguments: object) -> str:
     """Return what a function of this file prints in a process of its own, which is ended, and failed, after a time."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]](*sys.argv[3:])"
     command = [sys.executable, "-c", code, __file__, function, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"{function} waits for a process that is dead")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            return process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{function} waits for a process that is dead")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_what_cannot_be_built_is_said_by_the_process(dataset: Dataset, make_config: MakeConfig) -> None:
