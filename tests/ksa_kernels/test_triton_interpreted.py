@@ -58,6 +58,13 @@ def test_triton_chunks_longer_than_a_tile():
     run_interpreted(f"check(Case([145], {rule}, 1, 1))")
 
 
+def test_a_tile_may_begin_in_a_chunk_that_closed_before_the_first_query():
+    """Its summaries do not ask: the row where they would be written is the user's before."""
+    rule = {"chunk_size": 70, "summaries_per_chunk": 2, "window_chunks": 1}
+    starts = {"query_start": [69, 140], "key_start": [0, 0]}
+    run_interpreted(f"check(Case([145, 141], {rule | starts}, 1, 1))")
+
+
 def test_old_keys_may_outweigh_recent_ones_by_far():
     run_interpreted(
         """

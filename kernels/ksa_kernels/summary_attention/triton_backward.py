@@ -23,6 +23,7 @@ from ksa_kernels.summary_attention.triton_ranges import (
     num_edge_tiles,
     num_whole_tiles,
     query_ranges,
+    summary_range,
     whole_tile,
 )
 
@@ -172,7 +173,7 @@ def queries_kernel(
 
     # --- summary queries of the chunks whose last event lies in this tile
     if M > 0:
-        slot_start, slot_stop = start // K * M, tl.minimum((start + BLOCK_M) // K * M, num_slots)
+        slot_start, slot_stop = summary_range(start, query_start, num_slots, K, M, BLOCK_M)
         sq_base = sq_ptr + sq_shift * sq_row + head * sq_head
         shift = (sq_shift * H + head) * D
         lse_shift = head.to(tl.int64) * num_summary_rows + sq_shift

@@ -30,6 +30,7 @@ from ksa_kernels.summary_attention.triton_ranges import (
     num_edge_tiles,
     num_whole_tiles,
     query_ranges,
+    summary_range,
     whole_tile,
 )
 
@@ -183,18 +184,18 @@ def forward_kernel(
 
     # --- summary queries of the chunks whose last event lies in this tile
     if M > 0:
-        slot_stop = tl.minimum((start + BLOCK_M) // K * M, num_slots)
+        slot_start, slot_stop = summary_range(start, query_start, num_slots, K, M, BLOCK_M)
         sq_base = sq_ptr + sq_shift * sq_row + head * sq_head
         so_base = so_ptr + (sq_shift * H + head) * D
         slse_base = slse_ptr + head.to(tl.int64) * num_summary_rows + sq_shift
         if FUSED:
             _summary_queries(
-                start // K * M, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base, so_base, slse_base,
+                slot_start, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base, so_base, slse_base,
                 sq_row, ek_row, ev_row, sk_row, sv_row, H * D, scale,
                 D, K, M, BLOCK_M, BLOCK_N, BLOCK_S, FUSED, PRECISION,
             )  # fmt: skip
         else:
-            for slot_first in range(start // K * M, slot_stop, BLOCK_S):
+            for slot_first in range(slot_start, slot_stop, BLOCK_S):
                 _summary_queries(
                     slot_first, slot_stop, sq_base, ek_base, ev_base, sk_base, sv_base, so_base, slse_base,
                     sq_row, ek_row, ev_row, sk_row, sv_row, H * D, scale,

@@ -57,6 +57,18 @@ def query_ranges(
 
 
 @triton.jit
+def summary_range(start, query_start, num_slots, K: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the first summary query of a tile of event queries, and one past its last: of chunks that close in it.
+
+    Chunks that closed before `query_start` do not ask, though a tile shorter than a chunk may begin in one.
+    """
+    first = start
+    if K > BLOCK_M:
+        first = tl.maximum(start, query_start)
+    return first // K * M, tl.minimum((start + BLOCK_M) // K * M, num_slots)
+
+
+@triton.jit
 def edge_tile(t, events, old, BLOCK_N: tl.constexpr):
     """Return whether the t-th tile at an edge holds summaries, where it starts, and one past its range's last key.
 
