@@ -3,9 +3,6 @@
 One event appended to each user's state, then the ten best of 200,000 items for each: what one batch of the service
 costs. Latency is a batch's, requests/s are users a batch over its median. Histories are eight distinct ones, repeated;
 states are on the device, items are searched there exactly. `new` leaves own items out, `all` scores them too.
-
-Needs `runs/reference` (`python serving/benchmarks/states.py memory` writes it); on a machine without the pipelines,
-bring that folder.
 """
 
 import argparse

@@ -5,7 +5,6 @@ given by `--state-dir` is filled once and used again.
 """
 
 import argparse
-import asyncio
 import random
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from reference import NUM_ITEMS, heading, history, reference_run
 
 from ksa_serving.client import Client
-from ksa_serving.load import Plan, report, run_plan
+from ksa_serving.load import Plan, report, run_load
 from ksa_serving.messages import EventMessage
 
 LENGTHS = [100_000] * 2 + [10_000] * 2 + [1000] * 46 + [100] * 150
@@ -48,9 +47,14 @@ def measure(url: str, pid: int, seconds: float) -> None:
         "events 1,000/s, ten a call": Plan(1e-9, 1000, 10, users, NUM_ITEMS, seconds, seed=seed + 2),
         "recommend 50/s beside events 100/s": Plan(50, 100, 1, users, NUM_ITEMS, seconds, seed=seed + 3),
     }.items():
-        spent = processor_seconds(pid)
-        outcomes = asyncio.run(run_plan(url, None, plan))
-        print(f"{title}: {processor_seconds(pid) - spent:.1f} processor seconds of the service in {seconds:.0f} s")
+        spent, own = processor_seconds(pid), time.process_time()
+        outcomes = run_load(url, None, plan)
+        service, client = processor_seconds(pid) - spent, time.process_time() - own
+        requests = sum(len(outcome.seconds) for outcome in outcomes.values())
+        print(
+            f"{title}: processor time a request: service {1000 * service / requests:.2f} ms, "
+            f"client {1000 * client / requests:.2f} ms"
+        )
         print("  " + "\n  ".join(report(outcomes)), flush=True)
         time.sleep(2)
 

@@ -1,20 +1,21 @@
 """What the benchmarks share: the CPU reference model, histories over its items, and how time is taken.
 
 The reference model: 4 layers, 64 wide, chunks of 16, window of 8 chunks, 200,000 items, random weights (weights do not
-change speed). It is written to `runs/reference` the first time, which takes the pipelines and a minute.
+change speed). It is written to `runs/reference` the first time.
 """
 
-import json
 import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 for name, value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0"), ("OMP_NUM_THREADS", "1")):
     os.environ.setdefault(name, value)
@@ -25,54 +26,60 @@ T0 = 1_600_000_000
 
 
 def reference_run() -> Path:
-    """Return the reference run, written if it is not there."""
+    """Return the reference run, written if it is not there: random weights, and no data set behind it."""
     if (REFERENCE / "run.json").exists():
         return REFERENCE
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from recsys_ksa.cli import call_verb
-
-    draw = np.random.default_rng(0)
-    users = np.repeat(np.arange(4000), NUM_ITEMS // 4000)
-    items = draw.permutation(NUM_ITEMS) + 1
-    columns = {
-        "user_id": [f"t{user}" for user in users],
-        "item_id": [f"i{item}" for item in items],
-        "timestamp": T0 - 10**7 + np.arange(NUM_ITEMS) * 40,
-    }
-    shape = ["dim=64", "num_heads=2", "num_kv_heads=2", "head_dim=32", "feed_forward_dim=128"]
-    shape += ["chunk_size=16", "window_chunks=8", 'layers=["summary","summary","summary","summary"]']
-    with tempfile.TemporaryDirectory() as folder:
-        pq.write_table(pa.table(columns), f"{folder}/log.parquet")
-        call_verb("prepare", [f"{folder}/log.parquet", "--out", f"{folder}/ds", "--tie", "arrival"])
-        changes = [part for setting in shape for part in ("--set", f"model.{setting}")]
-        command = ["configs/smoke.toml", "--data", f"{folder}/ds", "--out", str(REFERENCE), "--steps", "0"]
-        call_verb("train", [*command, *changes])
-    cluster_items()
-    return REFERENCE
-
-
-def cluster_items() -> None:
-    """Put the reference model's items around 2,000 centres, as trained ones lie: random ones have no nearness."""
     import torch
     from safetensors.torch import save_file
 
+    from recsys_ksa import __version__
+    from recsys_ksa.architectures import build_network
+    from recsys_ksa.config import RunConfig, dump_config, load_config
+    from recsys_ksa.model.features import FeatureSchema
     from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
-    from recsys_ksa.run import load_network, open_run
+    from recsys_ksa.run import CONFIG_FILE, INFO_FILE, ITEMS_FILE, WEIGHTS_FILE, RunInfo
 
-    network = load_network(open_run(REFERENCE))
-    weights = network.state_dict()
-    (name,) = [name for name, value in weights.items() if value.dim() == 2 and len(value) == NUM_ITEMS + 1]
+    shape = ["dim=64", "num_heads=2", "num_kv_heads=2", "head_dim=32", "feed_forward_dim=128"]
+    shape += ["chunk_size=16", "window_chunks=8", 'layers=["summary","summary","summary","summary"]']
+    config = load_config(RunConfig, Path("configs/smoke.toml"), [f"model.{setting}" for setting in shape])
+    torch.manual_seed(0)
+    network = build_network(config.model, FeatureSchema(NUM_ITEMS + 1))
+    cluster_items(network.state_dict())
+    info = RunInfo(
+        name="reference",
+        data_hash="none",
+        split_hash="none",
+        training_span="any",
+        tie="arrival",
+        clock="unix",
+        feature_schema=network.features.as_dict(),
+        exclude_seen=False,
+        longest_trained_history=0,
+        state_fingerprint=state_fingerprint(network),
+        release_hash=release_hash(network),
+        code_version=__version__,
+        num_items=NUM_ITEMS + 1,
+    )
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    items = [None, *(f"i{n}" for n in range(1, NUM_ITEMS + 1))]
+    pq.write_table(pa.table({"item_id": items, "count": [0, *[1] * NUM_ITEMS]}), REFERENCE / ITEMS_FILE)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, REFERENCE / WEIGHTS_FILE)
+    (REFERENCE / CONFIG_FILE).write_text(dump_config(config))
+    (REFERENCE / INFO_FILE).write_text(info.model_dump_json())
+    return REFERENCE
+
+
+def cluster_items(weights: "dict[str, Tensor]") -> None:
+    """Put a network's items around 2,000 centres, as trained ones lie: random ones have no nearness."""
+    import torch
+
+    (table,) = [value for value in weights.values() if value.dim() == 2 and len(value) == NUM_ITEMS + 1]
     draw = torch.Generator().manual_seed(0)
-    centres = torch.randn(2000, weights[name].shape[1], generator=draw)
-    near = 0.5 * torch.randn(weights[name].shape, generator=draw)
-    weights[name].copy_(0.1 * (centres[torch.randint(2000, (NUM_ITEMS + 1,), generator=draw)] + near))
-    save_file({key: value.contiguous() for key, value in weights.items()}, REFERENCE / "model.safetensors")
-    info = json.loads((REFERENCE / "run.json").read_text())
-    info |= {"release_hash": release_hash(network), "state_fingerprint": state_fingerprint(network)}
-    (REFERENCE / "run.json").write_text(json.dumps(info))
+    centres = torch.randn(2000, table.shape[1], generator=draw)
+    near = 0.5 * torch.randn(table.shape, generator=draw)
+    table.copy_(0.1 * (centres[torch.randint(2000, (len(table),), generator=draw)] + near))
 
 
 def history(length: int, seed: int = 0) -> list[Any]:

@@ -23,6 +23,7 @@ def rank_items(recommender: Recommender, questions: Sequence[Question]) -> list[
     memories = [asked.state.memory for asked in questions]
     vectors = ask(recommender.network, memories, buckets, recommender.attention_impl)
     found = _search(recommender, questions, vectors)
+    vectors = vectors.to("cpu", torch.float32)  # once for all: from an accelerator each copy waits for it
     return [_ranked(recommender, asked, vector, rows) for asked, vector, rows in zip(questions, vectors, found)]
 
 
