@@ -26,20 +26,26 @@ from ksa_serving.messages import (
     EventsBatchRequest,
     EventsRequest,
     ExplainRequest,
+    ExportRequest,
     HealthAnswer,
     LoadRequest,
     RecommendBatchRequest,
     RecommendRequest,
     ScoreRequest,
+    TallyRequest,
     TitlesRequest,
 )
 from ksa_serving.openapi import openapi_document
 from ksa_serving.problems import on_any_error, on_http_error, on_service_error
 from ksa_serving.service import Service
+from ksa_serving.shard_rows import Page
+from ksa_serving.shards import Ownership
 from recsys_ksa import __version__
 
 Asked = TypeVar("Asked")
 AnyRequest = Request[Any, Any, State]
+MAX_PAGE_BYTES = 16 * 1024**2
+"""Of users on their way: PAGE_ROWS rows of the longest ids take 3 MiB."""
 PAGE = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -68,6 +74,7 @@ def create_app(
             *(post_events, get_events, put_event, delete_event, recommend, score, explain, state, delete_user),
             *(post_events_batch, recommend_batch, find_items, titles, livez, readyz, metrics, openapi, page),
             *(releases, load, activate, rollback, drain),
+            *(get_shards, put_shards, export_users, import_users, tally, release_users),
         ],
         state=State({"service": service}),
         lifespan=[lifespan],
@@ -240,6 +247,47 @@ async def rollback(request: AnyRequest) -> Response[bytes]:
 async def drain(request: AnyRequest) -> Response[bytes]:
     """Turn unready, so that a proxy sends no more; requests are still answered."""
     return _json(_service(request).operator.drain())
+
+
+@get("/admin/shards")
+async def get_shards(request: AnyRequest) -> Response[bytes]:
+    """Tell which users are this process's."""
+    return _json(await _service(request).shards.owned())
+
+
+@put("/admin/shards", status_code=200)
+async def put_shards(request: AnyRequest) -> Response[bytes]:
+    """Tell this process which users are its own."""
+    return _json(await _service(request).shards.own(await _body(request, Ownership)))
+
+
+@post("/admin/shards/export", status_code=200)
+async def export_users(request: AnyRequest) -> Response[bytes]:
+    """Read a part of the users on their way to another process, as MessagePack."""
+    page = await _service(request).shards.export(await _body(request, ExportRequest))
+    return Response(msgspec.msgpack.encode(page), media_type="application/msgpack")
+
+
+@post("/admin/shards/import", status_code=200, request_max_body_size=MAX_PAGE_BYTES)
+async def import_users(request: AnyRequest) -> Response[bytes]:
+    """Keep a part of the users on their way here."""
+    try:
+        page = msgspec.msgpack.decode(await request.body(), type=Page)
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(f"body: expected a page of /admin/shards/export, got: {error}.") from error
+    return _json(await _service(request).shards.keep(page))
+
+
+@post("/admin/shards/tally", status_code=200)
+async def tally(request: AnyRequest) -> Response[bytes]:
+    """Count what is kept of some virtual shards."""
+    return _json(await _service(request).shards.tally((await _body(request, TallyRequest)).virtual_shards))
+
+
+@post("/admin/shards/release", status_code=200)
+async def release_users(request: AnyRequest) -> Response[bytes]:
+    """Take out some users who are another process's."""
+    return _json(await _service(request).shards.release())
 
 
 def _service(request: AnyRequest) -> Service:

@@ -7,6 +7,7 @@ from ksa_serving import admission
 from ksa_serving.errors import DeadlineError
 from ksa_serving.events import Owner
 from ksa_serving.settings import Limits
+from ksa_serving.shards import Edge, Ownership
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,22 @@ class Context:
     tenant: str = ""
     deadline: float | None = None
     """On `time.monotonic`'s clock; None: as the settings say."""
+    ownership: Ownership | None = None
+    """Whose users this process answers for; None: everyone's."""
+    writing: bool = False
+    edge: Edge | None = None
+    """What the proxy said; None: the request came without one."""
 
     def owner(self, user_id: str, limits: Limits) -> Owner:
         """Return whom a user id names.
 
         Raises:
             InvalidRequestError: the id is out of its limits.
+            NotOwnerError: another process has to answer.
         """
         admission.check_user_id(user_id, limits)
+        if self.ownership is not None:
+            self.ownership.check(user_id, self.writing, self.edge)
         return Owner(user_id, self.tenant)
 
     def work_until(self, default_seconds: float) -> float:

@@ -48,6 +48,23 @@ class DeadlineError(ServiceError):
     code = "deadline-exceeded"
 
 
+class NotOwnerError(ServiceError):
+    """The user is another process's, or on the way there; nothing was kept. The caller tries again."""
+
+    status = 503
+
+    def __init__(self, detail: str, code: str):
+        super().__init__(detail)
+        self.code = code
+
+
+class ShardError(ServiceError):
+    """Virtual shards cannot be moved so; what was owned stays owned."""
+
+    status = 409
+    code = "move-refused"
+
+
 class ReleaseError(ServiceError):
     """A release cannot be loaded, activated or rolled back to; what was served goes on."""
 

@@ -12,6 +12,8 @@ What it promises:
 - *Forgetting* a user starts a new generation at once; rows of older ones are overwritten in the background, also after
   a crash, and the write-ahead log is emptied behind them.
 - *A rolling hash* over a user's entries is kept with each, so whoever remembers one can prove it came from this log.
+- *Owned users.* A process that was given a part of the users (`shards.py`) refuses to write others', in the same
+  transactions: what is read out after the refusal began is all there is.
 - *One writer.* A thread commits all calls that wait as one transaction (group commit); the directory is locked, so
   a second process is refused.
 """
@@ -19,7 +21,7 @@ What it promises:
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from ksa_serving.errors import EventLogError
 from ksa_serving.events import NewEvent, Owner, StoredEvent
 from ksa_serving.log_entries import AppendResult, LogEntries
 from ksa_serving.log_writer import LogWriter
+from ksa_serving.shard_rows import Cursor, Page, Tally, not_owned, read_page, tally
+from ksa_serving.shards import Ownership
 from ksa_serving.sqlite_file import (
     check_sqlite_version,
     connect,
@@ -114,6 +118,28 @@ class EventLog:
         """Keep `events` and return when they are on disk."""
         return self.submit(owner, events).result()
 
+    def own(self, ownership: Ownership) -> "Future[None]":
+        """Ask that from here on, and after a restart, only what `ownership` allows is written."""
+        return self.writer.submit(lambda: self._entries.own(ownership), 1)
+
+    def keep_page(self, page: Page) -> "Future[None]":
+        """Ask for users of another log to be kept; from the future: ShardError where some are here already."""
+        return self.writer.submit(lambda: self._entries.keep_page(page), sum(len(user.entries) for user in page.users))
+
+    def let_go(self, owners: Sequence[Owner]) -> "Future[None]":
+        """Ask for users to be taken out who are another log's now."""
+
+        def let_go() -> None:
+            self.writer.purging = True
+            self._entries.let_go(owners)
+
+        return self.writer.submit(let_go, len(owners))
+
+    @property
+    def ownership(self) -> Ownership | None:
+        """Whose users may be written; None: everyone's."""
+        return self._entries.ownership
+
     @property
     def purging(self) -> bool:
         """Whether rows of forgotten users are still to be overwritten."""
@@ -158,6 +184,21 @@ class EventLog:
         with self._reader() as connection:
             query = "SELECT count(*), coalesce(sum(num_events), 0) FROM users WHERE user_id IS NOT NULL"
             return connection.execute(query).get
+
+    def read_page(self, shards: Collection[int], move: str, source: str, after: Cursor) -> Page:
+        """Return what follows `after` of all users in virtual shards that move."""
+        with self._reader() as connection, transaction(connection, "DEFERRED"):
+            return read_page(connection, shards, move, source, after)
+
+    def tally(self, shards: Collection[int]) -> Tally:
+        """Return what the log holds of all users in `shards`."""
+        with self._reader() as connection, transaction(connection, "DEFERRED"):
+            return tally(connection, shards)
+
+    def not_owned(self, ownership: Ownership, most: int) -> list[Owner]:
+        """Return some users whom `ownership` gives to others."""
+        with self._reader() as connection:
+            return not_owned(connection, ownership, most)
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[apsw.Connection]:

@@ -10,8 +10,10 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from ksa_serving.auth import Caller, RateLimit, Tokens, open_door
 from ksa_serving.context import Context
+from ksa_serving.errors import InvalidRequestError
 from ksa_serving.problems import problem
 from ksa_serving.service import Service
+from ksa_serving.shards import Edge
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN = ("/livez", "/readyz", "/openapi.json", "/", "/page.js", "/page.css")
@@ -21,6 +23,7 @@ ROUTES = frozenset(
         *("events", "recommend", "score", "explain", "state", "users", "events:batch", "recommend:batch"),
         *("items", "items:titles", "livez", "readyz", "metrics", "openapi.json", "page"),
         *("releases", "load", "activate", "rollback", "drain"),
+        *("shards", "export", "import", "tally", "release"),
     }
 )
 MAX_DEADLINE_MS = 600_000
@@ -88,6 +91,7 @@ class _Gate:
         self._refused = service.metrics.refused
         rate = service.settings.requests_per_second
         self._rate = RateLimit(rate) if rate else None
+        self._log = service.log
         self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,19 +100,25 @@ class _Gate:
         if refusal is not None:
             await _send(refusal, send)
             return
-        path = scope["path"]
+        path, method = scope["path"], cast(str, cast(dict[str, Any], scope)["method"])
         caller = self._caller(scope, headers)
         if path not in OPEN:
-            refusal = self._unwelcome(cast(str, cast(dict[str, Any], scope)["method"]), path, caller)
+            refusal = self._unwelcome(method, path, caller)
             if refusal is not None:
                 await _send(refusal, send)
                 return
-        deadline = _deadline(headers)
-        if isinstance(deadline, Response):
-            await _send(deadline, send)
+        try:
+            context = Context(
+                tenant=caller.tenant if caller else "",
+                deadline=_deadline(headers),
+                ownership=self._log.ownership,
+                writing=scope_of(method, path) in ("ingest", "delete"),
+                edge=_edge(headers),
+            )
+        except InvalidRequestError as error:
+            await _send(problem(error.status, error.code, str(error)), send)
             return
-        tenant = caller.tenant if caller else ""
-        scope = cast(Scope, {**scope, "ksa": Context(tenant, deadline)})
+        scope = cast(Scope, {**scope, "ksa": context})
         if not path.startswith("/v1/"):
             await self._app(scope, receive, send)
         elif self._under_way >= self._most:
@@ -155,15 +165,27 @@ class _Gate:
         return None
 
 
-def _deadline(headers: dict[bytes, bytes]) -> float | Response[bytes] | None:
+def _deadline(headers: dict[bytes, bytes]) -> float | None:
     """Return when the caller stops waiting, on `time.monotonic`'s clock; None where they did not say."""
     value = headers.get(b"x-deadline-ms")
     if value is None:
         return None
     if not (value.isdigit() and len(value) < 10 and 1 <= int(value) <= MAX_DEADLINE_MS):
         detail = f"x-deadline-ms: expected 1 to {MAX_DEADLINE_MS}, got something else."
-        return problem(400, "invalid-deadline", detail)
+        raise InvalidRequestError(detail, "invalid-deadline")
     return time.monotonic() + int(value) / 1000
+
+
+def _edge(headers: dict[bytes, bytes]) -> Edge | None:
+    """Return what the proxy says of the user; None where none stands before this process."""
+    values = [headers.get(name) for name in (b"x-ksa-shard", b"x-ksa-epoch")]
+    if values == [None, None]:
+        return None
+    numbers = [int(value) for value in values if value is not None and value.isdigit() and len(value) < 10]
+    if len(numbers) < 2:
+        detail = "x-ksa-shard, x-ksa-epoch: expected two whole numbers, got something else. Mend the proxy."
+        raise InvalidRequestError(detail, "invalid-edge")
+    return Edge(*numbers)
 
 
 def _host(origin: bytes) -> str | None:

@@ -8,6 +8,9 @@ from typing import Literal
 import apsw
 
 from ksa_serving.events import NewEvent, Owner, StoredEvent, chain_after, is_late
+from ksa_serving.shard_rows import Page, generation_elsewhere, keep_page, let_go
+from ksa_serving.shards import Ownership
+from ksa_serving.sqlite_file import keep_ownership, ownership_of
 from ksa_serving.user_view import COLUMNS, UserHead, read_user, stored_event
 from recsys_ksa.order import TieKind
 
@@ -41,6 +44,8 @@ class LogEntries:
     There is no other writer, so what it knows of the last active users stays true; a user's head is written once a
     transaction, by `save`, and after a transaction that failed all is read anew (`reset`).
 
+    ownership: whose users may be written; None: everyone's.
+
     Args:
         late_horizon: an event before more than so many others is `late-far`; None: there is no such thing.
     """
@@ -60,6 +65,7 @@ class LogEntries:
         self._clock = clock
         self._users: OrderedDict[Owner, _User] = OrderedDict()
         self._unsaved: set[Owner] = set()
+        self.ownership = ownership_of(connection)
 
     def save(self) -> None:
         """Write the heads of users that changed."""
@@ -76,6 +82,26 @@ class LogEntries:
         """Forget what was known: the transaction failed."""
         self._users.clear()
         self._unsaved.clear()
+        self.ownership = ownership_of(self._connection)
+
+    def own(self, ownership: Ownership) -> None:
+        """Write only what `ownership` allows from here on."""
+        keep_ownership(self._connection, ownership)
+        self.ownership = ownership
+
+    def keep_page(self, page: Page) -> None:
+        """Keep users who come from another log."""
+        self.save()
+        for user in page.users:
+            self._users.pop(Owner(user.user_id, user.tenant), None)
+        keep_page(self._connection, page, self._salt)
+
+    def let_go(self, owners: Sequence[Owner]) -> None:
+        """Take out users who are another log's. Their rows are owed to `purge`."""
+        self.save()
+        for owner in owners:
+            self._users.pop(owner, None)
+        let_go(self._connection, owners, self._salt)
 
     def insert(self, owner: Owner, events: Sequence[NewEvent]) -> AppendResult:
         """Keep events; those known already change nothing. Late are those before the last event of earlier calls."""
@@ -128,6 +154,7 @@ class LogEntries:
 
     def forget(self, owner: Owner) -> int:
         """Start a user's next generation; return how many events the last one had. Their rows are owed to `purge`."""
+        self._check_owned(owner)
         self.save()
         self._users.pop(owner, None)
         user = read_user(self._connection, owner.key(self._salt))
@@ -144,17 +171,20 @@ class LogEntries:
 
     def purge(self) -> bool:
         """Overwrite some rows of forgotten users; return whether more may be left."""
-        row = self._connection.execute("SELECT user_key FROM purges LIMIT 1").fetchone()
-        if row is None:
-            return False
-        self._connection.execute(
-            "DELETE FROM events WHERE seq IN (SELECT e.seq FROM events e JOIN users u USING (user_key)"
-            f" WHERE e.user_key = ? AND e.generation < u.generation LIMIT {PURGE_ROWS})",
-            row,
-        )
-        if self._connection.changes() < PURGE_ROWS:
-            self._connection.execute("DELETE FROM purges WHERE user_key = ?", row)
-        return True
+        room = PURGE_ROWS
+        users = self._connection.execute("SELECT user_key FROM purges LIMIT ?", (room,)).fetchall()
+        for (user_key,) in users:
+            self._connection.execute(
+                "DELETE FROM events WHERE seq IN (SELECT e.seq FROM events e JOIN users u USING (user_key)"
+                " WHERE e.user_key = ? AND e.generation < u.generation LIMIT ?)",
+                (user_key, room),
+            )
+            room -= self._connection.changes() + 1
+            if room < 0:  # this one may have more
+                break
+            self._connection.execute("DELETE FROM purges WHERE user_key = ?", (user_key,))
+            self._connection.execute("DELETE FROM users WHERE user_key = ? AND length(owner_key) < 16", (user_key,))
+        return bool(users)
 
     def _bury(self, owner: Owner, user: _User, event: StoredEvent, identity: bytes) -> UserHead:
         """Write a tombstone for a live event, wipe its payload, and return the head after it."""
@@ -187,7 +217,12 @@ class LogEntries:
         self._unsaved.add(owner)
 
     def _user(self, owner: Owner) -> _User:
-        """Return what is known of a user, who has a row from here on."""
+        """Return what is known of a user, who has a row from here on.
+
+        Raises:
+            NotOwnerError: the user is another process's.
+        """
+        self._check_owned(owner)
         known = self._users.get(owner)
         if known is None:
             key = owner.key(self._salt)
@@ -196,11 +231,21 @@ class LogEntries:
                 " tenant = excluded.tenant, user_id = excluded.user_id WHERE user_id IS NULL",
                 (key, owner.tenant, owner.user_id),
             )
+            if self.ownership is not None and self._connection.changes():  # new here, or here again
+                self._connection.execute(
+                    "UPDATE users SET generation = max(generation, ?) WHERE owner_key = ?",
+                    (generation_elsewhere(self._connection, owner), key),
+                )
             user = read_user(self._connection, key)
             assert user is not None
             known = self._users[owner] = _User(*user, self._last(*user))
         self._users.move_to_end(owner)
         return known
+
+    def _check_owned(self, owner: Owner) -> None:
+        """Refuse a call that was let in before its user began to move."""
+        if self.ownership is not None:
+            self.ownership.check(owner.user_id, writing=True)
 
     def _insert_event(self, user_key: int, head: UserHead, event: NewEvent) -> tuple[int, bytes] | None:
         """Return the sequence number and rolling hash of a new row, or None where its identity is known."""

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from ksa_serving.shard_rows import Cursor
+from ksa_serving.shards import Ownership
+
 EventStatus = Literal["accepted", "duplicate", "late-applied", "late-queued", "rejected"]
 ItemList = Literal["all", "again", "new"]
 Parity = Literal["exact", "int8"]
@@ -295,6 +298,32 @@ class ReleasesAnswer(Struct, frozen=True):
 
     releases: list[ReleaseInfo]
     draining: bool = False
+
+
+class ExportRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """To which process users are to go, and after which place of the log to go on."""
+
+    target: str
+    after: Cursor = Cursor()
+
+
+class TallyRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which virtual shards to count."""
+
+    virtual_shards: list[int]
+
+
+class OwnershipAnswer(Struct, frozen=True):
+    """What this process knows of the shard map (null: it owns everyone), and how many users it keeps."""
+
+    ownership: Ownership | None
+    num_users: int
+
+
+class ReleasedAnswer(Struct, frozen=True):
+    """How many users who are another process's were taken out just now; 0: none are left."""
+
+    users: int
 
 
 class Problem(Struct, frozen=True):

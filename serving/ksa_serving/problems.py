@@ -8,7 +8,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
-from ksa_serving.errors import DeadlineError, OverloadedError, ServiceError
+from ksa_serving.errors import DeadlineError, NotOwnerError, OverloadedError, ServiceError
 from ksa_serving.messages import Problem
 
 logger = logging.getLogger(__name__)
@@ -24,11 +24,12 @@ def problem(status: int, code: str, detail: str, headers: dict[str, str] | None 
 
 
 def on_service_error(request: Request[Any, Any, Any], error: ServiceError) -> Response[bytes]:
-    """Answer one of the service's own errors; overload and an unwritable log ask to come back.
+    """Answer one of the service's own errors; those that pass ask to come back.
 
-    Refusals for want of room or time are counted and not logged: under overload there would be a line a request.
+    Refusals for want of room or time, or for another process's users, are counted and not logged: under overload there
+    would be a line a request.
     """
-    if isinstance(error, OverloadedError | DeadlineError):
+    if isinstance(error, OverloadedError | DeadlineError | NotOwnerError):
         request.app.state.service.metrics.refused.labels(error.code).inc()
     elif error.status >= 500:
         logger.error("%s: %s", error.code, error)

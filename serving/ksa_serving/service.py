@@ -19,6 +19,7 @@ from ksa_serving.release import Release, load_release
 from ksa_serving.release_calls import ReleaseCalls
 from ksa_serving.releases import Releases, Served
 from ksa_serving.settings import ServeSettings
+from ksa_serving.shard_calls import ShardCalls
 from ksa_serving.state_finder import StateFinder
 from ksa_serving.state_store import StateStore
 from ksa_serving.upkeep import Upkeep
@@ -28,7 +29,7 @@ from ksa_serving.workers import Workers
 
 
 class Service:
-    """What one process serves: `events`, `questions` and `operator` hold its calls. All run on one event loop.
+    """What one process serves. `events`, `questions`, `operator` and `shards` hold its calls, all on one event loop.
 
     Args:
         release: what is served first.
@@ -63,6 +64,7 @@ class Service:
         finder = StateFinder(log, self.releases, locks, workers, self.upkeep, settings.deadline_seconds)
         self.events = EventCalls(log, store, self.releases, locks, workers, self.upkeep, self.metrics, settings, clock)
         self.questions = QuestionCalls(log, self.releases, finder, workers, settings, clock)
+        self.shards = ShardCalls(log, store, locks, workers, self.upkeep)
         self.operator = ReleaseCalls(self.releases, store, workers, self._models, settings.warm_users)
         log.writer.on_commit = self._on_commit
         self.metrics.watch(self)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import IO
 
 import apsw
+import msgspec
 
 from ksa_serving.errors import EventLogError
+from ksa_serving.shards import Ownership
 
 FIRST_SAFE_SQLITE = (3, 51, 3)
 """SQLite 3.7.0 to 3.51.2 can corrupt a WAL database that two connections write or checkpoint (the WAL-reset bug)."""
@@ -48,7 +50,10 @@ CREATE TABLE purges (user_key INTEGER PRIMARY KEY);
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 """
 """`live`: 0 for tombstones and for what they retract. `user_id` is NULL while a user is deleted; `owner_key`, a salted
-hash, finds the generation again. `purges`: users of whom rows of older generations are still to be removed."""
+hash, finds the generation again; a shorter one is that of a user who moved to another log and is forgotten when the
+rows are. `purges`: users of whom rows of older generations are still to be removed. `facts`: the log's `salt`, the
+`ownership`, and what `shard_rows.py` knows of logs from which users came.
+"""
 
 
 def check_sqlite_version(version: str | None = None) -> None:
@@ -110,6 +115,18 @@ def salt_of(connection: apsw.Connection) -> bytes:
     row = connection.execute("SELECT value FROM facts WHERE name = 'salt'").fetchone()
     assert row is not None
     return row[0]
+
+
+def ownership_of(connection: apsw.Connection) -> Ownership | None:
+    """Return whose users this log is for; None: everyone's."""
+    row = connection.execute("SELECT value FROM facts WHERE name = 'ownership'").fetchone()
+    return None if row is None else msgspec.json.decode(row[0], type=Ownership)
+
+
+def keep_ownership(connection: apsw.Connection, ownership: Ownership) -> None:
+    """Keep whose users this log is for."""
+    row = ("ownership", msgspec.json.encode(ownership))
+    connection.execute("INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", row)
 
 
 def lock_directory(directory: Path) -> IO[str]:

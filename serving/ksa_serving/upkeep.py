@@ -115,7 +115,8 @@ class Upkeep:
         try:
             # Not under the user's lock: answers go on meanwhile, and a record never replaces one that knows more.
             record = await self._workers.run_slowly(served.states.settle, owner)
-            if (await self._workers.run(self._log.head, owner)).generation != record.generation:
+            moved = self._log.ownership is not None and not self._log.ownership.owns(owner.user_id)
+            if moved or (await self._workers.run(self._log.head, owner)).generation != record.generation:
                 self._store.drop(owner)
         except Exception:
             logger.exception("a state could not be computed in the background")
