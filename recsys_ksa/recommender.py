@@ -23,10 +23,11 @@ from recsys_ksa.features import NO_GAP, EventFeatures, gap_buckets, request_buck
 from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
 from recsys_ksa.model.fingerprint import state_fingerprint
 from recsys_ksa.model.network import Network
+from recsys_ksa.model.own_items import ArrayOwnItemBias
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import UserState
 from recsys_ksa.order import OrderKey, order_key
-from recsys_ksa.retrieval.index import Found, Index, TorchIndex, load_index
+from recsys_ksa.retrieval.index import Found, Index, TorchIndex, load_index, row_products
 from recsys_ksa.retrieval.popularity_column import PopularityColumn, popularity_column
 from recsys_ksa.run import INDEX_FOLDER, Run, load_counts, load_network, open_run
 from recsys_ksa.schema import UNKNOWN_ITEM
@@ -56,6 +57,9 @@ class Recommender:
         self.event_features = EventFeatures.of(network.config)
         vectors = network.item_vectors().detach().to("cpu", torch.float32)
         self._vectors = (vectors if popularity is None else popularity.added_to(vectors)).numpy()
+        own_items, item_bias = network.own_items, network.item_bias if popularity is None else popularity.gain
+        self._own_bias = None if own_items is None else ArrayOwnItemBias.of(own_items)
+        self._item_bias = None if item_bias is None else item_bias.detach().to("cpu", torch.float32).numpy()
         named = enumerate(run.items.item_id)
         self._blanked = np.array([row for row, name in named if row != UNKNOWN_ITEM and name is None], dtype=np.int64)
         """Items whose id `ksa forget` has blanked: they are never answered."""
@@ -264,19 +268,14 @@ class Recommender:
 
     def _owned_scores(self, state: UserState, vector: NDArray[np.float32], request_time: int | None) -> NDArray:
         seen = state.seen
-        scores = self._vectors[seen.item_index] @ vector
-        if self.network.own_items is None:
+        scores = row_products(self._vectors, seen.item_index, vector)
+        if self._own_bias is None:
             return scores
         last = state.last_timestamp or 0
         now = last if request_time is None else max(last, request_time)
-        device = self.network.start.device
-        columns = (seen.item_index, seen.count, seen.first, seen.last)
-        item, count, first, latest = (torch.from_numpy(column).to(device) for column in columns)
-        with torch.no_grad():
-            bias = self.network.own_bias(item, count, first, latest, torch.tensor(now, device=device))
-        if self.popularity is not None:  # the own-item bias takes its place
-            scores = scores - self.popularity.gain.numpy()[seen.item_index]
-        return scores + bias.to("cpu", torch.float32).numpy()
+        if self._item_bias is not None:  # the own-item bias takes its place
+            scores = scores - self._item_bias[seen.item_index]
+        return scores + self._own_bias(seen, now).astype(np.float32)
 
     def rows(self, events: Sequence[EventLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each event's item row and time, int64 [n] each; an id the run does not know is the unknown item."""

@@ -21,6 +21,8 @@ from recsys_ksa.retrieval.popularity_column import PopularityColumn
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 FORMAT_VERSION = 1
+ROWS_AT_ONCE = 2048
+"""Rows gathered at once: they stay in a core's cache until they are multiplied."""
 VECTORS_FILE = "item_vectors.safetensors"
 MANIFEST_FILE = "manifest.json"
 
@@ -37,6 +39,19 @@ class Index(Protocol):
     def search(self, vector: NDArray[np.float32], k: int, exclude: NDArray[np.integer] | None = None) -> Found:
         """Return the k items of largest inner product with `vector` [E], none of `exclude` among them."""
         ...
+
+
+def row_products(
+    vectors: NDArray[np.float32], rows: NDArray[np.integer], vector: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return the inner products of `vector` [E] with some rows of `vectors` [I, E]; of tens of thousands too."""
+    products = np.empty(len(rows), np.float32)
+    gathered = np.empty((min(ROWS_AT_ONCE, len(rows)), vectors.shape[1]), np.float32)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        some = np.take(vectors, part, axis=0, out=gathered[: len(part)], mode="clip")  # "raise" would copy them once more
+        np.dot(some, vector, out=products[start : start + len(part)])
+    return products
 
 
 class TorchIndex:

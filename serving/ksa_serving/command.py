@@ -1,6 +1,7 @@
 """The verb `ksa serve`: one process, one run, one state directory."""
 
 import argparse
+import gc
 import os
 import socket
 import stat
@@ -183,13 +184,15 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     settings = load_config(ServeSettings, args.config or Path(os.devnull), args.set)
     tokens = None if args.tokens is None else Tokens(args.tokens)
-    # Also before torch: several model threads share the cores, so each gets its part of them.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.model_threads)))
+    # Also before torch: two passes at once are the rule, so each gets its half of the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
 
     def load(run: Path) -> Release:
         return load_release(run, args.index, settings.cold_parity)
 
     release = load(args.run)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: looking through it for garbage stopped all requests for a third of a second
     state_dir = prepare_state_dir(args.state_dir)
     log = EventLog(
         state_dir,

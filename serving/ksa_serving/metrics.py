@@ -59,7 +59,7 @@ class _ServiceCollector:
             "states_held": ("States in memory", lambda: len(store)),
             "state_bytes": ("Bytes of states in memory", lambda: store.nbytes),
             "log_waiting_calls": ("Calls that wait for the event log", lambda: service.log.writer.num_waiting),
-            "waiting_questions": ("Questions that wait for the model", lambda: service.served.answers.num_waiting),
+            "waiting_questions": ("Questions that wait for the model", lambda: service.served.num_waiting),
             "settling_users": (
                 "Users whose states are computed at length",
                 lambda: service.upkeep.num_settling,

@@ -77,7 +77,7 @@ class QuestionCalls:
         if request.events:
             given = [new_event(event) for event in request.events]
             record = await self._workers.run(found.served.states.with_events, record, given)
-        scored = await found.served.answers.ask(_question(request, record.state, request_time), found.deadline)
+        scored = await found.served.answer(_question(request, record.state, request_time), found.deadline)
         items = [ScoredItem(item_id, float(score)) for item_id, score in scored]
         return RecommendAnswer(items=items, **found.provenance(record.num_events, request_time))
 

@@ -30,6 +30,19 @@ class Served:
     """`UserStates.current_together`."""
     answers: Batcher[Question, Scored]
     """`Model.recommend`."""
+    long_answers: Batcher[Question, Scored]
+    """The same for long histories, so that nobody else waits for their many own items."""
+    long_history_events: int
+
+    async def answer(self, question: Question, deadline: float) -> Scored:
+        """Return the answer to a question; see `Batcher.ask`."""
+        is_long = question.state.num_events > self.long_history_events
+        return await (self.long_answers if is_long else self.answers).ask(question, deadline)
+
+    @property
+    def num_waiting(self) -> int:
+        """Questions that wait."""
+        return self.answers.num_waiting + self.long_answers.num_waiting
 
 
 class Releases:

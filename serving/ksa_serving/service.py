@@ -97,7 +97,8 @@ class Service:
         states = UserStates(release, self.log, self.store, settings.rebuild_step_events, settings.inline_events)
         threads, most = self.workers.threads, settings.batch_questions
         updates = Batcher(states.current_together, threads, most)
-        return Served(release, states, updates, Batcher(release.model.recommend, threads, most, self._on_batch))
+        answers, long_answers = (Batcher(release.model.recommend, threads, most, self._on_batch) for _ in range(2))
+        return Served(release, states, updates, answers, long_answers, settings.long_history_events)
 
     def _on_commit(self, seconds: float, num_calls: int) -> None:
         self.metrics.commit.observe(seconds)

@@ -51,11 +51,16 @@ class ServeSettings(Strict):
     """Of the memory for states, the most one user may take; a larger state is kept cold only."""
     spill_events: PositiveInt = 256
     """A long history's cold record is written again after so many further events."""
-    model_threads: PositiveInt = 2
-    """Threads for what is quick, so that the event loop stays free; long work has one beside them."""
+    model_threads: PositiveInt = 4
+    """Threads for what is quick: states, answers, answers to long histories, states that catch up. Each does one batch
+    at a time; long work has threads beside them."""
+    long_history_events: PositiveInt = 10_000
+    """Histories beyond it are answered apart, so that others do not wait for their many own items."""
     batch_questions: PositiveInt = 64
     """Most questions answered in one pass of the model."""
-    catch_up_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    catch_up_seconds: NonNegativeFloat = 1.0
+    """New events are gathered so long before states that are held follow them; an answer never waits for that."""
+    catch_up_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the time in which states that are held may follow new events before anyone asks for them."""
     rebuild_step_events: PositiveInt = 8192
     """Events appended at once while a state is rebuilt; bounds its memory."""

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import random
 import time
+from itertools import islice
 
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import Owner
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BEHIND = 10_000
 """Users whose states may wait to catch up; others catch up when next asked for."""
+CAUGHT_UP_TOGETHER = 8
+"""States that catch up in one pass, some milliseconds: a question of one of these users waits for all of them."""
 MAX_SETTLING = 1024
 """Users whose states may wait to be computed at length."""
 
@@ -83,6 +86,8 @@ class Upkeep:
     async def _catch_up(self) -> None:
         """Go on while states are behind, a batch after the other, for a share of the time: answers need the rest."""
         try:
+            with contextlib.suppress(TimeoutError):  # events of a user are caught up with together
+                await asyncio.wait_for(self._workers.closing.wait(), self._settings.catch_up_seconds)
             while self._behind and not self._workers.draining:
                 began = time.monotonic()
                 await self._catch_up_some()
@@ -93,8 +98,8 @@ class Upkeep:
 
     async def _catch_up_some(self) -> None:
         states = self._releases.active.states
-        owners = [owner for owner in self._behind if not self._locks.of(owner).locked()]
-        owners = owners[: self._settings.batch_questions]
+        free = (owner for owner in self._behind if not self._locks.of(owner).locked())
+        owners = list(islice(free, CAUGHT_UP_TOGETHER))
         for owner in owners or list(self._behind):  # from here on, what is kept needs another turn
             del self._behind[owner]
         try:
