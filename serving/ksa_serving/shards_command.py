@@ -42,11 +42,11 @@ def _run(args: argparse.Namespace) -> None:
 
     if not 1 <= args.at_once <= NUM_VIRTUAL_SHARDS:
         raise UsageError(f"ksa shards: --at-once: expected 1 to {NUM_VIRTUAL_SHARDS}, got {args.at_once}.")
-    files = MapFiles(args.map)
-    reload, token = shlex.split(args.reload), os.environ.get(args.token_variable)
-    http = httpx.Client(headers={} if token is None else {"authorization": f"Bearer {token}"}, timeout=120)
+    files, reload, token = MapFiles(args.map), shlex.split(args.reload), os.environ.get(args.token_variable)
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
     if args.action == "cancel":
-        Mover(files, http, lambda: _reload(reload)).cancel()
+        with httpx.Client(headers=headers, timeout=120) as http:
+            Mover(files, http, lambda: _reload(reload)).cancel()
         print("undone: every process owns what it owned before")
         return
     if args.processes is None:
@@ -56,7 +56,8 @@ def _run(args: argparse.Namespace) -> None:
     wanted = planned(held or first_map(processes), processes)
     moving = sum(old != new for old, new in zip(held.owners, wanted.owners)) if held else 0
     if args.action == "move":
-        with tqdm(total=moving, unit=" virtual shards") as bar:
+        bar = tqdm(total=moving, unit=" virtual shards")
+        with httpx.Client(headers=headers, timeout=120) as http, bar:
             mover = Mover(files, http, lambda: _reload(reload), on_step=bar.update)
             wanted = mover.move(processes, args.at_once)
     before, after = Counter(held.owners if held else []), Counter(wanted.owners)

@@ -1,11 +1,14 @@
-"""Three shards behind a real HAProxy that hashes the user id in the path: each user is one shard's."""
+"""Processes behind a real HAProxy that finds each user's by the shard map, while they are killed, added and removed."""
 
+import contextlib
+import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +18,20 @@ from typing import Any
 import httpx
 import pytest
 
-from ksa_serving.client import Client
+from ksa_serving.client import Client, user_path
+from ksa_serving.errors import ClientError
 from ksa_serving.event_log import EventLog
 from ksa_serving.messages import EventMessage
+from ksa_serving.shard_mover import MapFiles, Mover
+from ksa_serving.shards import Process, virtual_shard
+from recsys_ksa.cli import call_verb
 
 pytestmark = pytest.mark.service
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 CONFIG = Path(__file__).parents[2] / "serving" / "haproxy.cfg"
-NUM_SHARDS = 3
+NUM_MOVES = int(os.environ.get("KSA_MOVES", "2"))
+"""Processes added or removed under load; more with `make nightly`."""
+NAMES = ("shard-1", "shard-2", "shard-3", "shard-4")
 
 
 def free_port() -> int:
@@ -31,115 +40,208 @@ def free_port() -> int:
 
 
 class Cluster:
-    """Shards of the toy model and the proxy before them."""
+    """Four processes of the toy model and the proxy before them; users are on the first three."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.ports = [free_port() for _ in range(NUM_SHARDS)]
-        self.shards = [self.start(shard) for shard in range(NUM_SHARDS)]
+        self.ports = {name: (free_port(), free_port()) for name in NAMES}
+        self.processes = {name: Process(*(f"127.0.0.1:{port}" for port in ports)) for name, ports in self.ports.items()}
+        self.shards: dict[str, Any] = {}
+        self.files = MapFiles(folder / "shards.json")
         self.port = free_port()
-        text = CONFIG.read_text().replace(":8000", f":{self.port}")
-        for shard, port in enumerate(self.ports):
-            text = text.replace(f":{8001 + shard} ", f":{port} ")
-        (folder / "haproxy.cfg").write_text(text)
-        assert HAPROXY is not None
-        subprocess.run([HAPROXY, "-c", "-q", "-f", str(folder / "haproxy.cfg")], check=True)
-        self.proxy = subprocess.Popen([HAPROXY, "-db", "-f", str(folder / "haproxy.cfg")])
         self.url = f"http://127.0.0.1:{self.port}"
+        self.proxy: Any = None
+
+    def begin(self) -> None:
+        folder = self.folder
+        for name in NAMES:
+            self.shards[name] = self.spawn(name)
+        for name in NAMES:
+            assert self.shards[name].stdout.readline().startswith("ready")
+        self.move(NAMES[:3], "true")
+        (folder / "haproxy.cfg").write_text(CONFIG.read_text().replace(":8000", f":{self.port}"))
+        command = [HAPROXY or "", "-f", str(folder / "haproxy.cfg"), "-f", str(folder / "shards.cfg")]
+        subprocess.run([*command, "-c", "-q"], check=True)
+        self.proxy = subprocess.Popen([*command, "-W", "-db"], stderr=subprocess.DEVNULL)
         self.wait()
 
-    def start(self, shard: int) -> Any:
-        command = [sys.executable, str(Path(__file__).parent / "toy_server.py"), str(self.state_dir(shard))]
-        process = subprocess.Popen([*command, str(self.ports[shard])], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("ready")
-        return process
+    def spawn(self, name: str) -> Any:
+        command = [sys.executable, str(Path(__file__).parent / "toy_server.py"), str(self.folder / name)]
+        return subprocess.Popen([*command, *map(str, self.ports[name])], stdout=subprocess.PIPE, text=True)
 
-    def state_dir(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard}"
+    def restart(self, name: str) -> None:
+        self.shards[name].stdout.close()
+        self.shards[name] = self.spawn(name)
+        assert self.shards[name].stdout.readline().startswith("ready")
+
+    def move(self, names: tuple[str, ...], reload: str) -> None:
+        """Have the command give users to these processes."""
+        tables = (
+            f'[{n}]\naddress = "{p.address}"\nadmin = "{p.admin}"\n' for n, p in self.processes.items() if n in names
+        )
+        (self.folder / "processes.toml").write_text("".join(tables))
+        files = [str(self.folder / "shards.json"), "--processes", str(self.folder / "processes.toml")]
+        call_verb("shards", ["move", *files, "--reload", reload])
+
+    def reload(self) -> None:
+        self.proxy.send_signal(signal.SIGUSR2)
+
+    def kill(self, name: str) -> None:
+        self.shards[name].send_signal(signal.SIGKILL)
+        self.shards[name].wait()
+        self.restart(name)
 
     def wait(self) -> None:
         for _ in range(300):
-            try:
-                if httpx.get(f"{self.url}/livez").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
             time.sleep(0.02)
         raise AssertionError("the proxy does not answer")
 
     def stop(self) -> None:
-        self.proxy.terminate()
-        self.proxy.wait()
-        for shard in self.shards:
-            shard.terminate()
-            shard.wait()
+        for process in filter(None, [self.proxy, *self.shards.values()]):
+            process.terminate()
+            process.wait()
+        for shard in self.shards.values():
             shard.stdout.close()
 
+    def kept(self) -> dict[str, Counter[str]]:
+        """Return the event ids of everyone, once all is stopped; each user is on one log, that of the map."""
+        held = self.files.held()
+        assert held is not None
+        kept: dict[str, Counter[str]] = {}
+        for name in NAMES:
+            log = EventLog(self.folder / name, "arrival")
+            for owner in log.owners():
+                assert owner.user_id not in kept, "one user on two logs"
+                assert held.owners[virtual_shard(owner.user_id)] == name
+                kept[owner.user_id] = Counter(event.event_id or "" for event in log.read(owner)[1])
+            log.close()
+        return kept
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if HAPROXY is None:
         pytest.skip("haproxy is not installed; packaging/system.sh installs it")
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.stop()
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.begin()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
-def test_users_stay_on_their_shard_and_a_killed_shard_loses_and_doubles_nothing(cluster: Cluster, seed: int):
-    draw = random.Random(seed)
-    sent: Counter[str] = Counter()
-    acknowledged: Counter[str] = Counter()
-    killed = 0
-    with Client(cluster.url, tries=60, timeout=5) as client:
-        client._sleep = lambda seconds: time.sleep(min(seconds, 0.1))
-        for turn in range(300):
-            user = f"user/{draw.randrange(30)}"
-            events = [EventMessage(f"item-{n % 50}", 1000 + n, f"e{n}") for n in range(sent[user], sent[user] + 3)]
-            sent[user] += 3
-            if turn in (100, 200):  # kill -9 in the middle; the sender tries again until the shard is back
-                killed = draw.randrange(NUM_SHARDS)
-                cluster.shards[killed].send_signal(signal.SIGKILL)
-                cluster.shards[killed].wait()
-                cluster.shards[killed].stdout.close()
-                cluster.shards[killed] = cluster.start(killed)
-            answer = client.keep(user, events)
-            assert {result.status for result in answer.results} <= {"accepted", "duplicate"}
-            acknowledged[user] += 3
-            if turn % 5 == 0:
-                assert client.recommend(user, k=3).num_events == acknowledged[user]
-    cluster.stop()
-    kept: Counter[str] = Counter()
-    per_shard: list[int] = []
-    for shard in range(NUM_SHARDS):
-        log = EventLog(cluster.state_dir(shard), "arrival")
-        for owner in log.owners():
-            assert owner.user_id not in kept, "one user on two shards"
-            _, events = log.read(owner)
-            assert len({event.event_id for event in events}) == len(events), "applied twice"
-            kept[owner.user_id] = len(events)
-        per_shard.append(log.counts()[0])
-        log.close()
-    assert kept == acknowledged
-    assert min(per_shard) > 0
+class Sender(threading.Thread):
+    """Sends its own users' events through the proxy, a third of them again, until told to stop."""
+
+    def __init__(self, url: str, number: int, seed: int):
+        super().__init__()
+        self.acknowledged: dict[str, set[str]] = {f"sender {number}/user-{n}": set() for n in range(12)}
+        self.stopping = False
+        self.failure: Exception | None = None
+        self._url = url
+        self._draw = random.Random(seed + number)
+
+    def run(self) -> None:
+        with Client(self._url, timeout=5, tries=1) as client:
+            number = 0
+            while not self.stopping and self.failure is None:
+                try:
+                    self.send(client, number)
+                except Exception as error:  # the test tells it
+                    self.failure = error
+                number += 1
+
+    def send(self, client: Client, number: int) -> None:
+        user = self._draw.choice(list(self.acknowledged))
+        known = self.acknowledged[user]
+        ids = [f"e{number}", *self._draw.sample(sorted(known), min(len(known), self._draw.randrange(2)))]
+        events = [EventMessage(f"item-{int(i[1:]) % 50}", 1000 + int(i[1:]), i) for i in ids]
+        answer = self.until_answered(lambda: client.keep(user, events))
+        for event_id, result in zip(ids, answer.results):
+            assert result.status in ("accepted", "duplicate"), result
+            assert result.status == "duplicate" or event_id not in known, "kept twice"
+        known.update(ids)
+        if number % 4 == 0:  # what was acknowledged is known to the next answer, wherever the user is now
+            asked = self.until_answered(lambda: client.recommend(user, k=1, min_seq=answer.seq))
+            assert asked.num_events == len(known)
+            assert not asked.stale
+
+    def until_answered(self, call: Any) -> Any:
+        for _ in range(1500):
+            with contextlib.suppress(ClientError):
+                return call()
+            time.sleep(0.02)
+        return call()
 
 
-def test_a_drained_shard_answers_what_it_has_and_the_proxy_stays_up(cluster: Cluster):
-    with Client(cluster.url) as client:
-        for n in range(30):
-            client.keep(f"u{n}", [EventMessage("item-1", 1)])
-        cluster.shards[1].terminate()
-        assert cluster.shards[1].wait(timeout=30) == 0
-        answered = refused = 0
-        for n in range(30):
-            status = httpx.post(f"{cluster.url}/v1/users/u{n}/recommend", json={}).status_code
-            answered += status == 200
-            refused += status == 503
-        assert answered + refused == 30
-        assert refused > 0, "another shard must not answer for the users of one that is away"
-        assert answered > 0
-        cluster.shards[1].stdout.close()
-        cluster.shards[1] = cluster.start(1)
+class Killed(BaseException):
+    """The mover ends here."""
+
+
+class UnluckyMover(Mover):
+    """Before some of its calls a process is killed, or the mover itself."""
+
+    def __init__(self, cluster: Cluster, http: httpx.Client, draw: random.Random, num_kills: int):
+        super().__init__(cluster.files, http, cluster.reload)
+        self._cluster, self._draw = cluster, draw
+        self._kills = {draw.randrange(60): draw.choice([*NAMES, "mover"]) for _ in range(num_kills)}
+        self._calls = 0
+
+    def _call(self, *given: Any) -> Any:
+        whom = self._kills.get(self._calls)
+        self._calls += 1
+        if whom == "mover":
+            raise Killed
+        if whom is not None:
+            self._cluster.kill(whom)
+        return super()._call(*given)
+
+
+def test_a_process_that_is_away_is_not_stood_in_for(cluster: Cluster):
+    held = cluster.files.held()
+    assert held is not None
+    owners = {f"ü/{n}": held.owners[virtual_shard(f"ü/{n}")] for n in range(100)}
+    users = [next(user for user, owner in owners.items() if owner == name) for name in NAMES[:3]]
+    with Client(cluster.url, tries=60) as client, httpx.Client(base_url=cluster.url) as http:
         client._sleep = lambda seconds: time.sleep(0.1)
-        client._tries = 60
-        assert all(client.recommend(f"u{n}", k=1).num_events == 1 for n in range(30))
+        for user in users:
+            client.keep(user, [EventMessage("item-1", 1)])
+        cluster.shards["shard-2"].terminate()
+        assert cluster.shards["shard-2"].wait(timeout=30) == 0
+        statuses = [http.post(user_path(user, "recommend"), json={}).status_code for user in users]
+        assert statuses == [200, 503, 200], "another process must not answer for the users of one that is away"
+        cluster.restart("shard-2")
+        assert all(client.recommend(user, k=1).num_events == 1 for user in users)
+        for path in ("/v1/events:batch", "/admin/shards"):  # no one process is theirs
+            assert http.post(path, json={}).status_code == 404
+        assert http.get("/v1/items?text=item").status_code == 200
+
+
+def test_processes_come_and_go_under_load_and_fire_and_nothing_is_lost_or_doubled(cluster: Cluster, seed: int):
+    draw = random.Random(seed)
+    senders = [Sender(cluster.url, number, seed) for number in range(3)]
+    for sender in senders:
+        sender.start()
+    try:
+        for turn in range(NUM_MOVES):
+            names = NAMES if turn % 2 == 0 else tuple(draw.sample(NAMES, 3))
+            processes = {name: cluster.processes[name] for name in names}
+            moved = False
+            while not moved:
+                with contextlib.suppress(Killed), httpx.Client(timeout=30) as http:
+                    UnluckyMover(cluster, http, draw, num_kills=2).move(processes, most=200)
+                    moved = True
+            time.sleep(0.2)
+    finally:
+        for sender in senders:
+            sender.stopping = True
+        for sender in senders:
+            sender.join()
+    assert [sender.failure for sender in senders] == [None] * 3
+    cluster.stop()
+    expected = {user: Counter(ids) for sender in senders for user, ids in sender.acknowledged.items() if ids}
+    kept = {user: ids for user, ids in cluster.kept().items() if user.startswith("sender")}
+    assert kept == expected
+    assert sum(map(len, expected.values())) > 50

@@ -33,7 +33,7 @@ def test_a_service_under_steady_load_grows_in_nothing(tmp_path: Path):
     import subprocess
     import sys
 
-    command = [sys.executable, str(Path(__file__).parent / "toy_server.py"), str(tmp_path), "0"]
+    command = [sys.executable, str(Path(__file__).parent / "toy_server.py"), str(tmp_path), "0", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     url = process.stdout.readline().split()[1]
