@@ -82,6 +82,12 @@ class ModelConfig(Strict):
     """Add the bucket of an event's value between these edges, ascending; none: values are not looked at."""
     use_request_time: bool = True
     """Let the last block and the head know when the recommendation is asked for."""
+    request_calendar: tuple[CalendarFeature, ...] = ()
+    """Let the last block know the `hour` of the day and the `weekday` (UTC) of the request; needs such a clock, too."""
+    user_features: tuple[str, ...] = ()
+    """Features of users.parquet that the last block knows of whom it answers."""
+    user_edges: dict[str, tuple[float, ...]] = {}
+    """Of those that are numbers: the edges of their buckets, ascending."""
     item_vectors: Literal["tied", "untied", "content"] = "tied"
     """`tied`: the input item table; `untied`: a table of their own; `content`: input row plus side features."""
     item_bias: Literal["none", "learned", "popularity-7d"] = "none"
@@ -109,8 +115,14 @@ class ModelConfig(Strict):
             raise ValueError("layers must name at least one layer")
         if any(low >= high for low, high in pairwise(self.value_edges)):
             raise ValueError(f"value_edges must ascend, got {list(self.value_edges)}")
-        if len(set(self.calendar)) != len(self.calendar):
-            raise ValueError(f"calendar must name each feature once, got {list(self.calendar)}")
+        for key in ("calendar", "request_calendar", "user_features"):
+            if len(set(names := getattr(self, key))) != len(names):
+                raise ValueError(f"{key} must name each feature once, got {list(names)}")
+        for name, edges in self.user_edges.items():
+            if name not in self.user_features:
+                raise ValueError(f"user_edges: expected names of user_features, got {name!r}")
+            if not edges or any(low >= high for low, high in pairwise(edges)):
+                raise ValueError(f"user_edges.{name} must ascend and have at least one, got {list(edges)}")
         return self
 
     @property
@@ -151,6 +163,8 @@ class LossConfig(Strict):
     """Request time shown in training: the target's, or an integer drawn uniformly between last event and target."""
     request_time_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of questions asked without a request time."""
+    user_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of questions that tell nothing of the user, where `model.user_features` are on."""
     gbce_calibration: float = Field(default=0.75, ge=0.0, le=1.0)
     """gBCE's t (gSASRec, arXiv 2308.07192)."""
 

@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys_ksa.data.batches import QuestionRows
 from recsys_ksa.errors import DataError, OutOfOrderError, StateError
 from recsys_ksa.events import Event, EventLike, ItemId, checked_events, roll_history
-from recsys_ksa.features import NO_GAP, EventFeatures, gap_buckets, request_bucket
+from recsys_ksa.features import NO_GAP, EventFeatures, QuestionFeatures, gap_buckets, request_bucket, told_users
+from recsys_ksa.features.users import Told
 from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
 from recsys_ksa.model.fingerprint import state_fingerprint
 from recsys_ksa.model.network import Network
@@ -55,6 +57,7 @@ class Recommender:
         self.attention_impl = attention_impl
         self.fingerprint = state_fingerprint(network)
         self.event_features = EventFeatures.of(network.config)
+        self.question_features = QuestionFeatures.of(network.config, network.features.users)
         vectors = network.item_vectors().detach().to("cpu", torch.float32)
         self._vectors = (vectors if popularity is None else popularity.added_to(vectors)).numpy()
         own_items, item_bias = network.own_items, network.item_bias if popularity is None else popularity.gain
@@ -178,15 +181,46 @@ class Recommender:
 
     # --- answers ---
 
-    def user_vector(self, state: UserState, request_time: int | None = None) -> Tensor:
+    def user_vector(self, state: UserState, request_time: int | None = None, user: Told | None = None) -> Tensor:
         """Return the user's vector, [E] ([E + 1] with an item bias): item score = vector . item vector.
 
         A user without events gets the learned start vector. A request time before the last event counts as a gap of 0;
-        None means no request time.
+        None means no request time. `user` is as for `recommend`.
         """
-        self._own(state)
-        bucket = request_bucket(state.last_timestamp, request_time)
-        return ask(self.network, [state.memory], [bucket], self.attention_impl)[0]
+        return self.user_vectors([state], [request_time], [user])[0]
+
+    def user_vectors(
+        self, states: Sequence[UserState], request_times: Sequence[int | None], users: Sequence[Told | None]
+    ) -> Tensor:
+        """Return `user_vector` of several states, [U, E (+ 1)], in one pass."""
+        for state in states:
+            self._own(state)
+        last = [state.last_timestamp for state in states]
+        buckets = [request_bucket(*times) for times in zip(last, request_times)]
+        told = self.told(last, request_times, users)
+        return ask(self.network, [state.memory for state in states], buckets, self.attention_impl, told)
+
+    def told(
+        self, last: Sequence[int | None], request_times: Sequence[int | None], users: Sequence[Told | None]
+    ) -> QuestionRows | None:
+        """Return what questions tell beside the history; None where the run reads nothing of it.
+
+        Args:
+            last: time of each user's last event; None without events, when no request time is shown either.
+            request_times: Unix seconds; None: none is shown.
+            users: each user's features.
+
+        Raises:
+            DataError: a feature that the run does not read, or a value that is not of its kind.
+        """
+        columns = told_users(users, self.network.features.users, self.run.user_categories)
+        if not self.question_features.num_rows:
+            return None
+        shown = np.array([a is not None and b is not None for a, b in zip(last, request_times)])
+        times = np.array([max(a or 0, b or 0) for a, b in zip(last, request_times)], dtype=np.int64)
+        rows = self.question_features.rows(columns, np.arange(len(users)), times, shown)
+        found = QuestionRows.of(rows)
+        return None if found is None else found.to(self.network.start.device)
 
     def recommend(
         self,
@@ -195,6 +229,7 @@ class Recommender:
         request_time: int | None = None,
         exclude_seen: bool | None = None,
         only_seen: bool = False,
+        user: Told | None = None,
     ) -> Answer:
         """Return up to k (item_id, score), best first, equal scores by item index.
 
@@ -203,15 +238,17 @@ class Recommender:
             request_time: Unix seconds; None means none.
             exclude_seen: leave out items the user already had ("new for you"); None takes the run's default.
             only_seen: answer from the user's own items alone ("again").
+            user: the user's features that the run reads (`model.user_features`), as the table of users has them; what
+                is missing is unknown.
 
         Raises:
-            DataError: k is below 1, or both filters are asked for.
+            DataError: k is below 1, both filters are asked for, or a feature is none of the run's.
         """
         if k < 1:
             raise DataError(f"recommend: k must be at least 1, got {k}.")
         if only_seen and exclude_seen:
             raise DataError("recommend: expected one of only_seen and exclude_seen, got both. Ask twice.")
-        return self.rank(state, self.user_vector(state, request_time), k, request_time, exclude_seen, only_seen)
+        return self.rank(state, self.user_vector(state, request_time, user), k, request_time, exclude_seen, only_seen)
 
     def rank(
         self,
@@ -249,10 +286,14 @@ class Recommender:
         return [(str(self.run.items.item_id[rows[at]]), float(scores[at])) for at in best]
 
     def score(
-        self, state: UserState, item_ids: Sequence[ItemId], request_time: int | None = None
+        self,
+        state: UserState,
+        item_ids: Sequence[ItemId],
+        request_time: int | None = None,
+        user: Told | None = None,
     ) -> list[float | None]:
         """Return the score `recommend` gives each item, owned or not; None for items the run does not know."""
-        vector = self.user_vector(state, request_time).to("cpu", torch.float32).numpy()
+        vector = self.user_vector(state, request_time, user).to("cpu", torch.float32).numpy()
         rows = np.array([self.run.items.index_of.get(str(item), UNKNOWN_ITEM) for item in item_ids], dtype=np.int64)
         scores = self._vectors[rows] @ vector
         owned = state.seen.item_index.astype(np.int64)

@@ -32,13 +32,14 @@ from recsys_ksa.config import RunConfig, Strict, TrainingSpan, load_config
 from recsys_ksa.data.item_columns import Categories, vectors_of
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.errors import RunError
+from recsys_ksa.features import UserFeature
 from recsys_ksa.features.definitions import Vocabulary, feature_hashes
 from recsys_ksa.model.features import Clock, FeatureSchema, MultiFeature, SideFeature
 from recsys_ksa.model.fingerprint import release_hash
 from recsys_ksa.model.network import Network
 from recsys_ksa.model.scoring import ScoringNetwork
 from recsys_ksa.order import TieKind
-from recsys_ksa.schema import indices_column, vector_column
+from recsys_ksa.schema import indices_column, user_vocabulary, vector_column
 
 CONFIG_FILE = "config.toml"
 WEIGHTS_FILE = "model.safetensors"
@@ -115,6 +116,8 @@ class Run:
     items: RunItems
     event_types: dict[str, int]
     features: FeatureSchema
+    user_categories: Mapping[str, Mapping[str, int]]
+    """Row of each category of the users' features, by feature."""
 
 
 def open_run(path: str | Path) -> Run:
@@ -152,6 +155,16 @@ def open_run(path: str | Path) -> Run:
     names = _read_table(types)["value"].to_pylist() if types.exists() else []
     if types.exists():
         vocabularies["event_type"] = names
+    users: dict[str, UserFeature] = {}
+    user_categories: dict[str, dict[str, int]] = {}
+    for name in config.model.user_features:
+        if name in config.model.user_edges:
+            users[name] = UserFeature("number")
+            continue
+        values = _read_table(path / VOCAB_FOLDER / f"{user_vocabulary(name)}.parquet")["value"].to_pylist()
+        vocabularies[user_vocabulary(name)] = values
+        users[name] = UserFeature(info.feature_schema["users"][name]["kind"], len(values))
+        user_categories[name] = {value: row for row, value in enumerate(values) if value is not None}
     check_features(path, config, info, vocabularies, "its own files and this version")
     return Run(
         path=path,
@@ -164,7 +177,8 @@ def open_run(path: str | Path) -> Run:
             index_of={name: row for row, name in enumerate(item_id) if name is not None},
         ),
         event_types={name: row for row, name in enumerate(names) if name is not None},
-        features=FeatureSchema(info.num_items, len(names), side, info.clock, multi, vectors),
+        features=FeatureSchema(info.num_items, len(names), side, info.clock, multi, vectors, users),
+        user_categories=user_categories,
     )
 
 

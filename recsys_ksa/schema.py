@@ -8,6 +8,8 @@ A prepared data set:
     items.parquet                 one row an item_index, row 0 is the padding/unknown item
     vocab/event_type.parquet      one row an event_type index (where the log has event types)
     vocab/<side feature>.parquet  one row a category; index 0 is unknown
+    users.parquet                 one row a user that is described (where a table of users was given)
+    vocab/user_<feature>.parquet  one row a category of users
     histories/part-*.parquet      one row a user, events in order
     cache/histories.arrow         uncompressed copy that the loader maps
     cache/ties.arrow              what it does not need, for increments
@@ -62,6 +64,16 @@ def indices_column(name: str) -> str:
 def vector_column(name: str) -> str:
     """Return the column of items.parquet that holds a feature's vectors."""
     return f"{name}_vector"
+
+
+def user_column(name: str, kind: str) -> str:
+    """Return the column of users.parquet that holds a feature, of kind `category`, `list` or `number`."""
+    return {"category": f"{name}_index", "list": indices_column(name), "number": f"{name}_value"}[kind]
+
+
+def user_vocabulary(name: str) -> str:
+    """Return the name of the vocabulary of a feature of users."""
+    return f"user_{name}"
 
 
 def histories_schema(*, has_event_type: bool, has_event_id: bool, has_value: bool = False) -> pa.Schema:

@@ -18,6 +18,7 @@ from ksa_pipelines.report import Report
 from ksa_pipelines.rows import open_rows
 from ksa_pipelines.split import global_cuts
 from ksa_pipelines.stored import Stored
+from ksa_pipelines.users import extend_users, write_users
 from ksa_pipelines.write import hash_files
 from recsys_ksa import __version__
 from recsys_ksa.config import parse_config
@@ -33,6 +34,7 @@ def append_log(
     report: Report,
     *,
     items: str | None = None,
+    users: str | None = None,
     mapping: PrepareConfig | None = None,
     resources: Resources = Resources(),  # noqa: B008  frozen
 ) -> Manifest:
@@ -43,6 +45,7 @@ def append_log(
         log: a file, a folder, a pattern or an address, mapped and checked as the first log was.
         report: is told what each step did.
         items: an items file that describes the log's new items, or None.
+        users: a table of users, or None; who is described already stays as described.
         mapping: how the log is read and its columns are named (`[read]`, `[columns]`), where that is not as it was
             for the first log; the rest of it is ignored.
         resources: where the work runs and what it may take.
@@ -84,13 +87,15 @@ def append_log(
         gather_quarantine(change.work, quarantine)
 
         old_tables = {before.table_file(name) for name in before.tables}
-        written = [dataset / versioned(name, change.version) for name in before.tables]
+        written = [dataset / versioned(name, change.version) for name in before.item_tables]
         written += [dataset / part_name(change.version, gathered.bucket) for gathered in ingested.buckets]
         written += [quarantine] if quarantine.exists() else []
         files = {name: digest for name, digest in before.files.items() if name not in old_tables}
-        files |= hash_files(dataset, written)
         touched = open_rows([bucket.folder for bucket in ingested.buckets])
         merged = write_cache(dataset, [stored.others(touched), *touched], split, change.version)
+        user_table = extend_users(dataset, change.version, before, users, config.users, report)
+        written += write_users(user_table, dataset, change.version)
+        files |= hash_files(dataset, written)
         after = before.model_copy(
             update={
                 "code_version": __version__,
@@ -103,6 +108,8 @@ def append_log(
                 "logs": (*before.logs, ingested.source),
                 "items_files": catalogue.items_files,
                 "items_described": catalogue.items_described,
+                "users_files": user_table.files,
+                "users_described": user_table.rows.height,
                 "numbered_users": numbered,
                 "files": dict(sorted(files.items())),
             }

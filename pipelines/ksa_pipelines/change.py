@@ -116,7 +116,7 @@ def remove_leftovers(dataset: Path) -> None:
         named |= {f"manifests/{version:05d}.json", *manifest.files}
     shutil.rmtree(dataset / WORK, ignore_errors=True)
     found = [path for folder in _FOLDERS for path in (dataset / folder).rglob("*") if path.is_file()]
-    found += [*dataset.glob("items*.parquet"), *dataset.glob(f".{MANIFEST}.*")]
+    found += [*dataset.glob("items*.parquet"), *dataset.glob("users*.parquet"), *dataset.glob(f".{MANIFEST}.*")]
     for path in found:
         if path.relative_to(dataset).as_posix() not in named and not _is_being_built(path):
             path.unlink(missing_ok=True)

@@ -10,8 +10,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from recsys_ksa.config import Strict, load_config, parse_config
 from recsys_ksa.data.manifest import Clock
 from recsys_ksa.errors import ConfigError
+from recsys_ksa.features.users import UserKind
 from recsys_ksa.order import TieKind
-from recsys_ksa.schema import NUM_BUCKETS
+from recsys_ksa.schema import NUM_BUCKETS, user_vocabulary
 
 FAR_FUTURE = 4_102_444_800
 """2100-01-01 in Unix seconds."""
@@ -85,6 +86,37 @@ class ItemsConfig(Strict):
         return self
 
 
+class UsersConfig(Strict):
+    """Names of the columns of a table of users (`--users`); a feature is called as its column."""
+
+    user_id: str = "user_id"
+    features: tuple[str, ...] = ()
+    """Columns that become categorical vocabularies."""
+    multi_features: tuple[str, ...] = ()
+    """Columns of several categories a user: lists, or texts split at `multi_separator`; they have vocabularies too."""
+    multi_separator: str = Field(default="|", min_length=1)
+    """Between the categories of a text."""
+    numbers: tuple[str, ...] = ()
+    """Columns of numbers; a run puts them into buckets (`model.user_edges`)."""
+
+    @property
+    def kinds(self) -> dict[str, UserKind]:
+        """What each feature is."""
+        names: dict[UserKind, tuple[str, ...]]
+        names = {"category": self.features, "list": self.multi_features, "number": self.numbers}
+        return {name: kind for kind, own in names.items() for name in own}
+
+    @model_validator(mode="after")
+    def _names_for_files(self) -> Self:
+        names = [*self.features, *self.multi_features, *self.numbers]
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in ("user_id", "user_index"):
+                raise ValueError(f"expected names of letters, digits and _ that are not taken, got {name!r}")
+        if len(set(names)) != len(names):
+            raise ValueError("expected each name once")
+        return self
+
+
 class SplitConfig(Strict):
     """The cut of protocol `global`, counted back from the log's last event."""
 
@@ -114,6 +146,7 @@ class PrepareConfig(Strict):
     read: ReadConfig = ReadConfig()
     columns: ColumnsConfig = ColumnsConfig()
     items: ItemsConfig = ItemsConfig()
+    users: UsersConfig = UsersConfig()
     split: SplitConfig = SplitConfig()
 
     @property
@@ -126,6 +159,8 @@ class PrepareConfig(Strict):
         names = [self.columns.user_id, self.columns.item_id, self.columns.timestamp]
         if len(set(names)) != len(names):
             raise ValueError(f"columns: user_id, item_id and timestamp must be three columns, got {names}")
+        if taken := {user_vocabulary(name) for name in self.users.kinds} & {*self.items.vocabularies}:
+            raise ValueError(f"items: {taken.pop()!r} is the vocabulary of a feature of users; rename the column")
         return self
 
 

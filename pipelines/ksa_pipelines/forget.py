@@ -23,6 +23,7 @@ from ksa_pipelines.compact import merge_parts
 from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.report import Report
 from ksa_pipelines.split import global_cuts
+from ksa_pipelines.users import read_users, without_others, write_users
 from ksa_pipelines.vocab import user_bucket
 from ksa_pipelines.write import hash_files
 from recsys_ksa.config import parse_config
@@ -59,15 +60,16 @@ def forget(dataset: Path, user_ids: Sequence[str], report: Report) -> Manifest:
         catalogue = _blank(read_catalogue(dataset, before), seen)
         write_catalogue(catalogue, dataset, change.version)
         files = {name: digest for name, digest in files.items() if name not in map(before.table_file, before.tables)}
-        written = [dataset / versioned(name, change.version) for name in before.tables]
+        written = [dataset / versioned(name, change.version) for name in before.item_tables]
         for name in [name for name in files if name.startswith("quarantine/")]:
             written += _rewrite_quarantine(dataset, name, set(user_ids), change.version)
             del files[name]
-        files |= hash_files(dataset, written)
 
         config = parse_config(PrepareConfig, before.config, str(dataset))
         split = global_cuts(config.split, config.clock, seen.last_timestamp)
         merged = write_cache(dataset, all_parts(dataset, files), split, change.version)
+        user_table = without_others(read_users(dataset, before), dataset, change.version)
+        files |= hash_files(dataset, written + write_users(user_table, dataset, change.version))
         after = before.model_copy(
             update={
                 "version": change.version,
@@ -76,6 +78,7 @@ def forget(dataset: Path, user_ids: Sequence[str], report: Report) -> Manifest:
                 "split_hash": merged.split_hash,
                 "counts": Counts.of(merged.lengths, catalogue.num_items),
                 "split": split,
+                "users_described": user_table.rows.height,
                 "forgotten": _blocked(before.forgotten, user_ids),
                 "files": dict(sorted(files.items())),
             }

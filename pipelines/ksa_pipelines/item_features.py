@@ -20,18 +20,25 @@ def feature_columns(config: ItemsConfig, schema: Schema, source: str) -> list[pl
     Raises:
         SchemaError: a column is missing, or holds neither.
     """
-    lists = [_categories(schema, name, config.multi_separator, source).alias(name) for name in config.multi_features]
+    lists = [
+        categories_column(schema, name, config.multi_separator, source).alias(name) for name in config.multi_features
+    ]
     vectors = [_vector(schema, columns, source).alias(name) for name, columns in config.vectors.items()]
     return lists + vectors
 
 
-def with_category_indices(items: pl.DataFrame, name: str, vocabulary: pl.DataFrame) -> pl.DataFrame:
-    """Return the items with the column `<name>_indices` in place of `<name>`: each category once, ascending."""
+def with_category_indices(
+    items: pl.DataFrame, name: str, vocabulary: pl.DataFrame, key: str = "item_id"
+) -> pl.DataFrame:
+    """Return the items with the column `<name>_indices` in place of `<name>`: each category once, ascending.
+
+    Rows are told apart by the column `key`.
+    """
     codes = vocabulary.drop_nulls("value").select(pl.col("value").alias(name), "index")
-    each = items.select("item_id", name).explode(name).join(codes, on=name)
+    each = items.select(key, name).explode(name).join(codes, on=name)
     column = indices_column(name)
-    found = each.group_by("item_id").agg(pl.col("index").cast(pl.Int32).unique().sort().alias(column))
-    joined = items.drop(name).join(found, on="item_id", how="left", maintain_order="left")
+    found = each.group_by(key).agg(pl.col("index").cast(pl.Int32).unique().sort().alias(column))
+    joined = items.drop(name).join(found, on=key, how="left", maintain_order="left")
     return joined.with_columns(pl.col(column).fill_null([]))
 
 
@@ -75,7 +82,12 @@ def unknown_row(multi: tuple[str, ...], vectors: dict[str, int]) -> pl.DataFrame
     return pl.DataFrame(lists + zeros)
 
 
-def _categories(schema: Schema, name: str, separator: str, source: str) -> pl.Expr:
+def categories_column(schema: Schema, name: str, separator: str, source: str) -> pl.Expr:
+    """Return a column of lists of texts, or of texts split at the separator, without empty ones; null stays null.
+
+    Raises:
+        SchemaError: it is missing, or holds neither.
+    """
     kind = column_type(schema, name, source)
     if isinstance(kind, pl.List | pl.Array):
         inner = kind.inner

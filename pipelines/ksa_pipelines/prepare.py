@@ -12,6 +12,7 @@ from ksa_pipelines.report import Report
 from ksa_pipelines.rows import open_rows
 from ksa_pipelines.split import global_cuts
 from ksa_pipelines.ties import choose_tie, describe_ties
+from ksa_pipelines.users import extend_users, write_users
 from ksa_pipelines.write import WORK, atomic_directory, hash_files, refuse_existing
 from recsys_ksa import __version__
 from recsys_ksa.data.cache import write_cache
@@ -26,6 +27,7 @@ def prepare(
     items: str | None,
     report: Report,
     resources: Resources = Resources(),  # noqa: B008  frozen
+    users: str | None = None,
 ) -> Manifest:
     """Prepare a log into the data set `target` and return its manifest.
 
@@ -35,6 +37,7 @@ def prepare(
         items: the items file, or None.
         report: is told what each step did.
         resources: where the work runs and what it may take.
+        users: the table of users, or None.
 
     Raises:
         SchemaError: a column is missing, of a wrong type, or the times cannot be Unix seconds.
@@ -58,6 +61,8 @@ def prepare(
         write_catalogue(catalogue, directory, 0)
         gather_quarantine(work, directory / quarantine_name(0))
         merged = write_cache(directory, open_rows([bucket.folder for bucket in ingested.buckets]), split, 0)
+        user_table = extend_users(directory, 0, None, users, config.users, report)
+        write_users(user_table, directory, 0)
         shutil.rmtree(work)
         files = hash_files(directory, directory.rglob("*.parquet"))
         manifest = Manifest(
@@ -82,6 +87,9 @@ def prepare(
             logs=(ingested.source,),
             items_files=catalogue.items_files,
             items_described=catalogue.items_described,
+            user_features=config.users.kinds,
+            users_files=user_table.files,
+            users_described=user_table.rows.height,
             config=config.model_dump(mode="json"),
             numbered_users=numbered,
             files=files,

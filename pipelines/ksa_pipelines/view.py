@@ -19,6 +19,7 @@ from ksa_pipelines.histories import as_events
 from ksa_pipelines.ingest import Resources
 from ksa_pipelines.prepare import prepare
 from ksa_pipelines.report import Report
+from ksa_pipelines.users import told_again
 from recsys_ksa.config import parse_config
 from recsys_ksa.data.dataset import Dataset, open_dataset
 from recsys_ksa.data.manifest import Manifest
@@ -63,7 +64,8 @@ def view(
     items_columns = config.items.model_copy(update={"item_id": "item_id", "title": "title", "vectors": vectors})
     if source.items.title is None:
         items_columns = items_columns.model_copy(update={"title": ""})
-    config = config.model_copy(update={"items": items_columns})
+    users_columns = config.users.model_copy(update={"user_id": "user_id"})
+    config = config.model_copy(update={"items": items_columns, "users": users_columns})
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
         log, items = Path(folder) / "log", Path(folder) / "items.parquet"
@@ -71,7 +73,11 @@ def view(
         for number, frame in enumerate(_kept_events(source, limits, report)):
             pq.write_table(to_arrow(frame), log / f"part-{number:06d}.parquet")
         _items_file(source).write_parquet(items)
-        return prepare(str(log), target, config, str(items), report, resources)
+        users = None
+        if source.manifest.user_features:
+            users = str(Path(folder) / "users.parquet")
+            told_again(dataset, source.manifest).write_parquet(users)
+        return prepare(str(log), target, config, str(items), report, resources, users)
 
 
 def _kept_events(source: Dataset, limits: Limits, report: Report) -> Iterator[pl.DataFrame]:

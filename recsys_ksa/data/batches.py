@@ -18,14 +18,16 @@ from torch import Tensor
 from recsys_ksa.data.jagged_arrays import Ints, offsets_of, ragged_arange
 from recsys_ksa.data.own_items import OwnItemArrays, own_items
 from recsys_ksa.errors import DataError
-from recsys_ksa.features import NO_GAP, EventFeatures, gap_buckets
+from recsys_ksa.features import NO_GAP, EventFeatures, QuestionFeatures, WeightedRows, gap_buckets
 from recsys_ksa.features.sessions import NO_PLACE
 
 if TYPE_CHECKING:
+    from recsys_ksa.config import ModelConfig
     from recsys_ksa.data.dataset import Histories
 
 _EMPTY = np.zeros(0, dtype=np.int64)
 _NO_FEATURES = EventFeatures()
+_NOTHING_TOLD = QuestionFeatures()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ class OwnItems:
     def pin(self) -> Self:
         """Return a copy in page-locked memory."""
         return changed(self, Tensor, Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class QuestionRows:
+    """What each question tells beside the history, as tensors; fields as in `WeightedRows`."""
+
+    row: Tensor
+    weight: Tensor
+    offsets: Tensor
+
+    @staticmethod
+    def of(rows: WeightedRows | None) -> "QuestionRows | None":
+        """Return the rows as tensors."""
+        return rows and QuestionRows(*map(torch.from_numpy, (rows.row, rows.weight, rows.offsets)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on `device`."""
+        return changed(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,8 @@ class Batch:
     """[Q] Unix seconds of the targets, in training; popularity is as of then."""
     features: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """[T] each, by name: the features that are on (`EventFeatures`)."""
+    told: QuestionRows | None = None
+    """Of Q questions (`QuestionFeatures`); None where no such feature is on."""
 
     @property
     def num_users(self) -> int:
@@ -140,6 +162,8 @@ class Questions:
     """[M]."""
     target_time: Ints | None = None
     """[Q] Unix seconds of the targets."""
+    told: NDArray[np.bool_] | None = None
+    """[Q] whether the user's features are told; None: always."""
 
 
 def questions_batch(
@@ -154,6 +178,7 @@ def questions_batch(
     own_items: bool = False,
     max_own_items: int | None = None,
     features: EventFeatures = _NO_FEATURES,
+    telling: QuestionFeatures = _NOTHING_TOLD,
 ) -> Batch:
     """Return a batch that asks each user questions at given cuts, for evaluation: no targets.
 
@@ -171,6 +196,7 @@ def questions_batch(
         own_items: gather what each user owned at each question (from the whole history, whatever `max_length`).
         max_own_items: keep only so many owned items of a user, the latest; None: all.
         features: of events, that the network reads.
+        telling: of questions, that it is told.
 
     Raises:
         DataError: cuts decrease within a user, or `max_length` leaves out the event a question asks from.
@@ -186,8 +212,23 @@ def questions_batch(
     questions = Questions(question_user, cuts, times, shown)
     start = span_start(end, max_length, chunk_size)
     return assemble(
-        histories, users, start, end, questions, with_own=own_items, max_own_items=max_own_items, features=features
+        histories,
+        users,
+        start,
+        end,
+        questions,
+        with_own=own_items,
+        max_own_items=max_own_items,
+        features=features,
+        telling=telling,
     )
+
+
+def question_features(histories: "Histories", config: "ModelConfig") -> QuestionFeatures:
+    """Return what questions about these users tell a network, by its config."""
+    if not config.user_features or histories.users is None:
+        return QuestionFeatures.of(config, {})
+    return QuestionFeatures.of(config, histories.users.features)
 
 
 def span_start(end: Ints, max_length: int | Ints | None, chunk_size: int) -> Ints:
@@ -210,6 +251,7 @@ def assemble(
     with_own: bool,
     max_own_items: int | None,
     features: EventFeatures = _NO_FEATURES,
+    telling: QuestionFeatures = _NOTHING_TOLD,
 ) -> Batch:
     """Gather events start..end-1 of each user and the questions about them into a batch.
 
@@ -239,6 +281,8 @@ def assemble(
     request_time = np.where(shown, np.maximum(questions.request_time, last), last)
     request_bucket = np.where(shown, gap_buckets(request_time - last), NO_GAP)
 
+    known_users = histories.users if telling.users else None
+    told = telling.rows(known_users, users[user], request_time, shown, questions.told)
     own = None
     if with_own:
         target_question, target_item = questions.target_question, questions.target_item
@@ -262,6 +306,7 @@ def assemble(
         own=own,
         target_time=None if questions.target_time is None else torch.from_numpy(questions.target_time),
         features=event_columns(histories, base, start, end, features),
+        told=QuestionRows.of(told),
     )
 
 

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from recsys_ksa.data.cache import map_cache
 from recsys_ksa.data.item_columns import Categories, vectors_of
 from recsys_ksa.data.manifest import Manifest, check_file, read_manifest
+from recsys_ksa.data.user_table import read_users
 from recsys_ksa.errors import DataError
+from recsys_ksa.features.users import UserColumns
 from recsys_ksa.schema import SPLIT_COLUMNS, indices_column, vector_column
 
 
@@ -40,6 +42,8 @@ class Histories:
     """[U] each, by name in `schema.SPLIT_COLUMNS`: where a protocol's validation (test) begins in the history."""
     value: NDArray[np.float32] | None = None
     """[T], NaN where an event has none; None where the log has no values."""
+    users: UserColumns | None = None
+    """Features of the users, row by row; None where the data set knows none."""
     mapped_from: tuple[Path, Manifest] | None = None
     """The data set, where these are views of its cache."""
 
@@ -143,8 +147,10 @@ def open_dataset(path: Path | str, version: int | None = None) -> Dataset:
 
 def _open(path: Path, manifest: Manifest) -> Dataset:
     items = _read_items(path, manifest)
-    vocab = {name: _read_vocabulary(path, manifest, name) for name in manifest.vocabularies}
-    histories = replace(_view(map_cache(path, manifest)), mapped_from=(path, manifest))
+    vocab = {
+        name: _read_vocabulary(path, manifest, name) for name in manifest.vocabularies + manifest.user_vocabularies
+    }
+    histories = _with_users(_view(map_cache(path, manifest)), path, manifest)
     found = (histories.num_users, len(items.item_id) - 1, histories.num_events)
     counts = manifest.counts
     if found != (counts.users, counts.items, counts.events):
@@ -161,7 +167,12 @@ def map_histories(path: Path, manifest: Manifest) -> Histories:
     Raises:
         DataError: the cache was removed, or is another version's.
     """
-    return replace(_view(map_cache(path, manifest, checked=True)), mapped_from=(path, manifest))
+    return _with_users(_view(map_cache(path, manifest, checked=True)), path, manifest)
+
+
+def _with_users(histories: Histories, path: Path, manifest: Manifest) -> Histories:
+    users = read_users(path, manifest, histories.user_index)
+    return replace(histories, users=users, mapped_from=(path, manifest))
 
 
 def _read_items(path: Path, manifest: Manifest) -> Items:

@@ -1,26 +1,18 @@
 # pyright: standard
 """Columns of items.parquet that hold lists, as arrays. Torch-free."""
 
-from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys_ksa.data.jagged_arrays import Lists
 from recsys_ksa.errors import DataError
 
 
-@dataclass(frozen=True)
-class Categories:
-    """The categories of each item, jagged.
-
-    offsets: int64 [I + 1] into `index`.
-    index: int32, rows of a vocabulary, ascending within an item.
-    """
-
-    offsets: NDArray[np.int64]
-    index: NDArray[np.int32]
+class Categories(Lists):
+    """The categories of each item, jagged: rows of a vocabulary, ascending within an item."""
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Self:

@@ -1,9 +1,23 @@
 """Index arithmetic on jagged numpy arrays: `values [T, ...]` with `offsets [U + 1]`. No Python loops."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Rows of a table, jagged: those of owner n are index[offsets[n]:offsets[n + 1]].
+
+    offsets: int64 [N + 1].
+    index: int32.
+    """
+
+    offsets: Ints
+    index: NDArray[np.int32]
 
 
 def offsets_of(lengths: Ints) -> Ints:

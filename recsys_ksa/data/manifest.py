@@ -12,8 +12,9 @@ from pydantic import Field, ValidationError
 from recsys_ksa.config import Strict
 from recsys_ksa.data.hashes import file_hash
 from recsys_ksa.errors import DataError
+from recsys_ksa.features.users import UserKind
 from recsys_ksa.order import TieKind
-from recsys_ksa.schema import FORMAT_VERSION
+from recsys_ksa.schema import FORMAT_VERSION, user_vocabulary
 
 Clock = Literal["unix", "relative", "ordinal"]
 ChosenBy = Literal["default", "audit", "config"]
@@ -134,6 +135,12 @@ class Manifest(Strict):
     """The items file (`--items`), where one was given."""
     items_described: int = 0
     """Items of the data set that the items file describes."""
+    user_features: dict[str, UserKind] = {}
+    """Features of users.parquet, by name; without any there is no such file."""
+    users_files: tuple[SourceFile, ...] = ()
+    """The tables of users (`--users`), where any was given."""
+    users_described: int = 0
+    """Users of the data set that they describe."""
     config: dict[str, Any]
     """The resolved PrepareConfig."""
     numbered_users: tuple[int, ...] = ()
@@ -146,11 +153,22 @@ class Manifest(Strict):
     @property
     def tables(self) -> list[str]:
         """Names of the items and vocabularies; `table_file` says where they lie."""
+        users = ["users.parquet"] if self.user_features else []
+        return [*self.item_tables, *users, *(f"vocab/{name}.parquet" for name in self.user_vocabularies)]
+
+    @property
+    def item_tables(self) -> list[str]:
+        """Those that speak of items and events."""
         return ["items.parquet", *(f"vocab/{name}.parquet" for name in self.vocabularies)]
 
     @property
+    def user_vocabularies(self) -> list[str]:
+        """Names of the categorical vocabularies of users."""
+        return [user_vocabulary(name) for name, kind in self.user_features.items() if kind != "number"]
+
+    @property
     def vocabularies(self) -> list[str]:
-        """Names of the categorical vocabularies."""
+        """Names of the categorical vocabularies of events and items."""
         return [*(("event_type",) if self.has_event_type else ()), *self.side_features, *self.multi_features]
 
     def table_file(self, name: str) -> str:

@@ -4,13 +4,13 @@ Batch `position` of `epoch` is a function of the config, the ranks and those two
 the exact next batch, and batches may be built ahead of time, in other processes too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recsys_ksa.config import LossConfig, RunConfig
-from recsys_ksa.data.batches import Batch, Questions, assemble, span_start
+from recsys_ksa.data.batches import Batch, Questions, assemble, question_features, span_start
 from recsys_ksa.data.epoch_plan import drawn_lengths, pack, pack_for_ranks, shuffled
 from recsys_ksa.data.jagged_arrays import Ints, lowest_within, offsets_of, ragged_arange
 from recsys_ksa.errors import ConfigError, DataError
@@ -87,7 +87,9 @@ class TrainingBatches:
         start, end = plan.start[users], self._end[users]
         questions = training_questions(self._histories, users, start, end, self._config.loss, random)
         own = self._config.model.own_item_bias
-        features = EventFeatures.of(self._config.model)
+        telling = question_features(self._histories, self._config.model)
+        if telling.users:
+            questions = replace(questions, told=random.random(len(questions.user)) >= self._config.loss.user_dropout)
         return assemble(
             self._histories,
             users,
@@ -96,7 +98,8 @@ class TrainingBatches:
             questions,
             with_own=own,
             max_own_items=MAX_OWN_ITEMS,
-            features=features,
+            features=EventFeatures.of(self._config.model),
+            telling=telling,
         )
 
     def _epoch(self, epoch: int) -> "_Plan":

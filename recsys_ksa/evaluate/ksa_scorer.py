@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys_ksa.data.batches import Batch, questions_batch, span_start
+from recsys_ksa.data.batches import Batch, QuestionRows, question_features, questions_batch, span_start
 from recsys_ksa.data.jagged_arrays import ragged_arange
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import Questions, RequestTime, held_out_start, request_times
 from recsys_ksa.evaluate.stored_summaries import Memory, stored_summaries
-from recsys_ksa.features import NO_GAP, EventFeatures, gap_buckets
+from recsys_ksa.features import NO_GAP, EventFeatures, WeightedRows, gap_buckets
 from recsys_ksa.model.network import Network
 from recsys_ksa.model.place import chunk_layout, place_histories
 from recsys_ksa.model.popularity import Popularity, add_popularity
@@ -119,6 +119,8 @@ def run_scorers(
             for now, shown in (times[variant] for variant in variants)
         ]
     )
+    telling = question_features(histories, network.config)
+    known_users = histories.users if telling.users else None
     vectors: list[list[Tensor]] = [[] for _ in variants]
     limit = min((length for length in (max_length, network.max_length) if length is not None), default=None)
     read = _shared(questions, limit, network.config.chunk_size)
@@ -128,7 +130,11 @@ def run_scorers(
         batch = batch.to(network.start.device)
         users = np.unique(questions.user[rows])
         fixed = stored_summaries(network, histories, users, batch, memory, attention_impl)
-        for kept, answer in zip(vectors, user_vectors(network, batch, buckets[:, rows], attention_impl, fixed)):
+        told = [
+            telling.rows(known_users, questions.user[rows], now[rows], shown[rows])
+            for now, shown in (times[variant] for variant in variants)
+        ]
+        for kept, answer in zip(vectors, user_vectors(network, batch, buckets[:, rows], attention_impl, fixed, told)):
             kept.append(answer)
     items = network.item_vectors().detach().to(torch.float32)
     popularity = None
@@ -150,6 +156,7 @@ def user_vectors(
     buckets: NDArray[np.int64],
     attention_impl: AttentionImpl = "auto",
     fixed: "Sequence[Rows | None] | None" = None,
+    told: Sequence[WeightedRows | None] | None = None,
 ) -> list[Tensor]:
     """Return the user vectors of a batch's questions for each row of request buckets, float32 [Q, E] each.
 
@@ -161,14 +168,17 @@ def user_vectors(
         buckets: [V, Q].
         attention_impl: implementation of summary attention.
         fixed: each layer's rows to read in place of those computed, as in `Network.encode`.
+        told: what the questions tell beside the history, V times; None: what the batch's do.
     """
-    if not isinstance(network, Network):
-        return _by_passes(network, batch, buckets)
     device = network.start.device
+    given = [batch.told] * len(buckets) if told is None else [_on(device, rows) for rows in told]
+    if not isinstance(network, Network):
+        return _by_passes(network, batch, buckets, given)
     known = batch.question_row >= 0
+    extras = [network.told(rows) for rows in given]
     if not bool(known.any()):
-        start = network.user_vectors(network.start.expand(batch.num_questions, -1)).to(torch.float32)
-        return [start for _ in buckets]
+        starts = [network.starts(batch.num_questions, extra) for extra in extras]
+        return [network.user_vectors(start).to(torch.float32) for start in starts]
     place = place_histories(network.config, batch.offsets, batch.first_position, device, network.dtype)
     lengths = batch.offsets.diff()
     events = network.embed(batch.item_index, batch.event_type, batch.gap_bucket, lengths, batch.features)
@@ -179,21 +189,29 @@ def user_vectors(
     last_input = encoded.last_input[asking]
     row = torch.searchsorted(asking, batch.question_row.clamp(min=0)).clamp(max=len(asking) - 1)
     vectors = []
-    for asked in torch.from_numpy(buckets).to(device):
+    for asked, extra in zip(torch.from_numpy(buckets).to(device), extras):
         bucket = torch.zeros(len(asking), dtype=torch.int64, device=device)
         bucket[row[known]] = asked[known]
-        hidden = network.answer(last_input, bucket, encoded.rows[-1], layout, rotary, row, attention_impl)
-        hidden = torch.where(known[:, None], hidden, network.start)
+        spread = None if extra is None else torch.zeros_like(last_input).index_put((row[known],), extra[known])
+        hidden = network.answer(last_input, bucket, encoded.rows[-1], layout, rotary, row, attention_impl, spread)
+        hidden = torch.where(known[:, None], hidden, network.starts(len(row), extra))
         vectors.append(network.user_vectors(hidden).to(torch.float32))
     return vectors
 
 
-def _by_passes(network: "ScoringNetwork", batch: Batch, buckets: NDArray[np.int64]) -> list[Tensor]:
+def _on(device: torch.device, rows: WeightedRows | None) -> QuestionRows | None:
+    found = QuestionRows.of(rows)
+    return None if found is None else found.to(device)
+
+
+def _by_passes(
+    network: "ScoringNetwork", batch: Batch, buckets: NDArray[np.int64], told: Sequence[QuestionRows | None]
+) -> list[Tensor]:
     """Return `user_vectors` of another architecture: a pass a row of buckets, one for all where none is looked at."""
     found: list[Tensor] = []
-    for asked in torch.from_numpy(buckets).to(batch.request_bucket.device):
-        if not found or network.request is not None:
-            found.append(network(dataclasses.replace(batch, request_bucket=asked)).to(torch.float32))
+    for asked, rows in zip(torch.from_numpy(buckets).to(batch.request_bucket.device), told):
+        if not found or network.request is not None or network.question is not None:
+            found.append(network(dataclasses.replace(batch, request_bucket=asked, told=rows)).to(torch.float32))
     return found if len(found) == len(buckets) else found * len(buckets)
 
 

@@ -9,13 +9,20 @@ from recsys_ksa.features.gaps import (
     history_gap_buckets,
     request_bucket,
 )
+from recsys_ksa.features.questions import QuestionFeatures, WeightedRows
+from recsys_ksa.features.users import UserColumns, UserFeature, told_users
 
 __all__ = [
     "NO_GAP",
     "NUM_GAP_BUCKETS",
     "EventFeatures",
+    "QuestionFeatures",
+    "UserColumns",
+    "UserFeature",
+    "WeightedRows",
     "gap_bucket",
     "gap_buckets",
     "history_gap_buckets",
     "request_bucket",
+    "told_users",
 ]

@@ -26,12 +26,14 @@ def feature_hashes(config: "ModelConfig", vocabularies: Mapping[str, Vocabulary]
 
     Args:
         config: of the network.
-        vocabularies: values by index, of `event_type` and the side features; a name that has none is a vector.
+        vocabularies: values by index, of `event_type`, the side features, and those of users as `user_<name>`; a side
+            feature that has none is a vector, a user's a number.
     """
     told: dict[str, str] = {}
     if config.use_gap or config.use_request_time:
         told["gap"] = f"{NO_GAP} without one, else min(bit_length(max(gap, 0) + 1), {NUM_GAP_BUCKETS - 1})"
     told |= {name: _CALENDAR[name] for name in config.calendar}
+    told |= {f"request_{name}": _CALENDAR[name] for name in config.request_calendar}
     if config.session_gap is not None:
         told["session"] = f"bit_length(min(place, {LONGEST})), a pause over {config.session_gap} s begins a session"
     if config.value_edges:
@@ -39,6 +41,9 @@ def feature_hashes(config: "ModelConfig", vocabularies: Mapping[str, Vocabulary]
     if config.use_event_type and "event_type" in vocabularies:
         told["event_type"] = "vocabulary"
     told |= {name: "vocabulary" if name in vocabularies else "vector of length 1" for name in config.side_features}
+    for name in config.user_features:
+        edges = [edge.hex() for edge in config.user_edges.get(name, ())]
+        told[f"user_{name}"] = f"0 without one, else 1 + edges at or below, of {edges}" if edges else "vocabulary"
     return {name: _hash(definition, vocabularies.get(name)) for name, definition in told.items()}
 
 

@@ -96,7 +96,7 @@ class EventFeatures:
 
         Args:
             timestamp: Unix seconds, int64 [n], in order.
-            value: n of them; None: no event has one.
+            value: n of them, rounded to float32 as a data set keeps them; None: no event has one.
             last_timestamp: of the event before; None at a history's start.
             session_place: of that event; `NO_PLACE` at a history's start.
         """
@@ -104,6 +104,10 @@ class EventFeatures:
             return {}, NO_PLACE
         offsets = np.array([0, len(timestamp)])
         last = np.array([0 if last_timestamp is None else last_timestamp], dtype=np.int64)
-        worth: Any = None if value is None else np.array([np.nan if v is None else v for v in value], dtype=np.float64)
+        worth: Any = None
+        if value is not None:
+            given = np.array([np.nan if each is None else each for each in value], dtype=np.float64)
+            with np.errstate(over="ignore"):
+                worth = given.astype(np.float32).astype(np.float64)
         found, after = self.columns(timestamp, worth, offsets, last, np.array([session_place], dtype=np.int64))
         return found, int(after[0])

@@ -8,6 +8,7 @@ a history is cut into arrivals, state and answers equal those of one pass. Few e
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from recsys_ksa.model.place import Place, chunk_layout, num_summaries, place_arr
 from recsys_ksa.model.rotary import rotary_table
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, first_visible_chunk, grown, window_start
 from recsys_ksa.model.threads import fitting_threads
+
+if TYPE_CHECKING:
+    from recsys_ksa.data.batches import QuestionRows
 
 
 @dataclass(frozen=True)
@@ -105,27 +109,45 @@ def _grown(config: ModelConfig, layers: Sequence[LayerState], rows: Rows, place:
 
 @torch.inference_mode()
 def ask(
-    network: Network, memories: Sequence[Memory], request_bucket: Sequence[int], attention_impl: str = "auto"
+    network: Network,
+    memories: Sequence[Memory],
+    request_bucket: Sequence[int],
+    attention_impl: str = "auto",
+    told: "QuestionRows | None" = None,
 ) -> Tensor:
-    """Return user vectors, [U, E (+ 1)]. Nothing is appended. A user without events gets the learned start."""
+    """Return user vectors, [U, E (+ 1)]. Nothing is appended. A user without events gets the learned start.
+
+    Args:
+        told: what is told beside the history, of each user; None for a network that is told nothing.
+    """
     device = network.start.device
     known = [user for user, memory in enumerate(memories) if memory.num_events]
+    extra = network.told(told)
+    everyone = network.starts(len(memories), extra)
     if not known:
-        return network.user_vectors(network.start.expand(len(memories), -1))
+        return network.user_vectors(everyone)
+    if extra is not None and len(known) < len(memories):
+        extra = extra[torch.tensor(known, device=device)]
     asked, buckets = [memories[user] for user in known], [request_bucket[user] for user in known]
     with network.arithmetic(), fitting_threads(len(asked)):
         if arrays := _arrays(network, attention_impl):
-            hidden = few_events.answer_few(network.config, arrays, asked, buckets)
+            hidden = few_events.answer_few(network.config, arrays, asked, buckets, extra)
         else:
-            hidden = _answer(network, asked, buckets, attention_impl)
+            hidden = _answer(network, asked, buckets, attention_impl, extra)
     if len(known) < len(memories):
-        everyone = network.start.repeat(len(memories), 1)
+        everyone = everyone.clone()
         everyone[torch.tensor(known, device=device)] = hidden.to(everyone.dtype)
         hidden = everyone
     return network.user_vectors(hidden)
 
 
-def _answer(network: Network, memories: Sequence[Memory], request_bucket: Sequence[int], attention_impl: str) -> Tensor:
+def _answer(
+    network: Network,
+    memories: Sequence[Memory],
+    request_bucket: Sequence[int],
+    attention_impl: str,
+    told: Tensor | None,
+) -> Tensor:
     """Return the last block's output for each user's last event, [U, E]; every user has events."""
     config, kind, device = network.config, network.last_kind, network.start.device
     counts = [memory.num_events for memory in memories]
@@ -144,6 +166,7 @@ def _answer(network: Network, memories: Sequence[Memory], request_bucket: Sequen
         layout,
         rotary_table(torch.tensor(last, device=device), config.head_dim, table_dtype),
         attention_impl=attention_impl,
+        told=told,
     )
 
 

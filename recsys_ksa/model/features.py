@@ -1,13 +1,14 @@
 """What the network must know of a data set: table sizes and each item's side features. Torch-free."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recsys_ksa.data.item_columns import Categories
+from recsys_ksa.features import UserFeature
 
 Clock = Literal["unix", "relative", "ordinal"]
 
@@ -43,6 +44,7 @@ class FeatureSchema:
     side: the side features used that are one category an item, by name.
     multi: those that are several.
     vectors: those that are a vector an item, float32 [num_items, D].
+    users: the features of users used, by name.
     """
 
     num_items: int
@@ -51,6 +53,7 @@ class FeatureSchema:
     clock: Clock = "unix"
     multi: Mapping[str, MultiFeature] = field(default_factory=dict)
     vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    users: Mapping[str, UserFeature] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Return the schema without the items' columns, for run.json and fingerprints."""
@@ -59,6 +62,8 @@ class FeatureSchema:
             more["multi"] = {name: feature.num_categories for name, feature in self.multi.items()}
         if self.vectors:
             more["vectors"] = {name: vectors.shape[1] for name, vectors in self.vectors.items()}
+        if self.users:
+            more["users"] = {name: asdict(feature) for name, feature in self.users.items()}
         return more | {
             "num_items": self.num_items,
             "num_event_types": self.num_event_types,

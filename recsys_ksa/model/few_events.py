@@ -65,14 +65,24 @@ def append_few(
 
 
 def answer_few(
-    config: ModelConfig, network: ArrayNetwork, memories: Sequence[Memory], request_bucket: Sequence[int]
+    config: ModelConfig,
+    network: ArrayNetwork,
+    memories: Sequence[Memory],
+    request_bucket: Sequence[int],
+    told: Tensor | None = None,
 ) -> Tensor:
-    """Return the last block's output for each user's last event, [U, E]; every user has events."""
+    """Return the last block's output for each user's last event, [U, E]; every user has events.
+
+    Args:
+        told: what each question tells beside the history, [U, E].
+    """
     block, kind = network.blocks[-1], config.layer_kinds[-1]
     last = [memory.num_events - 1 for memory in memories]
     asked = np.stack([memory.last_input.numpy() for memory in memories])
     if network.request is not None:
         asked = asked + network.request[request_bucket]
+    if told is not None:
+        asked = asked + told.numpy()
     query, gate = block.event.queries(asked, rotary_of(last, config.head_dim, asked.dtype))
     seen = np.empty_like(query)
     for user, memory in enumerate(memories):

@@ -27,6 +27,7 @@ _ANSWER_ONLY = (
     "centre.",
     "own_items.",
     "request.",
+    "question.",
 )
 
 

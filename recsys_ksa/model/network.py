@@ -1,8 +1,9 @@
 """The whole network, in the order data flows: events -> tokens -> blocks -> user vectors -> scores.
 
 Training, evaluation and user states share one path. A pass takes new event tokens and, optionally, the rows (keys
-and values) that earlier events left behind; training is a pass without earlier rows. The request time enters only
-the query and the residual of the last block, so no row ever depends on it. Passes over a few events take the same
+and values) that earlier events left behind; training is a pass without earlier rows. The request time, and what else
+a question tells (`features.questions`), enter only the query and the residual of the last block, so no row ever
+depends on them. Passes over a few events take the same
 parameters through NumPy (`few_events`).
 """
 
@@ -83,13 +84,16 @@ class Network(ScoringNetwork):
         bucket = torch.zeros(len(events), dtype=torch.int64, device=events.device)
         bucket[row[known]] = batch.request_bucket[known]
         layout = place.layouts[self.last_kind]
+        told = self.told(batch.told)
+        starts = self.starts(len(row), told)
         if len(events):
+            told = None if told is None else told.new_zeros(events.shape).index_put((row[known],), told[known])
             hidden = self.answer(
-                encoded.last_input, bucket, encoded.rows[-1], layout, place.event_rotary, row, attention_impl
+                encoded.last_input, bucket, encoded.rows[-1], layout, place.event_rotary, row, attention_impl, told
             )
-            hidden = torch.where(known[:, None], hidden, self.start)
+            hidden = torch.where(known[:, None], hidden, starts)
         else:
-            hidden = self.start.expand(len(row), -1)
+            hidden = starts
         return self.user_vectors(hidden)
 
     # --- events -> tokens -> blocks ---
@@ -145,6 +149,7 @@ class Network(ScoringNetwork):
         rotary: Rotary,
         select: Tensor | None = None,
         attention_impl: str = "auto",
+        told: Tensor | None = None,
     ) -> Tensor:
         """Run the last block where something is asked. Returns [Q, E] for the selected rows (all if None).
 
@@ -154,9 +159,11 @@ class Network(ScoringNetwork):
             rows: the last layer's keys and values.
             layout, rotary: of the query events.
             select: int64 [Q] into the query events.
+            told: what the question asked from each event tells beside the history, [T, E].
         """
         block = self._block(self.blocks[-1])
         asked = last_input if self.request is None else last_input + self.request(request_bucket)
+        asked = asked if told is None else asked + told
         query, gate = block.event.queries(asked, rotary, attention_impl)
         unused = query.new_zeros(layout.num_query_summaries, *query.shape[1:])
         seen, _ = attend(query, rows.events, unused, rows.summaries, layout, attention_impl)

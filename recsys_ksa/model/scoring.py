@@ -6,6 +6,7 @@ that a comparison compares architectures and nothing else.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import ConfigError
-from recsys_ksa.features import NUM_GAP_BUCKETS
+from recsys_ksa.features import NUM_GAP_BUCKETS, QuestionFeatures
 from recsys_ksa.model.embeddings import NO_FEATURES, EventEmbedding
 from recsys_ksa.model.features import FeatureSchema
 from recsys_ksa.model.own_items import DAY, OwnItemBias
@@ -22,7 +23,7 @@ from recsys_ksa.model.popularity import Centre, PopularityBias
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 if TYPE_CHECKING:
-    from recsys_ksa.data.batches import Batch
+    from recsys_ksa.data.batches import Batch, QuestionRows
 
 # Shapes: U users, T events, Q questions, I items, E model dim.
 
@@ -47,6 +48,7 @@ class ScoringNetwork(nn.Module):
         self.features = features
         self.embedding = EventEmbedding(config, features)
         self.request = nn.Embedding(NUM_GAP_BUCKETS, config.dim) if config.use_request_time else None
+        self.question = _question_table(QuestionFeatures.of(config, features.users).num_rows, config.dim)
         self.start = nn.Parameter(torch.randn(config.dim))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, config.dim, bias=False)
@@ -77,6 +79,22 @@ class ScoringNetwork(nn.Module):
             hidden = torch.rand(item_index.shape, device=item_index.device) < self.config.item_dropout
             item_index = item_index.masked_fill(hidden, UNKNOWN_ITEM)
         return self.dropout(self.embedding(item_index, event_type, gap_bucket, lengths, features).to(self.dtype))
+
+    def told(self, rows: "QuestionRows | None") -> Tensor | None:
+        """Return what each question tells beside the history, [Q, E]; None where the network is told nothing."""
+        if self.question is None:
+            return None
+        assert rows is not None
+        return self.question(rows.row, rows.offsets, rows.weight.to(self.dtype))
+
+    def starts(self, count: int, told: Tensor | None) -> Tensor:
+        """Return the hidden rows of questions that know no event, [Q, E].
+
+        Args:
+            count: Q.
+            told: of these questions, [Q, E].
+        """
+        return self.start.expand(count, -1) if told is None else self.start + told
 
     def user_vectors(self, hidden: Tensor) -> Tensor:
         """Return unit vectors over temperature, and a trailing 1 with an item bias. [Q, E] -> [Q, E (+ 1)].
@@ -127,6 +145,17 @@ class ScoringNetwork(nn.Module):
         return self.start.dtype
 
 
+def _question_table(num_rows: Mapping[str, int], dim: int) -> nn.EmbeddingBag | None:
+    """Return the table of what questions tell; the first row of each feature, "none", begins as zeros."""
+    if not num_rows:
+        return None
+    table = nn.EmbeddingBag(sum(num_rows.values()), dim, mode="sum", include_last_offset=True)
+    nn.init.normal_(table.weight, std=0.1)
+    with torch.no_grad():
+        table.weight[[*accumulate(num_rows.values(), initial=0)][:-1]] = 0.0
+    return table
+
+
 def _check(config: ModelConfig, features: FeatureSchema) -> None:
     for name in config.side_features:
         if not any(name in known for known in (features.side, features.multi, features.vectors)):
@@ -134,6 +163,18 @@ def _check(config: ModelConfig, features: FeatureSchema) -> None:
             raise ConfigError(
                 f"model.side_features: expected side features of the data set ({have}), got {name!r}. "
                 "Prepare the data with it, or leave it out."
+            )
+    for name in config.user_features:
+        if name not in features.users:
+            have = ", ".join(features.users) or "none"
+            raise ConfigError(
+                f"model.user_features: expected features of the data set's users ({have}), got {name!r}. "
+                "Prepare the data with it (--users), or leave it out."
+            )
+        if (features.users[name].kind == "number") != (name in config.user_edges):
+            raise ConfigError(
+                f"model.user_edges: expected edges of the user features that are numbers, and of no other; "
+                f"{name!r} is a {features.users[name].kind}."
             )
     if features.clock == "ordinal" and config.item_bias == "popularity-7d":
         raise ConfigError(
@@ -144,8 +185,8 @@ def _check(config: ModelConfig, features: FeatureSchema) -> None:
         raise ConfigError(
             "model.use_gap, model.use_request_time: expected false on an ordinal clock, got true. Set both to false."
         )
-    if features.clock == "ordinal" and (config.calendar or config.session_gap is not None):
+    if features.clock == "ordinal" and (config.calendar or config.request_calendar or config.session_gap is not None):
         raise ConfigError(
-            "model.calendar, model.session_gap: expected neither on an ordinal clock, which has no seconds. Leave both "
-            "out."
+            "model.calendar, model.request_calendar, model.session_gap: expected none on an ordinal clock: it has "
+            "no seconds. Leave them out."
         )

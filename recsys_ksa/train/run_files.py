@@ -50,8 +50,10 @@ def feature_schema(dataset: "Dataset", config: RunConfig) -> FeatureSchema:
         if name in config.model.side_features
     }
     vectors = {name: each for name, each in dataset.items.vectors.items() if name in config.model.side_features}
+    known = {} if dataset.histories.users is None else dataset.histories.users.features
+    users = {name: known[name] for name in config.model.user_features if name in known}
     num_event_types = len(dataset.vocab.get("event_type", ()))
-    return FeatureSchema(dataset.num_items, num_event_types, side, dataset.manifest.clock, multi, vectors)
+    return FeatureSchema(dataset.num_items, num_event_types, side, dataset.manifest.clock, multi, vectors, users)
 
 
 def begin_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recsys_ksa.config import RunConfig
-from recsys_ksa.data.batches import Batch, questions_batch
+from recsys_ksa.data.batches import Batch, question_features, questions_batch
 from recsys_ksa.data.epoch_plan import pack
 from recsys_ksa.data.jagged_arrays import Ints, ragged_arange
 from recsys_ksa.data.popularity import DayCounts
@@ -171,6 +171,7 @@ def _ask(
         max_length=config.data.max_length,
         own_items=model.own_item_bias or config.evaluate.exclude_seen,
         features=EventFeatures.of(model),
+        telling=question_features(histories, model),
     )
     item = np.asarray(histories.item_index[ragged_arange(base + cut, size)], dtype=np.int64)
     question = np.repeat(np.arange(len(users)), size)

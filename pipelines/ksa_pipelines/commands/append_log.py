@@ -11,6 +11,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DS", type=Path, help="as `ksa prepare` wrote it")
     parser.add_argument("log", metavar="NEW_LOG", help="a file, a folder, a pattern in quotes, or an address")
     parser.add_argument("--items", metavar="FILE", help="items file that describes the new items")
+    parser.add_argument("--users", metavar="FILE", help="table of users that describes the new users")
     parser.add_argument("--config", metavar="PREPARE.toml", type=Path, help="column names, where they are others")
     add_resources(parser)
 
@@ -23,7 +24,13 @@ def _run(args: argparse.Namespace) -> None:
 
     mapping = load_config(PrepareConfig, args.config) if args.config else None
     after = append_log(
-        args.dataset, args.log, step_report(), items=args.items, mapping=mapping, resources=resources_of(args)
+        args.dataset,
+        args.log,
+        step_report(),
+        items=args.items,
+        users=args.users,
+        mapping=mapping,
+        resources=resources_of(args),
     )
     counts = after.counts
     print(

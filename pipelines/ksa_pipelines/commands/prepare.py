@@ -17,6 +17,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--accept-terms", action="store_true", help="accept the publisher's terms, which are shown")
     parser.add_argument("--items", metavar="FILE", help="items file: titles and side features")
+    parser.add_argument("--users", metavar="FILE", help="table of users: features that questions tell")
     parser.add_argument(
         "--tie", choices=["id", "arrival", "hash"], help="order of equal timestamps; overrides the audit"
     )
@@ -39,7 +40,7 @@ def _run(args: argparse.Namespace) -> None:
         from ksa_pipelines.download import download_of, fetch
 
         fetch(download_of(args.preset), Path(args.log), report, accepted=args.accept_terms)
-    counts = prepare(args.log, args.out, config, args.items, report, resources_of(args)).counts
+    counts = prepare(args.log, args.out, config, args.items, report, resources_of(args), args.users).counts
     print(
         f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events; histories of "
         f"{counts.shortest_history:,} to {counts.longest_history:,} events, median {counts.median_history:,.0f}"

@@ -47,13 +47,28 @@ def plain(times: list[int], worth: list[float | None]) -> dict[str, list[int]]:
     return found
 
 
+def as_stored(worth: list[float | None]) -> np.ndarray:
+    """What a data set has of these values: float32."""
+    with np.errstate(over="ignore"):
+        return np.array(worth, dtype=np.float64).astype(np.float32).astype(np.float64)
+
+
+def test_a_value_lies_on_the_same_side_of_an_edge_online_as_in_the_data_set() -> None:
+    features = EventFeatures(value_edges=(0.7,))  # as float32 it is less
+    columns, _ = features.arrivals(np.array([5]), [0.7], None, NO_PLACE)
+    batch, _ = features.columns(np.array([5]), as_stored([0.7]), np.array([0, 1]), np.zeros(1, int), np.zeros(1, int))
+    assert columns["value"].tolist() == batch["value"].tolist() == [1]
+
+
 @given(events=history, data=st.data())
 def test_online_tokens_equal_batch_tokens(events: list[tuple[int, float | None]], data: st.DataObject) -> None:
     times, worth = times_of(events), [value for _, value in events]
     offsets = np.array([0, len(times)])
-    stored = np.array([np.nan if value is None else value for value in worth], dtype=np.float64)
+    stored = as_stored(worth)
     batch, _ = ALL.columns(times, stored, offsets, np.zeros(1, np.int64), np.full(1, NO_PLACE))
-    assert {name: column.tolist() for name, column in batch.items()} == plain(times.tolist(), worth)
+    assert {name: column.tolist() for name, column in batch.items()} == plain(
+        times.tolist(), [None if np.isnan(value) else value for value in stored.tolist()]
+    )
 
     online: dict[str, list[int]] = {name: [] for name in ALL.num_rows}
     at, last, place = 0, None, NO_PLACE
