@@ -42,7 +42,8 @@ class PaddedNetwork(ScoringNetwork):
         The request time enters the query and the residual of the last layer, as in `Network`.
         """
         known = batch.question_row >= 0
-        hidden = self.start.expand(batch.num_questions, -1)
+        told = self.told(batch.told)
+        hidden = self.starts(batch.num_questions, told)
         if batch.num_events:
             lengths = batch.offsets.diff()
             events = self.embed(batch.item_index, batch.event_type, batch.gap_bucket, lengths, batch.features)
@@ -50,6 +51,9 @@ class PaddedNetwork(ScoringNetwork):
             bucket = torch.zeros_like(batch.item_index)
             bucket[row[known]] = batch.request_bucket[known]
             asked = None if self.request is None else self.request(bucket).to(events.dtype)
+            if told is not None:
+                spread = torch.zeros_like(events).index_put((row[known],), told[known].to(events.dtype))
+                asked = spread if asked is None else asked + spread
             read = torch.zeros_like(events)
             for pack in packs(batch):
                 found = self.read(events[pack.row], None if asked is None else asked[pack.row], pack)
@@ -62,7 +66,8 @@ class PaddedNetwork(ScoringNetwork):
 
         Args:
             events: inputs, [U, N, E].
-            asked: what the request time adds to each row's query in the last layer, [U, N, E].
+            asked: what the request time, and what else a question tells, add to each row's query in the last layer,
+                [U, N, E].
             pack: where the rows sit.
         """
         raise NotImplementedError
