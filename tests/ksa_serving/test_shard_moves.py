@@ -20,11 +20,11 @@ from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.server import ReadyServer, server_config
 from ksa_serving.service import Service
 from ksa_serving.shard_mover import MapFiles, Mover
+from ksa_serving.shard_rows import Page
 from ksa_serving.shards import NUM_VIRTUAL_SHARDS, Ownership, Process, ShardMap, next_map, virtual_shard
 from ksa_serving.testing import toy_release
 
 pytestmark = pytest.mark.service
-EVERYONE = frozenset(range(NUM_VIRTUAL_SHARDS))
 HTTP = httpx.Client(timeout=30)
 
 
@@ -181,6 +181,31 @@ def test_a_step_that_cannot_be_finished_is_undone(pair: Any, tmp_path: Path):
     Mover(MapFiles(file), HTTP, lambda: None).move({"b": at_b}, most=300)  # and done after all
     assert {b.log.head(owner).num_events for owner in b.log.owners()} == {2}
     assert len(b.log.owners()) == len(USERS)
+    assert a.log.owners() == []
+
+
+class LossyMover(Mover):
+    """Drops the last entry of each page."""
+
+    def _pages(self, *given: Any) -> Iterator[Page]:
+        for page in super()._pages(*given):
+            for user in page.users[-1:]:
+                user.entries.pop()
+            yield page
+
+
+def test_users_who_did_not_arrive_whole_are_not_let_go(pair: Any, tmp_path: Path):
+    (a, at_a), (b, at_b) = pair["a"], pair["b"]
+    files = MapFiles(tmp_path / "shards.json")
+    for user in USERS:
+        post(at_a, user, 0)
+        post(at_a, user, 1)
+    Mover(files, HTTP, lambda: None).move({"a": at_a})
+    with pytest.raises(ShardError, match=r"expected what the old owner has \(Tally\(users=6, entries=12, .* got .*=11"):
+        LossyMover(files, HTTP, lambda: None).move({"b": at_b}, most=NUM_VIRTUAL_SHARDS)
+    assert len(a.log.owners()) == len(USERS)
+    Mover(files, HTTP, lambda: None).move({"b": at_b}, most=NUM_VIRTUAL_SHARDS)  # sent again whole
+    assert {b.log.head(owner).num_events for owner in b.log.owners()} == {2}
     assert a.log.owners() == []
 
 
