@@ -83,7 +83,7 @@ class EventCalls:
         kept = [place for place, rejection in enumerate(results) if rejection is None]
         if kept:
             future = self._log.submit(owner, [new_event(request.events[place]) for place in kept])
-            appended = await asyncio.wrap_future(future)
+            appended = await self._workers.wait_for(future)
             for place, outcome in zip(kept, appended.outcomes):
                 results[place] = RESULTS[outcome]
             seq = appended.head.last_seq
@@ -119,7 +119,7 @@ class EventCalls:
         if rejection is not None:
             head = await self._workers.run(self._log.head, owner)
             return self._counted([rejection], head.last_seq)
-        return await self._changed(owner, await asyncio.wrap_future(self._log.correct(owner, new)))
+        return await self._changed(owner, await self._workers.wait_for(self._log.correct(owner, new)))
 
     async def retract(self, user_id: str, event_id: str, context: Context = NOBODY) -> EventsAnswer:
         """Take an event back.
@@ -128,7 +128,7 @@ class EventCalls:
             UnknownEventError: the log has none of this id.
         """
         owner = context.owner(user_id, self._limits)
-        result = await asyncio.wrap_future(self._log.retract(owner, event_id))
+        result = await self._workers.wait_for(self._log.retract(owner, event_id))
         if result.outcomes == ["unknown"]:
             raise UnknownEventError("event: expected one that was kept, got another id.")
         return await self._changed(owner, result)
@@ -137,7 +137,7 @@ class EventCalls:
         """Delete a user: at once for every later request, from the disks within a minute."""
         owner = context.owner(user_id, self._limits)
         async with self._locks.of(owner):  # so that no state of the old generation is put after it was dropped
-            num_events = await asyncio.wrap_future(self._log.forget(owner))
+            num_events = await self._workers.wait_for(self._log.forget(owner))
             await self._workers.run(self._store.drop, owner)
         self._metrics.forgotten.inc()
         self._upkeep.purge()

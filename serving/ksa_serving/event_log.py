@@ -95,7 +95,7 @@ class EventLog:
             OverloadedError: too many calls wait already.
             EventLogError: the log is closed. From the future: it could not be written; nothing of it was kept.
         """
-        return self.writer.submit(lambda: self._entries.insert(owner, events), len(events))
+        return self.writer.submit(lambda: self._entries.insert(owner, events), len(events), (owner, events))
 
     def retract(self, owner: Owner, event_id: str) -> "Future[AppendResult]":
         """Ask for the event of this id to be taken back: accepted, duplicate (it was already) or unknown."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
@@ -34,7 +35,7 @@ class NewEvent:
     event_type: str | None = None
     value: float | None = None
 
-    @property
+    @cached_property
     def identity(self) -> bytes:
         """What makes two sent events the same one."""
         if self.event_id is not None:

@@ -1,14 +1,15 @@
 """What the event log does inside its writer's transactions: insert, retract, correct, forget, overwrite."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain as joined
+from typing import Any, Literal
 
 import apsw
 
 from ksa_serving.events import NewEvent, Owner, StoredEvent, chain_after, is_late
-from ksa_serving.shard_rows import Page, generation_elsewhere, keep_page, let_go
+from ksa_serving.shard_rows import Page, generation_elsewhere, highest_seq, keep_page, let_go
 from ksa_serving.shards import Ownership
 from ksa_serving.sqlite_file import keep_ownership, ownership_of
 from ksa_serving.user_view import COLUMNS, UserHead, read_user, stored_event
@@ -19,6 +20,8 @@ MAX_KNOWN_USERS = 10_000
 """Users whose heads the writer remembers, the last active ones."""
 PURGE_ROWS = 2000
 """Rows of forgotten users overwritten in one transaction, so that senders hardly wait."""
+ROWS_AT_ONCE = 256
+"""Most rows in one statement."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class _User:
 class LogEntries:
     """The log's rows as its writer changes them. Every method is called inside a transaction, by one thread.
 
-    There is no other writer, so what it knows of the last active users stays true; a user's head is written once a
-    transaction, by `save`, and after a transaction that failed all is read anew (`reset`).
+    There is no other writer, so what it knows of the last active users stays true, and after a transaction that failed
+    all is read anew (`reset`). What a transaction inserts is looked up together before (`look_up`), and written
+    together, with the users' heads, by `save`: Python's lock is given back at every statement, and beside busy threads
+    each waits to have it again.
 
     ownership: whose users may be written; None: everyone's.
 
@@ -65,16 +70,29 @@ class LogEntries:
         self._clock = clock
         self._users: OrderedDict[Owner, _User] = OrderedDict()
         self._unsaved: set[Owner] = set()
+        self._rows: list[tuple[Any, ...]] = []
+        self._is_known: dict[tuple[int, bytes], bool] = {}
+        self._seq: int | None = None
         self.ownership = ownership_of(connection)
 
+    def look_up(self, calls: Iterable[tuple[Owner, Sequence[NewEvent]]]) -> None:
+        """Find out at once which of the events of several `insert` the log has already; of users it knows."""
+        known = [(self._users[owner], events) for owner, events in calls if owner in self._users]
+        self._look_up([(user, event.identity) for user, events in known for event in events])
+
     def save(self) -> None:
-        """Write the heads of users that changed."""
-        heads = [(user.head, user.key) for user in map(self._users.__getitem__, self._unsaved)]
-        self._connection.executemany(
-            "UPDATE users SET num_events = ?, last_seq = ?, chain = ? WHERE user_key = ?",
-            [(head.num_events, head.last_seq, head.chain, key) for head, key in heads],
+        """Write what was inserted, and the heads of users that changed."""
+        self._write_rows()
+        users = map(self._users.__getitem__, self._unsaved)
+        heads = [(user.key, user.head.num_events, user.head.last_seq, user.head.chain) for user in users]
+        _execute(
+            self._connection,
+            "UPDATE users SET num_events = v.column2, last_seq = v.column3, chain = v.column4 FROM ({values}) v"
+            " WHERE user_key = v.column1",
+            heads,
         )
         self._unsaved.clear()
+        self._is_known.clear()
         while len(self._users) > MAX_KNOWN_USERS:
             self._users.popitem(last=False)
 
@@ -82,6 +100,9 @@ class LogEntries:
         """Forget what was known: the transaction failed."""
         self._users.clear()
         self._unsaved.clear()
+        self._rows.clear()
+        self._is_known.clear()
+        self._seq = None
         self.ownership = ownership_of(self._connection)
 
     def own(self, ownership: Ownership) -> None:
@@ -92,6 +113,7 @@ class LogEntries:
     def keep_page(self, page: Page) -> None:
         """Keep users who come from another log."""
         self.save()
+        self._seq = None
         for user in page.users:
             self._users.pop(Owner(user.user_id, user.tenant), None)
         keep_page(self._connection, page, self._salt)
@@ -107,14 +129,14 @@ class LogEntries:
         """Keep events; those known already change nothing. Late are those before the last event of earlier calls."""
         user = self._user(owner)
         before = user.last
+        self._look_up([(user, event.identity) for event in events if (user.key, event.identity) not in self._is_known])
         outcomes: list[Outcome] = []
         for event in events:
             head = user.head
-            kept = self._insert_event(user.key, head, event)
-            if kept is None:
+            if self._is_known[user.key, event.identity]:
                 outcomes.append(self._compare(user.key, head.generation, event))
                 continue
-            seq, chain = kept
+            seq, chain = self._insert_event(user.key, head, event)
             head = UserHead(head.generation, head.num_events + 1, seq, chain)
             stored = StoredEvent(seq, event.item_id, event.timestamp, event.event_id, event.event_type, event.value)
             late = before is not None and is_late(stored, before, self._tie)
@@ -150,6 +172,7 @@ class LogEntries:
             self._bury(owner, user, old, freed)
         else:
             self._connection.execute("UPDATE events SET identity = ? WHERE seq = ?", (freed, old.seq))
+        self._is_known.pop((user.key, event.identity), None)
         return self.insert(owner, [event])
 
     def forget(self, owner: Owner) -> int:
@@ -190,25 +213,14 @@ class LogEntries:
         """Write a tombstone for a live event, wipe its payload, and return the head after it."""
         head = user.head
         chain = chain_after(head.chain, "retract", event.seq)
-        row = self._connection.execute(
-            "INSERT INTO events (user_key, generation, identity, live, retracts, item_id, timestamp, received, chain)"
-            " VALUES (?, ?, ?, 0, ?, '', ?, ?, ?) RETURNING seq",
-            (
-                user.key,
-                head.generation,
-                b"t" + event.seq.to_bytes(8, "big"),
-                event.seq,
-                event.timestamp,
-                int(self._clock()),
-                chain,
-            ),
-        ).fetchone()
-        assert row is not None
+        tombstone = b"t" + event.seq.to_bytes(8, "big")
+        payload = ("", event.timestamp, None, None, None)
+        seq = self._insert_row(user.key, head.generation, tombstone, 0, event.seq, *payload, chain)
         self._connection.execute(
             "UPDATE events SET live = 0, item_id = '', event_type = NULL, value = NULL, identity = ? WHERE seq = ?",
             (identity, event.seq),
         )
-        head = UserHead(head.generation, head.num_events - 1, row[0], chain)
+        head = UserHead(head.generation, head.num_events - 1, seq, chain)
         self._change(owner, _User(user.key, head, self._last(user.key, head)))
         return head
 
@@ -247,26 +259,46 @@ class LogEntries:
         if self.ownership is not None:
             self.ownership.check(owner.user_id, writing=True)
 
-    def _insert_event(self, user_key: int, head: UserHead, event: NewEvent) -> tuple[int, bytes] | None:
-        """Return the sequence number and rolling hash of a new row, or None where its identity is known."""
-        chain = chain_after(head.chain, event.identity, event.item_id, event.timestamp, event.event_type, event.value)
-        row = self._connection.execute(
-            "INSERT INTO events (user_key, generation, identity, item_id, timestamp, event_id, event_type, value,"
-            " received, chain) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING seq",
-            (
-                user_key,
-                head.generation,
-                event.identity,
-                event.item_id,
-                event.timestamp,
-                event.event_id,
-                event.event_type,
-                event.value,
-                int(self._clock()),
-                chain,
-            ),
-        ).fetchone()
-        return None if row is None else (row[0], chain)
+    def _look_up(self, identities: Sequence[tuple[_User, bytes]]) -> None:
+        """Find out which identities users' rows have."""
+        if not identities:
+            return
+        self._write_rows()
+        self._is_known |= {(user.key, identity): False for user, identity in identities}
+        found = _execute(
+            self._connection,
+            "SELECT e.user_key, e.identity FROM ({values}) v CROSS JOIN events e"
+            " ON e.user_key = v.column1 AND e.generation = v.column2 AND e.identity = v.column3",
+            [(user.key, user.head.generation, identity) for user, identity in identities],
+        )
+        self._is_known |= dict.fromkeys(found, True)
+
+    def _insert_event(self, user_key: int, head: UserHead, event: NewEvent) -> tuple[int, bytes]:
+        """Return the sequence number and rolling hash of a new row."""
+        payload = (event.item_id, event.timestamp, event.event_id, event.event_type, event.value)
+        told = (event.item_id, event.timestamp, event.event_type, event.value)
+        chain = chain_after(head.chain, event.identity, *told)
+        seq = self._insert_row(user_key, head.generation, event.identity, 1, None, *payload, chain)
+        self._is_known[user_key, event.identity] = True
+        return seq, chain
+
+    def _insert_row(self, user_key: int, generation: int, identity: bytes, live: int, *rest: Any) -> int:
+        """Return the sequence number of a row that is written before anything else is read or changed."""
+        if self._seq is None:
+            self._seq = highest_seq(self._connection)
+        seq = self._seq = self._seq + 1
+        *told, chain = rest
+        self._rows.append((seq, user_key, generation, identity, live, *told, int(self._clock()), chain))
+        return seq
+
+    def _write_rows(self) -> None:
+        _execute(
+            self._connection,
+            "INSERT INTO events (seq, user_key, generation, identity, live, retracts, item_id, timestamp, event_id,"
+            " event_type, value, received, chain) {values}",
+            self._rows,
+        )
+        self._rows.clear()
 
     def _compare(self, user_key: int, generation: int, event: NewEvent) -> Outcome:
         """Return what an event is whose identity the log already has."""
@@ -280,6 +312,7 @@ class LogEntries:
     def _how_late(self, user_key: int, head: UserHead, event: StoredEvent) -> Outcome:
         if self._late_horizon is None:
             return "late"
+        self._write_rows()
         after = self._connection.execute(
             "SELECT count(*) FROM (SELECT 1 FROM events WHERE user_key = ? AND generation = ? AND live = 1"
             " AND timestamp > ? LIMIT ?)",
@@ -289,6 +322,7 @@ class LogEntries:
 
     def _find(self, user_key: int, generation: int, event_id: str) -> tuple[StoredEvent, bool] | None:
         """Return the event of this id and whether it is live."""
+        self._write_rows()
         row = self._connection.execute(
             f"SELECT live, {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND identity = ?",
             (user_key, generation, b"i" + event_id.encode()),
@@ -299,9 +333,25 @@ class LogEntries:
         """Return the last live event in the one order."""
         if not head.num_events:
             return None
+        self._write_rows()
         rows = self._connection.execute(
             f"SELECT {COLUMNS} FROM events WHERE user_key = ?1 AND generation = ?2 AND live = 1 AND timestamp ="
             " (SELECT max(timestamp) FROM events WHERE user_key = ?1 AND generation = ?2 AND live = 1)",
             (user_key, head.generation),
         ).fetchall()
         return max(map(stored_event, rows), key=lambda event: event.order(self._tie))
+
+
+def _execute(connection: apsw.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return what `statement` finds with `{values}` for rows of one width, powers of two at once: so few texts of it
+    are made that all stay prepared.
+    """
+    found: list[Any] = []
+    start = 0
+    while start < len(rows):
+        size = min(ROWS_AT_ONCE, 1 << (len(rows) - start).bit_length() - 1)
+        some = rows[start : start + size]
+        values = "VALUES " + ", ".join(["(" + ", ".join("?" * len(some[0])) + ")"] * size)
+        found += connection.execute(statement.format(values=values), tuple(joined.from_iterable(some))).fetchall()
+        start += size
+    return found

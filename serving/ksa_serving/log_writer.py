@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import apsw
 
 from ksa_serving.errors import EventLogError, OverloadedError, ServiceError
+from ksa_serving.events import NewEvent, Owner
 from ksa_serving.log_entries import LogEntries
 from ksa_serving.sqlite_file import FORMAT, transaction
 
@@ -20,10 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Call(Generic[T]):
-    """Work done inside the writer's transaction. size: of the transaction, in events."""
+    """Work done inside the writer's transaction.
+
+    size: of the transaction, in events. inserts: what it will insert, to be looked up together with others'.
+    """
 
     work: Callable[[], T]
     size: int
+    inserts: tuple[Owner, Sequence[NewEvent]] | None
     future: "Future[T]"
 
 
@@ -59,14 +64,16 @@ class LogWriter:
         """Calls that wait."""
         return self._waiting.qsize()
 
-    def submit(self, work: Callable[[], T], size: int) -> "Future[T]":
+    def submit(
+        self, work: Callable[[], T], size: int, inserts: tuple[Owner, Sequence[NewEvent]] | None = None
+    ) -> "Future[T]":
         """Ask for `work`; the future has what it returned once that is on disk.
 
         Raises:
             OverloadedError: too many calls wait already.
             EventLogError: the log is closed. From the future: it could not be written; nothing of it was kept.
         """
-        call = _Call(work, size, Future())
+        call = _Call(work, size, inserts, Future())
         with self._closing:
             if self._closed:
                 raise EventLogError("event log: expected an open log, got a closed one. The service is stopping.")
@@ -123,6 +130,7 @@ class LogWriter:
         began = time.perf_counter()
         try:
             with transaction(self._connection):
+                self._entries.look_up([call.inserts for call in group if call.inserts is not None])
                 results = [call.work() for call in group]
                 self._entries.save()
         except Exception as error:

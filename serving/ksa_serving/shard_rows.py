@@ -90,7 +90,7 @@ def read_page(
     connection: apsw.Connection, shards: Collection[int], move: str, source: str, after: Cursor, rows: int = PAGE_ROWS
 ) -> Page:
     """Return what follows `after` of all users in `shards`, and of all deleted ones: whose they were is not known."""
-    highest = _highest_seq(connection)
+    highest = highest_seq(connection)
     salts = _values(connection, "SELECT value FROM facts WHERE name GLOB 'salt*' ORDER BY name")
     page = Page(move, source, highest, salts, [], [], None)
     room = rows
@@ -192,14 +192,15 @@ def _base(connection: apsw.Connection, page: Page) -> int:
     name = f"base {page.move} {page.source}"
     for kept in _values(connection, "SELECT value FROM facts WHERE name = ?", name):
         return int.from_bytes(kept, "big")
-    base = _highest_seq(connection)
+    base = highest_seq(connection)
     connection.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
     connection.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (base + page.last_seq,))
     connection.execute("INSERT INTO facts VALUES (?, ?)", (name, base.to_bytes(8, "big")))
     return base
 
 
-def _highest_seq(connection: apsw.Connection) -> int:
+def highest_seq(connection: apsw.Connection) -> int:
+    """Return the last sequence number given to an entry, or set aside."""
     return max(_values(connection, "SELECT seq FROM sqlite_sequence WHERE name = 'events'"), default=0)
 
 

@@ -4,8 +4,9 @@ Quick work has threads of its own, so that it never waits behind a rebuild.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -25,6 +26,41 @@ class Workers:
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
+        self._woken: asyncio.AbstractEventLoop | None = None
+
+    async def wait_for(self, future: "Future[T]") -> T:
+        """Return another thread's result; results that come together wake the event loop once."""
+        loop = asyncio.get_running_loop()
+        mine: asyncio.Future[T] = loop.create_future()
+        future.add_done_callback(lambda done: self._tell(loop, mine, done))
+        try:
+            return await mine
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, mine: "asyncio.Future[T]", done: "Future[T]") -> None:
+        """Hand a result over, in the thread that has it."""
+        if loop.is_closed():
+            return
+        self._done.append((mine, done))
+        if self._woken is not loop:
+            self._woken = loop
+            loop.call_soon_threadsafe(self._take_over)
+
+    def _take_over(self) -> None:
+        self._woken = None  # before looking: what comes from here on wakes the loop again
+        while self._done:
+            mine, done = self._done.popleft()
+            if mine.done():
+                continue
+            if done.cancelled():
+                mine.cancel()
+            elif (error := done.exception()) is not None:
+                mine.set_exception(error)
+            else:
+                mine.set_result(done.result())
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what `function` returns, called in one of the model's threads."""

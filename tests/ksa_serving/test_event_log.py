@@ -1,10 +1,12 @@
+import contextlib
 import itertools
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import apsw
@@ -155,6 +157,64 @@ def test_waiting_calls_share_a_transaction_and_each_gets_its_own_result(log: Eve
     futures: list[Future] = [log.submit(Owner(f"u{n % 7}"), [NewEvent(f"i{n}", n)]) for n in range(300)]
     assert all(future.result().outcomes == ["accepted"] for future in futures)
     assert log.counts() == (7, 300)
+
+
+changes = st.lists(
+    st.tuples(
+        st.sampled_from(["append", "append", "append", "correct", "retract", "forget"]),
+        st.sampled_from([ANN, BOB]),
+        st.lists(events, min_size=1, max_size=5),
+        st.sampled_from(["1", "2", "3", "4"]),
+    ),
+    max_size=12,
+)
+
+
+def ask_for(log: EventLog, change: tuple[str, Owner, list[NewEvent], str]) -> Future:
+    kind, owner, given, event_id = change
+    if kind == "append":
+        return log.submit(owner, given)
+    if kind == "correct":
+        return log.correct(owner, replace(given[0], event_id=event_id))
+    return log.retract(owner, event_id) if kind == "retract" else log.forget(owner)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=changes)
+def test_calls_of_one_transaction_are_as_those_of_many(changes: list[tuple[str, Owner, list[NewEvent], str]]):
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        alone = EventLog(Path(one), "id", late_horizon=2, clock=lambda: 9.0)
+        grouped = EventLog(Path(other), "id", late_horizon=2, clock=lambda: 9.0)
+        expected = [ask_for(alone, change).result() for change in changes]
+        with blocked(Path(other)):
+            futures = [ask_for(grouped, change) for change in changes]
+        assert [future.result() for future in futures] == expected
+        for owner in (ANN, BOB):
+            assert grouped.read(owner) == alone.read(owner)
+        alone.close()
+        grouped.close()
+
+
+def test_a_transaction_of_many_calls_takes_few_statements(log: EventLog, tmp_path: Path):
+    for name in ("u0", "u1"):
+        log.append(Owner(name), [NewEvent("known", 1)])
+    statements: list[str] = []
+    log._connection.exec_trace = lambda cursor, statement, bindings: statements.append(statement) or True
+    with blocked(tmp_path):
+        futures = [log.submit(Owner(f"u{n % 2}"), [NewEvent(f"i{n}", n + 1)]) for n in range(100)]
+    assert all(future.result().outcomes == ["accepted"] for future in futures)
+    assert sum(statement.startswith("INSERT INTO events") for statement in statements) <= 14  # powers of two, in two transactions
+    assert len(statements) < 40
+
+
+@contextlib.contextmanager
+def blocked(directory: Path) -> Iterator[None]:
+    """Make calls wait for one transaction together."""
+    blocker = apsw.Connection(str(directory / "events.sqlite"))
+    blocker.execute("BEGIN IMMEDIATE")
+    yield
+    blocker.execute("ROLLBACK")
+    blocker.close()
 
 
 def test_a_call_that_cannot_be_written_does_not_fail_its_neighbours(log: EventLog):
