@@ -12,12 +12,12 @@ A prepared data set:
     vocab/user_<feature>.parquet  one row a category of users
     histories/part-*.parquet      one row a user, events in order
     cache/histories.arrow         uncompressed copy that the loader maps
-    cache/ties.arrow              what it does not need, for increments
+    cache/rows-*.arrow            what each part holds, uncompressed, for increments
 """
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NUM_BUCKETS = 64
 UNKNOWN_ITEM = 0
 """Item index of padding and of items the vocabulary does not know."""

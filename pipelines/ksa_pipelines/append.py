@@ -15,16 +15,16 @@ from ksa_pipelines.known import KnownNames
 from ksa_pipelines.part import write_parts
 from ksa_pipelines.quarantine import gather_quarantine, quarantine_name
 from ksa_pipelines.report import Report
-from ksa_pipelines.rows import open_rows
 from ksa_pipelines.split import global_cuts
 from ksa_pipelines.stored import Stored
 from ksa_pipelines.users import extend_users, write_users
 from ksa_pipelines.write import hash_files
 from recsys_ksa import __version__
 from recsys_ksa.config import parse_config
-from recsys_ksa.data.cache import checked_caches, write_cache
+from recsys_ksa.data.cache import checked_rows
 from recsys_ksa.data.manifest import Counts, Manifest, versioned
-from recsys_ksa.data.parts import part_name
+from recsys_ksa.data.parts import parts_by_bucket
+from recsys_ksa.data.rows import Overview, numbered_users, open_rows
 from recsys_ksa.errors import DataError
 
 
@@ -58,7 +58,8 @@ def append_log(
         before = change.before
         config = _config(before, dataset, mapping)
         known_catalogue = read_catalogue(dataset, before)
-        stored = Stored(*checked_caches(dataset, before), before.num_buckets)
+        checked_rows(dataset, before)
+        stored = Stored(dataset, parts_by_bucket(before.files))
         change.work.mkdir()
         item_ids, event_types = known_catalogue.items["item_id"], known_catalogue.event_types()
         known = KnownNames(stored, item_ids, event_types, _optional_columns(before))
@@ -77,9 +78,16 @@ def append_log(
         counted = ingested.counted()
         catalogue = extend_catalogue(known_catalogue, counted, items, config, report)
         split = global_cuts(config.split, config.clock, max(ingested.last_timestamp, _log_end(before)))
-        numbered = before.numbered_users or stored.numbered_users()
-        numbered = write_parts(
-            ingested, catalogue, before.tie, split, change.path, change.version, resources.engine, numbered, stored
+        numbered, parts = write_parts(
+            ingested,
+            catalogue,
+            before.tie,
+            split,
+            dataset,
+            change.version,
+            resources.engine,
+            before.numbered_users,
+            stored,
         )
         report(f"touched {len(ingested.buckets)} buckets")
         write_catalogue(catalogue, dataset, change.version)
@@ -88,12 +96,11 @@ def append_log(
 
         old_tables = {before.table_file(name) for name in before.tables}
         written = [dataset / versioned(name, change.version) for name in before.item_tables]
-        written += [dataset / part_name(change.version, gathered.bucket) for gathered in ingested.buckets]
         written += [quarantine] if quarantine.exists() else []
-        files = {name: digest for name, digest in before.files.items() if name not in old_tables}
-        touched = open_rows([bucket.folder for bucket in ingested.buckets])
-        merged = write_cache(dataset, [stored.others(touched), *touched], split, change.version)
-        user_table = extend_users(dataset, change.version, before, users, config.users, report)
+        files = {name: digest for name, digest in before.files.items() if name not in old_tables} | parts
+        rows = open_rows(dataset, files)
+        overview = Overview.of(rows, split)
+        user_table = extend_users(numbered_users(rows), before, dataset, users, config.users, report)
         written += write_users(user_table, dataset, change.version)
         files |= hash_files(dataset, written)
         after = before.model_copy(
@@ -101,9 +108,9 @@ def append_log(
                 "code_version": __version__,
                 "version": change.version,
                 "tables_version": change.version,
-                "content_hash": merged.content_hash,
-                "split_hash": merged.split_hash,
-                "counts": Counts.of(merged.lengths, catalogue.num_items),
+                "content_hash": overview.content_hash,
+                "split_hash": overview.split_hash,
+                "counts": Counts.of(overview.lengths, catalogue.num_items),
                 "split": split,
                 "logs": (*before.logs, ingested.source),
                 "items_files": catalogue.items_files,

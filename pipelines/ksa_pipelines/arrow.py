@@ -22,7 +22,7 @@ def encode(values: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:
     """Return each value's code and the distinct values in order of first sight; nulls get code -1."""
     if values.dtype == pl.String and values.null_count() == 0:
         # Hashes compare faster than texts; two texts of one hash are found by comparing once at the end.
-        codes, _ = encode(values.hash())
+        codes = to_arrow(values.hash()).dictionary_encode().indices.to_numpy()
         first = np.empty(codes.max(initial=-1) + 1, dtype=np.int64)
         first[codes[::-1]] = np.arange(len(codes))[::-1]
         distinct = values.gather(first)
@@ -37,6 +37,23 @@ def write_table(table: pa.Table, path: Path) -> None:
     """Write a table as an Arrow IPC file of one record batch (none for no rows)."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
+
+
+def write_texts(texts: pa.LargeStringArray, path: Path) -> None:
+    """Write texts without nulls: where each ends (int64, from 0), then their bytes."""
+    _, ends, values = texts.buffers()
+    ends = np.frombuffer(ends, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    with path.open("wb") as file:
+        (ends - ends[0]).tofile(file)
+        file.write(memoryview(b"" if values is None else values)[ends[0] : ends[-1]])
+
+
+def read_texts(path: Path, total: int, first: int, last: int) -> pa.LargeStringArray:
+    """Return texts `first` to `last`, without, of the `total` that `write_texts` wrote; an Arrow file opens slower."""
+    ends = np.fromfile(path, dtype=np.int64, offset=8 * first, count=last - first + 1)
+    begin, size = 8 * (total + 1) + int(ends[0]), int(ends[-1] - ends[0])
+    values = np.fromfile(path, dtype=np.uint8, offset=begin, count=size)
+    return pa.LargeStringArray.from_buffers(last - first, pa.py_buffer(ends - ends[0]), pa.py_buffer(values))
 
 
 def read_column(path: Path, name: str, first: int = 0, count: int | None = None) -> pa.Array:
@@ -61,7 +78,7 @@ def take_rows(frame: pl.DataFrame, rows: NDArray[np.int64]) -> pl.DataFrame:
     """Return some rows of a frame without nulls in its numbers; strings may have them."""
     return pl.DataFrame(
         [
-            column.gather(rows) if column.dtype == pl.String else pl.Series(column.name, column.to_numpy()[rows])
+            column.gather(rows) if column.dtype == pl.String else pl.Series(column.name, column.to_numpy().take(rows))
             for column in frame
         ]
     )

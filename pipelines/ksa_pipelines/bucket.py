@@ -22,6 +22,7 @@ from ksa_pipelines.clean import drop_duplicates
 from ksa_pipelines.known import Known
 from ksa_pipelines.names import Names
 from ksa_pipelines.spill import Chunk, read_bucket
+from ksa_pipelines.stored import StoredBucket
 from ksa_pipelines.ties import TiedPairs, count_tied_pairs, order_by_time
 
 EVENTS, USERS, ITEMS = "events.arrow", "users.arrow", "items.arrow"
@@ -64,13 +65,14 @@ def gather(task: GatherTask) -> Gathered | None:
         return None
     task.folder.mkdir(parents=True, exist_ok=True)
     users = pl.DataFrame({"user_id": user_ids})
-    if task.known is None:
+    stored = None if task.known is None else task.known.stored.bucket(task.bucket)
+    if stored is None:
         users = users.with_columns(user_index=pl.lit(None, pl.Int64), row=pl.lit(None, pl.Int64))
     else:
-        users = task.known.stored.recognise(users, task.bucket)
+        users = stored.recognise(users)
     events, users = _in_order(events, users)
     tied = count_tied_pairs(events, np.asarray(np.memmap(task.audit_ranks, dtype=np.int64, mode="r")))
-    old = None if task.known is None else _old_events(task.known, users, events)
+    old = None if task.known is None or stored is None else _old_events(task.known, stored, users, events)
     events, duplicates = drop_duplicates(events, old)
     write_frame(users, task.folder / USERS)
     types = task.names.get("event_type")
@@ -152,15 +154,15 @@ def _settle(
     return Gathered(bucket, folder, events.height, int(timestamp.max(initial=0)), tied, duplicates, types)
 
 
-def _old_events(known: Known, users: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame | None:
+def _old_events(known: Known, stored: StoredBucket, users: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame | None:
     """Return what the data set has of these users and could be the same as a new event, in the codes of the log."""
     met = users.with_row_index("user").drop_nulls("row")
     if "event_id" not in new.columns:  # then only events of one time can be the same, and most histories ended before
-        ended = known.stored.last_times(met["row"].to_numpy()) < new["timestamp"].to_numpy().min()
+        ended = stored.last_times(met["row"].to_numpy()) < new["timestamp"].to_numpy().min()
         met = met.filter(pl.Series(~ended))
     if met.is_empty():
         return None
-    old = known.stored.events(met["row"].to_numpy())
+    old = stored.events(met["row"].to_numpy())
     item_codes = np.asarray(np.memmap(known.item_codes, dtype=np.int32, mode="r"))
     columns = {
         "user": met["user"].to_numpy().astype(np.int32)[old["user"].to_numpy()],

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksa_pipelines.write import WORK, cannot_write, sync
-from recsys_ksa.data.cache import CACHE, TIES
+from ksa_pipelines.write import WORK, cannot_write, sync, sync_all
+from recsys_ksa.data.cache import CACHE
 from recsys_ksa.data.manifest import MANIFEST, Manifest, earlier_versions, read_manifest, versioned
+from recsys_ksa.data.rows import rows_name
 from recsys_ksa.errors import DataError
 
 LOCK = ".lock"
@@ -47,9 +48,7 @@ class Change:
         All files it names must be written; they are synced first.
         """
         assert after.version == self.version
-        for name in after.files:
-            if name not in self.before.files:
-                sync(self.path / name)
+        sync_all(self.path / name for name in after.files if name not in self.before.files)
         if keep_earlier:
             self._keep_manifest()
         for folder in (self.path, *(self.path / name for name in _FOLDERS)):
@@ -107,13 +106,14 @@ def _locked(dataset: Path) -> Iterator[None]:
 
 
 def remove_leftovers(dataset: Path) -> None:
-    """Remove every file that no version names, and caches of earlier versions (they can be rebuilt)."""
+    """Remove every file that no version names, and the loader's copies of earlier versions (they can be rebuilt)."""
     current = read_manifest(dataset)
-    cache, ties = versioned(CACHE, current.version), versioned(TIES, current.version)
-    named = {cache, ties, cache.removesuffix(".arrow") + ".json", *current.files}
+    cache = versioned(CACHE, current.version)
+    named = {cache, cache.removesuffix(".arrow") + ".json", *current.files}
     for version in earlier_versions(dataset):
         manifest = read_manifest(dataset, version)
         named |= {f"manifests/{version:05d}.json", *manifest.files}
+    named |= {rows_name(name) for name in named if name.startswith("histories/")}
     shutil.rmtree(dataset / WORK, ignore_errors=True)
     found = [path for folder in _FOLDERS for path in (dataset / folder).rglob("*") if path.is_file()]
     found += [*dataset.glob("items*.parquet"), *dataset.glob("users*.parquet"), *dataset.glob(f".{MANIFEST}.*")]
@@ -125,6 +125,6 @@ def remove_leftovers(dataset: Path) -> None:
 
 
 def _is_being_built(path: Path) -> bool:
-    """Whether it is a cache that a reader builds now: `.histories.arrow.<process>`."""
+    """Whether it is a cache that a reader builds now, such as `.histories.arrow.<process>`."""
     process = path.suffix[1:]
     return path.parent.name == "cache" and process.isdigit() and Path("/proc", process).exists()

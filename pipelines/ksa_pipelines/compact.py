@@ -10,17 +10,9 @@ from ksa_pipelines.change import changing
 from ksa_pipelines.report import Report
 from ksa_pipelines.split import Split
 from ksa_pipelines.write import PART_OPTIONS, hash_files, row_groups
-from recsys_ksa.data.cache import write_cache
 from recsys_ksa.data.manifest import Manifest
-from recsys_ksa.data.parts import (
-    all_parts,
-    blocks,
-    checked_parts,
-    open_parts,
-    part_name,
-    parts_by_bucket,
-    with_global_split,
-)
+from recsys_ksa.data.parts import blocks, checked_parts, open_parts, part_name, parts_by_bucket, with_global_split
+from recsys_ksa.data.rows import Overview, open_rows
 from recsys_ksa.errors import DataError
 
 
@@ -42,11 +34,11 @@ def compact(dataset: Path, report: Report) -> Manifest:
             merge_parts(dataset, names, target, before.split)
             files = {name: digest for name, digest in files.items() if name not in names}
             files |= hash_files(dataset, [target])
-        merged = write_cache(dataset, all_parts(dataset, files), before.split, change.version)
-        if (merged.content_hash, merged.split_hash) != (before.content_hash, before.split_hash):
+        overview = Overview.of(open_rows(dataset, files), before.split)
+        if (overview.content_hash, overview.split_hash) != (before.content_hash, before.split_hash):
             raise DataError(
                 f"{dataset}: expected content hash {before.content_hash[:12]}..., merging its parts gives "
-                f"{merged.content_hash[:12]}.... Prepare the data set again."
+                f"{overview.content_hash[:12]}.... Prepare the data set again."
             )
         after = before.model_copy(update={"version": change.version, "files": dict(sorted(files.items()))})
         change.publish(after, keep_earlier=False)

@@ -27,9 +27,9 @@ from ksa_pipelines.users import read_users, without_others, write_users
 from ksa_pipelines.vocab import user_bucket
 from ksa_pipelines.write import hash_files
 from recsys_ksa.config import parse_config
-from recsys_ksa.data.cache import write_cache
 from recsys_ksa.data.manifest import Counts, Forgotten, Manifest, versioned
 from recsys_ksa.data.parts import Part, all_parts, blocks, checked_parts, part_name, parts_by_bucket
+from recsys_ksa.data.rows import Overview, numbered_users, open_rows
 from recsys_ksa.errors import DataError
 from recsys_ksa.schema import indices_column
 
@@ -67,16 +67,17 @@ def forget(dataset: Path, user_ids: Sequence[str], report: Report) -> Manifest:
 
         config = parse_config(PrepareConfig, before.config, str(dataset))
         split = global_cuts(config.split, config.clock, seen.last_timestamp)
-        merged = write_cache(dataset, all_parts(dataset, files), split, change.version)
-        user_table = without_others(read_users(dataset, before), dataset, change.version)
+        rows = open_rows(dataset, files)
+        overview = Overview.of(rows, split)
+        user_table = without_others(read_users(dataset, before), numbered_users(rows))
         files |= hash_files(dataset, written + write_users(user_table, dataset, change.version))
         after = before.model_copy(
             update={
                 "version": change.version,
                 "tables_version": change.version,
-                "content_hash": merged.content_hash,
-                "split_hash": merged.split_hash,
-                "counts": Counts.of(merged.lengths, catalogue.num_items),
+                "content_hash": overview.content_hash,
+                "split_hash": overview.split_hash,
+                "counts": Counts.of(overview.lengths, catalogue.num_items),
                 "split": split,
                 "users_described": user_table.rows.height,
                 "forgotten": _blocked(before.forgotten, user_ids),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ksa_pipelines.arrow import read_column, to_arrow, write_table
 from ksa_pipelines.spill import Chunk
+from recsys_ksa.data.ahead import map_ahead
 
 GROUP = 1 << 20
 """Names of chunks that are worked on together, at least."""
@@ -57,10 +58,14 @@ def number_names(chunks: Sequence[Chunk], column: str, folder: Path) -> Names:
     path, codes = folder / f"{column}.names.arrow", folder / f"{column}.codes"
     write_table(pa.table({"name": names}), path)
     options = pc.SetLookupOptions(names)
+
+    def codes_of(group: Sequence[Chunk]) -> list[NDArray[np.int32]]:
+        found = pc.call_function("index_in", [_names(group, column)], options).to_numpy().astype(np.int32, copy=False)
+        return np.split(found, np.cumsum([chunk.num_names[column] for chunk in group])[:-1])
+
     with codes.open("wb") as file:
-        for group in _groups(chunks, column, max(GROUP, 2 * len(names))):
-            found = pc.call_function("index_in", [group], options).to_numpy().astype(np.int32, copy=False)
-            for chunk in np.split(found, np.cumsum([len(chunk) for chunk in group.chunks])[:-1]):
+        for group in map_ahead(codes_of, _groups(chunks, column, max(GROUP, 2 * len(names)))):
+            for chunk in group:
                 np.append(chunk, np.int32(-1)).tofile(file)
     starts = np.append(0, np.cumsum([chunk.num_names[column] + 1 for chunk in chunks]))
     return Names(path, codes, tuple(starts.tolist()), len(names))
@@ -68,23 +73,31 @@ def number_names(chunks: Sequence[Chunk], column: str, folder: Path) -> Names:
 
 def _different(chunks: Sequence[Chunk], column: str) -> pl.Series:
     """Return the different names of all chunks by their bytes, in bounded memory."""
+
+    def of_group(group: Sequence[Chunk]) -> pl.Series:
+        return pl.Series("name", _names(group, column), dtype=pl.String).unique()
+
     different = pl.Series("name", [], dtype=pl.String)
-    for group in _groups(chunks, column, GROUP):
-        different = pl.concat([different, pl.Series("name", group, dtype=pl.String)]).unique()
+    for more in map_ahead(of_group, _groups(chunks, column, GROUP)):
+        different = pl.concat([different, more]).unique()
     return different.sort()  # strings compare as their bytes
 
 
-def _groups(chunks: Sequence[Chunk], column: str, size: int) -> Iterator[pa.ChunkedArray]:
-    """Yield the names of chunk after chunk, about `size` at a time."""
-    pending, height = [], 0
+def _groups(chunks: Sequence[Chunk], column: str, size: int) -> Iterator[list[Chunk]]:
+    """Yield chunk after chunk, as many at a time as have about `size` names."""
+    pending, height = list[Chunk](), 0
     for chunk in chunks:
-        pending.append(read_column(chunk.path(column), "name"))
-        height += len(pending[-1])
+        pending.append(chunk)
+        height += chunk.num_names[column]
         if height >= size:
-            yield pa.chunked_array(pending)
+            yield pending
             pending, height = [], 0
     if pending:
-        yield pa.chunked_array(pending)
+        yield pending
+
+
+def _names(chunks: Sequence[Chunk], column: str) -> pa.ChunkedArray:
+    return pa.chunked_array([read_column(chunk.path(column), "name") for chunk in chunks])
 
 
 def audit_ranks(names: pl.Series) -> NDArray[np.int64]:

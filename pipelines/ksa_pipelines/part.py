@@ -14,14 +14,15 @@ from ksa_pipelines.engine import Engine
 from ksa_pipelines.histories import LISTS, group_by_user, lists_of, user_offsets
 from ksa_pipelines.ingest import Ingested
 from ksa_pipelines.insert import insert_events
-from ksa_pipelines.rows import write_rows
 from ksa_pipelines.split import Split, split_positions
 from ksa_pipelines.stored import Stored
 from ksa_pipelines.ties import sort_by_order
 from ksa_pipelines.vocab import item_hashes
 from ksa_pipelines.write import WORK, write_part
+from recsys_ksa.data.hashes import file_hash
 from recsys_ksa.data.jagged_arrays import ragged_arange
 from recsys_ksa.data.parts import part_name
+from recsys_ksa.data.rows import rows_name, write_rows
 from recsys_ksa.order import TieKind
 from recsys_ksa.schema import UNKNOWN_ITEM
 
@@ -42,28 +43,31 @@ class PartTask:
     """Name and index by code in the log; None where it has none."""
     tie: TieKind
     split: Split
-    target: Path
-    """The Parquet file to write."""
+    directory: Path
+    """The data set."""
+    part: str
+    """Name of the Parquet file to write."""
     stored: Stored | None
     """Histories that the data set has already."""
 
 
-def write_bucket(task: PartTask) -> int:
-    """Write the part of a bucket, and its rows to be merged; return how many users of it have a number now."""
+def write_bucket(task: PartTask) -> tuple[int, str]:
+    """Write the part of a bucket and its rows; return how many users of it have a number now, and the part's sha256."""
     events, users = _numbered(task, read_frame(task.folder / EVENTS), read_frame(task.folder / USERS))
     user_index, offsets = user_offsets(events["user_index"].to_numpy())
-    ordered = sort_by_order(_as_indices(task, events), task.tie)
-    lists = {name: to_arrow(ordered[name]) for name in LISTS if name in ordered.columns}
+    ordered, ties = sort_by_order(_as_indices(task, events), task.tie)
+    lists = {name: to_arrow(ordered[name]) for name in LISTS if name in ordered.columns} | {"tie": ties}
     old = users["row"].drop_nulls().to_numpy()
     if task.stored is not None and len(old):
-        before, old_offsets = lists_of(task.stored.read(old))
+        before, old_offsets = lists_of(task.stored.bucket(task.bucket).read(old))
         old_offsets = np.append(old_offsets, np.repeat(old_offsets[-1], users.height - len(old)))
         lists, offsets = insert_events(before, old_offsets, lists, offsets, task.tie)
     positions = split_positions(lists["timestamp"].to_numpy(), offsets, task.split)
     histories = group_by_user(lists, users, positions, offsets)
-    write_part(histories, task.target, compact=task.stored is None)
-    write_rows(histories, task.folder)
-    return max(task.numbered, int(user_index[-1]) // task.num_buckets + 1)
+    target = task.directory / task.part
+    write_part(histories, target, compact=task.stored is None)
+    write_rows(histories, task.directory / rows_name(task.part))
+    return max(task.numbered, int(user_index[-1]) // task.num_buckets + 1), file_hash(target)
 
 
 def write_parts(
@@ -76,8 +80,8 @@ def write_parts(
     engine: Engine,
     numbered: Sequence[int],
     stored: Stored | None = None,
-) -> tuple[int, ...]:
-    """Write a version's part of each gathered bucket into `directory`; return how many users each bucket numbers now.
+) -> tuple[tuple[int, ...], dict[str, str]]:
+    """Write a version's part of each gathered bucket into `directory`, and its rows.
 
     Args:
         ingested: the log.
@@ -88,6 +92,9 @@ def write_parts(
         engine: where the work runs.
         numbered: users that have a number already, by bucket.
         stored: histories that the data set has already.
+
+    Returns:
+        How many users each bucket numbers now; the sha256 of each part.
     """
     items = directory / WORK / "log_items.arrow"
     _write_log_items(catalogue, ingested.names["item"].values, items, hashed=tie == "hash")
@@ -102,14 +109,16 @@ def write_parts(
             event_types=_event_types(ingested, catalogue),
             tie=tie,
             split=split,
-            target=directory / part_name(version, gathered.bucket),
+            directory=directory,
+            part=part_name(version, gathered.bucket),
             stored=stored,
         )
         for gathered in ingested.buckets
     ]
-    for task, count in zip(tasks, engine.map(write_bucket, tasks)):
-        now[task.bucket] = count
-    return tuple(now)
+    files = dict[str, str]()
+    for task, (count, digest) in zip(tasks, engine.map(write_bucket, tasks)):
+        now[task.bucket], files[task.part] = count, digest
+    return tuple(now), files
 
 
 def _numbered(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -9,7 +9,6 @@ from ksa_pipelines.ingest import Resources, apply_filters, ingest
 from ksa_pipelines.part import write_parts
 from ksa_pipelines.quarantine import gather_quarantine, quarantine_name
 from ksa_pipelines.report import Report
-from ksa_pipelines.rows import open_rows
 from ksa_pipelines.split import global_cuts
 from ksa_pipelines.ties import choose_tie, describe_ties
 from ksa_pipelines.users import extend_users, write_users
@@ -17,6 +16,7 @@ from ksa_pipelines.write import WORK, atomic_directory, hash_files, refuse_exist
 from recsys_ksa import __version__
 from recsys_ksa.data.cache import write_cache
 from recsys_ksa.data.manifest import Counts, Manifest
+from recsys_ksa.data.rows import Overview, numbered_users, open_rows
 from recsys_ksa.schema import FORMAT_VERSION
 
 
@@ -56,20 +56,23 @@ def prepare(
         catalogue = extend_catalogue(None, counted, items, config, report)
         split = global_cuts(config.split, config.clock, ingested.last_timestamp)
         nobody = [0] * config.num_buckets
-        numbered = write_parts(ingested, catalogue, tie.kind, split, directory, 0, resources.engine, nobody)
+        numbered, files = write_parts(ingested, catalogue, tie.kind, split, directory, 0, resources.engine, nobody)
         report(f"ordered {sum(numbered):,} histories")
         write_catalogue(catalogue, directory, 0)
         gather_quarantine(work, directory / quarantine_name(0))
-        merged = write_cache(directory, open_rows([bucket.folder for bucket in ingested.buckets]), split, 0)
-        user_table = extend_users(directory, 0, None, users, config.users, report)
+        rows = open_rows(directory, files)
+        overview = Overview.of(rows, split)
+        write_cache(directory, rows, overview, 0)
+        user_table = extend_users(numbered_users(rows), None, directory, users, config.users, report)
         write_users(user_table, directory, 0)
         shutil.rmtree(work)
-        files = hash_files(directory, directory.rglob("*.parquet"))
+        others = [path for path in directory.rglob("*.parquet") if path.relative_to(directory).as_posix() not in files]
+        files |= hash_files(directory, others)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             code_version=__version__,
-            content_hash=merged.content_hash,
-            split_hash=merged.split_hash,
+            content_hash=overview.content_hash,
+            split_hash=overview.split_hash,
             clock=config.clock,
             tie=tie.kind,
             tie_chosen_by=tie.chosen_by,
@@ -82,7 +85,7 @@ def prepare(
             side_features=config.items.side_features,
             multi_features=config.items.multi_features,
             vectors=tuple(config.items.vectors),
-            counts=Counts.of(merged.lengths, catalogue.num_items),
+            counts=Counts.of(overview.lengths, catalogue.num_items),
             split=split,
             logs=(ingested.source,),
             items_files=catalogue.items_files,
@@ -92,7 +95,7 @@ def prepare(
             users_described=user_table.rows.height,
             config=config.model_dump(mode="json"),
             numbered_users=numbered,
-            files=files,
+            files=dict(sorted(files.items())),
         )
         manifest.save(directory)
     report(f"wrote {target}: {len(manifest.files)} files, content hash {manifest.content_hash[:12]}")

@@ -6,7 +6,7 @@ the same for all chunks, `read_bucket` reads a bucket of them without touching t
     <stem>.rows          records of all numbers: row, user (counted within its bucket), item, timestamp and, where the
                          log has them, event types; sorted by bucket
     <stem>.texts.arrow   what is text in each row, in the same order: event_id, where the log has it
-    <stem>.users.arrow   the chunk's different user ids, sorted by bucket
+    <stem>.users         the chunk's different user ids (`arrow.write_texts`), sorted by bucket
     <stem>.item.arrow, <stem>.event_type.arrow   the names that item and event_type count
 """
 
@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ksa_pipelines.arrow import encode, read_column, to_arrow, write_table
+from ksa_pipelines.arrow import encode, read_column, read_texts, to_arrow, write_table, write_texts
 from ksa_pipelines.checks import FORGOTTEN, REASON, mark_rejected, refuse_milliseconds
 from ksa_pipelines.columns import column_kinds, map_columns
 from ksa_pipelines.config import PrepareConfig
@@ -73,7 +73,7 @@ class Chunk:
     """Arrival number of its file's first row."""
 
     def path(self, name: str) -> Path:
-        """Return the file of `users`, `item` or `event_type`."""
+        """Return the Arrow file of `texts`, `item` or `event_type`."""
         return Path(f"{self.stem}.{name}.arrow")
 
     def rows(self, bucket: int) -> NDArray[np.void]:
@@ -90,7 +90,7 @@ class Chunk:
     def users(self, bucket: int) -> pa.Array:
         """Return the users of a bucket, in the order that its rows count."""
         first, last = self.user_ends[bucket : bucket + 2].tolist()
-        return read_column(self.path("users"), "user_id", first, last - first)
+        return read_texts(Path(f"{self.stem}.users"), int(self.user_ends[-1]), first, last)
 
 
 @dataclass(frozen=True)
@@ -186,11 +186,11 @@ def write_chunk(rows: pl.DataFrame, num_buckets: int, stem: Path) -> Chunk:
     kind = np.dtype([(name, values.dtype) for name, values in numbers.items()])
     records = np.empty(rows.height, dtype=kind)
     for name, values in numbers.items():
-        records[name] = values[order]
+        records[name] = values.take(order)
     records.tofile(f"{stem}.rows")
     if texts:
         write_table(pa.table(texts), Path(f"{stem}.texts.arrow"))
-    write_table(pa.table({"user_id": to_arrow(users).take(pa.array(by_bucket))}), Path(f"{stem}.users.arrow"))
+    write_texts(to_arrow(users).take(pa.array(by_bucket)), Path(f"{stem}.users"))
     return Chunk(str(stem), _ends(bucket, num_buckets), user_ends, num_names, kind, tuple(texts))
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ksa_pipelines.arrow import take_rows
+from ksa_pipelines.arrow import take_rows, to_arrow
 from recsys_ksa.data.manifest import ChosenBy, TieAudit
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.order import TieKind, hash_tie_numbers
@@ -139,8 +139,8 @@ def describe_ties(audit: TieAudit, choice: TieChoice) -> str:
     )
 
 
-def sort_by_order(events: pl.DataFrame, kind: TieKind) -> pl.DataFrame:
-    """Return the events sorted by (user_index, timestamp, tie), ties after that by arrival, with the column `tie`.
+def sort_by_order(events: pl.DataFrame, kind: TieKind) -> tuple[pl.DataFrame, pa.Array]:
+    """Return the events sorted by (user_index, timestamp, tie), ties after that by arrival, and the ties.
 
     Args:
         events: user_index, timestamp, `arrival` (uint64) and, by kind, event_id (nulls fall back to arrival) or
@@ -153,7 +153,7 @@ def sort_by_order(events: pl.DataFrame, kind: TieKind) -> pl.DataFrame:
     if keys:
         ordered = ordered.with_columns(**{f"tie_{n}": key for n, key in enumerate(keys)})
         ordered = take_rows(ordered, _tied_order(ordered, len(keys)))
-    return ordered.with_columns(tie=_ties(ordered, kind)).drop(f"tie_{n}" for n in range(len(keys)))
+    return ordered.drop(f"tie_{n}" for n in range(len(keys))), _ties(ordered, kind)
 
 
 def _in_order(user: NDArray[np.int64], timestamp: NDArray[np.int64]) -> bool:
@@ -190,25 +190,23 @@ def _hash_keys(events: pl.DataFrame) -> list[pl.Series]:
 def _id_keys(events: pl.DataFrame) -> list[pl.Series]:
     ids = events["event_id"].cast(pl.Binary)
     if ids.null_count():
-        ids = pl.select(pl.coalesce(pl.lit(ids), pl.lit(_big_endian(events["arrival"])))).to_series()
+        arrivals = pl.Series(pl.from_arrow(_big_endian(events["arrival"])))
+        ids = pl.select(pl.coalesce(pl.lit(ids), pl.lit(arrivals))).to_series()
     return [ids]
 
 
-def _ties(ordered: pl.DataFrame, kind: TieKind) -> pl.Series:
+def _ties(ordered: pl.DataFrame, kind: TieKind) -> pa.Array:
     if kind == "arrival":
         return _big_endian(ordered["arrival"])
     if kind == "id" or "tie_1" not in ordered.columns:
         first = ordered["tie_0"]
-        return first if first.dtype == pl.Binary else _big_endian(first)
-    number, event_type = _big_endian(ordered["tie_0"]).to_arrow(), ordered["tie_1"].to_arrow()
-    parts = [number.cast(pa.large_binary()), event_type.cast(pa.large_binary()), pa.scalar(b"", pa.large_binary())]
-    joined = pc.call_function("binary_join_element_wise", parts)
-    return pl.Series(pl.from_arrow(joined))
+        return to_arrow(first) if first.dtype == pl.Binary else _big_endian(first)
+    parts = [_big_endian(ordered["tie_0"]), to_arrow(ordered["tie_1"]), pa.scalar(b"", pa.large_binary())]
+    return pc.call_function("binary_join_element_wise", parts)
 
 
-def _big_endian(numbers: pl.Series) -> pl.Series:
-    """uint64 numbers -> their 8 big-endian bytes each, Binary; `recsys_ksa.order.number_tie` for a column."""
+def _big_endian(numbers: pl.Series) -> pa.Array:
+    """uint64 numbers -> their 8 big-endian bytes each, large_binary; `recsys_ksa.order.number_tie` for a column."""
     raw = numbers.to_numpy().astype(">u8").tobytes()
     offsets = np.arange(len(numbers) + 1, dtype=np.int64) * 8
-    array = pa.Array.from_buffers(pa.large_binary(), len(numbers), [None, pa.py_buffer(offsets), pa.py_buffer(raw)])
-    return pl.Series(pl.from_arrow(array))
+    return pa.Array.from_buffers(pa.large_binary(), len(numbers), [None, pa.py_buffer(offsets), pa.py_buffer(raw)])

@@ -23,8 +23,8 @@ from ksa_pipelines.report import Report
 from ksa_pipelines.sources import find_files, reading, scan_all, source_files
 from ksa_pipelines.vocab import count_categories, number_categories
 from ksa_pipelines.write import write_table
-from recsys_ksa.data.cache import CACHE
 from recsys_ksa.data.manifest import Manifest, SourceFile, check_file, versioned
+from recsys_ksa.data.rows import numbered_users, open_rows
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.features.users import UserKind
 from recsys_ksa.schema import VOCABULARY, user_column, user_vocabulary
@@ -46,14 +46,14 @@ class UserTable:
 
 
 def extend_users(
-    dataset: Path, version: int, before: Manifest | None, users: str | None, config: UsersConfig, report: Report
+    numbered: pa.Table, before: Manifest | None, dataset: Path, users: str | None, config: UsersConfig, report: Report
 ) -> UserTable:
-    """Return the table with what a file tells of the users of a version, whose cache is written.
+    """Return the table with what a file tells of the users of a version.
 
     Args:
-        dataset: its folder.
-        version: the one that is being made.
+        numbered: user_id and user_index of the version's users.
         before: of the version before; None for a first log.
+        dataset: its folder.
         users: the file, or None.
         config: its columns, as of the first log.
         report: is told how many it describes.
@@ -75,7 +75,7 @@ def extend_users(
     with reading(users):
         raw = scan_all(files_format, files)
         given = _mapped(raw, config, dict(raw.collect_schema()), users)
-        given = given.join(_numbered(dataset, version).lazy(), on="user_id").drop("user_id")
+        given = given.join(pl.LazyFrame(numbered), on="user_id").drop("user_id")
         new = given.join(known.rows.lazy(), on="user_index", how="anti").sort("user_index").collect()
     vocab: dict[str, pl.DataFrame] = {}
     for name, kind in config.kinds.items():
@@ -108,9 +108,9 @@ def read_users(dataset: Path, manifest: Manifest) -> UserTable:
     return UserTable(table("users.parquet"), vocab, manifest.users_files)
 
 
-def without_others(table: UserTable, dataset: Path, version: int) -> UserTable:
-    """Return the table of a version's users alone, without the names of categories that nobody has any more."""
-    rows = table.rows.join(_numbered(dataset, version), on="user_index", how="semi")
+def without_others(table: UserTable, numbered: pa.Table) -> UserTable:
+    """Return the table of these users alone, without the names of categories that nobody has any more."""
+    rows = table.rows.join(pl.DataFrame(numbered), on="user_index", how="semi")
     vocab = {}
     for name, frame in table.vocab.items():
         there = [column for kind in ("category", "list") if (column := user_column(name[5:], kind)) in rows.columns]
@@ -134,7 +134,7 @@ def write_users(table: UserTable, dataset: Path, version: int) -> list[Path]:
 def told_again(dataset: Path, manifest: Manifest) -> pl.DataFrame:
     """Return the table as a file that `extend_users` would read: user_id and the features' values."""
     table = read_users(dataset, manifest)
-    found = table.rows.join(_numbered(dataset, manifest.version), on="user_index")
+    found = table.rows.join(pl.DataFrame(numbered_users(open_rows(dataset, manifest.files))), on="user_index")
     columns = [pl.col("user_id")]
     for name, kind in manifest.user_features.items():
         column = pl.col(user_column(name, kind))
@@ -175,13 +175,6 @@ def _number_column(schema: Schema, name: str, source: str) -> pl.Expr:
         raise SchemaError(f"{source}: column {name!r}: expected numbers, got {kind}. Cast the column.")
     number = pl.col(name).cast(pl.Float64, strict=False).fill_null(float("nan"))
     return number.alias(user_column(name, "number"))
-
-
-def _numbered(dataset: Path, version: int) -> pl.DataFrame:
-    """Return user_id and user_index of a version's users."""
-    with pa.memory_map(str(dataset / versioned(CACHE, version))) as source:
-        users = pa.ipc.open_file(source).get_batch(0).select(["user_id", "user_index"])
-        return pl.DataFrame(pa.Table.from_batches([users]))
 
 
 def _arrow(rows: pl.DataFrame) -> pa.Table:

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise cannot_write(target, error) from error
     try:
         yield unfinished
-        for folder, _, names in os.walk(unfinished):
-            for name in names:
-                sync(Path(folder) / name)
-            sync(Path(folder))
+        sync_all([*unfinished.rglob("*"), unfinished])
         refuse_existing(target)
         unfinished.rename(target)
         sync(target.absolute().parent)
@@ -86,7 +84,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 def write_part(histories: pa.Table, path: Path, *, compact: bool = True) -> None:
     """Write a part, users by index; one that `ksa compact` will write again need not be small."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = PART_OPTIONS if compact else PART_OPTIONS | {"compression": "lz4"}
+    options: dict[str, Any] = PART_OPTIONS if compact else PART_OPTIONS | {"compression": "none"}
     with pq.ParquetWriter(str(path), histories.schema, **options) as writer:
         for group in row_groups(histories):
             writer.write_table(group, row_group_size=group.num_rows)
@@ -105,6 +103,12 @@ def row_groups(histories: pa.Table) -> Iterator[pa.Table]:
 def hash_files(directory: Path, paths: Iterable[Path]) -> dict[str, str]:
     """Return the sha256 of files of a data set by name."""
     return {path.relative_to(directory).as_posix(): file_hash(path) for path in sorted(paths)}
+
+
+def sync_all(paths: Iterable[Path]) -> None:
+    """Have the disk hold files and folders; many at a time, because this is waiting."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(sync, paths))
 
 
 def sync(path: Path) -> None:

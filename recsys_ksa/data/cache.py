@@ -2,86 +2,71 @@
 """The loader's copy of the histories: one uncompressed Arrow IPC record batch, users by index, hash-checked.
 
     cache/histories.arrow   what training and evaluation map into memory (a later version's: histories-00003.arrow)
-    cache/ties.arrow        what the loader does not need, for increments: lists of tie and event_id, batches of users
-    cache/histories.json    sha256 of these files, and the content and split hash they were built from
+    cache/histories.json    its sha256, and the content and split hash it was built from
 
-The caches can always be rebuilt from histories/part-*.parquet, in bounded memory: the loader's is laid out first
-(all sizes are known), then each block of users is written into its place.
+`ksa prepare` writes it; after a change it is built by whoever opens the data set first, from the rows (`rows.py`), in
+bounded memory: it is laid out first (all sizes are known), then each block of users is written into its place.
 """
 
 import json
 import logging
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from recsys_ksa.data.hashes import ContentHash, file_hash, split_hash
+from recsys_ksa.data.ahead import map_ahead
+from recsys_ksa.data.hashes import content_hash, file_hash, row_digests
+from recsys_ksa.data.jagged_arrays import offsets_of
 from recsys_ksa.data.manifest import Manifest, versioned
-from recsys_ksa.data.parts import Source, blocks, checked_parts, with_global_split
+from recsys_ksa.data.parts import blocks, checked_parts, with_global_split
+from recsys_ksa.data.rows import Overview, Rows, altered, open_rows
 from recsys_ksa.errors import DataError
 from recsys_ksa.schema import SPLIT_COLUMNS
 
 CACHE = "cache/histories.arrow"
-TIES = "cache/ties.arrow"
+BLOCK_EVENTS = 1 << 20
+"""Events that are put in order at a time, about."""
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What merging all parts told."""
+def write_cache(directory: Path, rows: Sequence[Rows], overview: Overview, version: int) -> None:
+    """Write the newest of some rows, users by index, as the loader's copy, and its seal.
 
-    content_hash: str
-    split_hash: str
-    lengths: NDArray[np.int64]
-    """Events of each user, by user_index."""
-
-
-def write_cache(directory: Path, sources: Sequence[Source], split: dict[str, dict[str, int]], version: int) -> Merged:
-    """Merge histories by user_index into the caches and their seal; return their hashes and lengths.
-
-    A reader sees the old caches or the new ones whole.
+    A reader sees the old copy or the new one whole.
 
     Args:
         directory: the data set.
-        sources: of all histories, such as the parts of all buckets (`parts.checked_parts`).
-        split: the cuts of protocol `global`; positions in the sources may be of an earlier version.
-        version: the data set's version; decides the names.
+        rows: of all its parts.
+        overview: of these rows.
+        version: the data set's version; decides the name.
     """
-    path, ties = (directory / versioned(name, version) for name in (CACHE, TIES))
+    path = directory / versioned(CACHE, version)
     path.parent.mkdir(exist_ok=True)
-    unfinished, unfinished_ties = (each.with_name(f".{each.name}.{os.getpid()}") for each in (path, ties))
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        merged = _merge_into(unfinished, unfinished_ties, sources, split)
-        with ThreadPoolExecutor(1) as other:
-            ties_hash = other.submit(file_hash, unfinished_ties)
-            seal = {
-                "sha256": file_hash(unfinished),
-                "ties_sha256": ties_hash.result(),
-                "content_hash": merged.content_hash,
-                "split_hash": merged.split_hash,
-            }
+        _lay_out(unfinished, rows, overview)
+        seal = {
+            "sha256": file_hash(unfinished),
+            "content_hash": overview.content_hash,
+            "split_hash": overview.split_hash,
+        }
         unfinished_seal = unfinished.with_suffix(".seal")
         unfinished_seal.write_text(json.dumps(seal, indent=2) + "\n", encoding="utf-8")
-        unfinished_ties.replace(ties)
         unfinished.replace(path)
         unfinished_seal.replace(path.with_suffix(".json"))
     except BaseException:
         unfinished.unlink(missing_ok=True)
-        unfinished_ties.unlink(missing_ok=True)
         raise
-    return merged
 
 
 def map_cache(directory: Path, manifest: Manifest, *, checked: bool = False) -> pa.RecordBatch:
-    """Return the cached histories as one memory-mapped record batch; rebuild the cache where it is missing or old.
+    """Return the cached histories as one memory-mapped record batch; build the copy where it is missing or old.
 
     Args:
         directory: the data set.
@@ -89,54 +74,38 @@ def map_cache(directory: Path, manifest: Manifest, *, checked: bool = False) -> 
         checked: the caller knows that the file is what its seal says.
 
     Raises:
-        DataError: the cache was altered, or a part that a rebuild needs is missing or altered.
+        DataError: the cache was altered, or a part that is needed to build it is missing or altered.
     """
     directory = Path(directory)
     path = directory / versioned(CACHE, manifest.version)
-    seal = _sealed(directory, manifest)
+    sha256 = _sealed(path, manifest)
+    if sha256 is None:
+        _log.warning("%s: building %s", directory, path.relative_to(directory))
+        _build(directory, manifest)
+        sha256 = _sealed(path, manifest)
+        assert sha256 is not None
     if not checked:
-        _check_seal(path, seal["sha256"])
+        found = file_hash(path)
+        if found != sha256:
+            raise altered(path)
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     return reader.get_batch(0)
 
 
-def checked_caches(directory: Path, manifest: Manifest) -> tuple[Path, Path]:
-    """Return the loader's cache and that of ties; rebuild both where one is missing or old.
+def checked_rows(directory: Path, manifest: Manifest) -> tuple[list[Rows], Overview]:
+    """Return the rows of a data set and their overview; the digests are those of the content hash.
+
+    Whoever reads a row compares it with its digest.
 
     Raises:
-        DataError: as `map_cache` says.
+        DataError: the cache was altered, or a part that a missing file needs is missing or altered.
     """
-    path, ties = (directory / versioned(name, manifest.version) for name in (CACHE, TIES))
-    seal = _sealed(directory, manifest)
-    if not (ties.is_file() and seal["ties_sha256"]):
-        _rebuild(directory, manifest)
-        seal = _sealed(directory, manifest)
-    with ThreadPoolExecutor(1) as other:
-        checked = other.submit(_check_seal, ties, seal["ties_sha256"])
-        _check_seal(path, seal["sha256"])
-        checked.result()
-    return path, ties
-
-
-def _sealed(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """Return the seal of the version's caches; rebuild them where they are missing or of other data."""
-    path = directory / versioned(CACHE, manifest.version)
-    seal = _read_seal(path)
-    if seal is None or (seal["content_hash"], seal["split_hash"]) != (manifest.content_hash, manifest.split_hash):
-        _log.warning("%s: building %s from the parts", directory, path.relative_to(directory))
-        _rebuild(directory, manifest)
-        seal = _read_seal(path)
-        assert seal is not None
-    return seal
-
-
-def _check_seal(path: Path, expected: str) -> None:
-    found = file_hash(path)
-    if found != expected:
-        raise DataError(
-            f"{path}: expected sha256 {expected[:12]}..., got {found[:12]}...: the cache was altered. "
-            f"Delete {path.parent}; it is rebuilt at the next use."
-        )
+    rows = open_rows(directory, manifest.files)
+    if not rows:
+        raise DataError(f"{directory}: expected histories/part-*.parquet in the manifest, got none. Prepare it again.")
+    overview = Overview.of(rows, manifest.split)
+    _check_content(directory, manifest, overview.content_hash)
+    return rows, overview
 
 
 def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
@@ -146,66 +115,72 @@ def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
         DataError: a part is missing or altered, or all together are not what the manifest says.
     """
     parts = checked_parts(Path(directory), manifest)
-    tables = [with_global_split(block, manifest.split) for block in blocks(parts)]
-    digest = ContentHash(tables[0].schema)
-    for table in tables:
-        digest.update(table)
-    _check_content(directory, manifest, digest.hexdigest())
-    return pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables([with_global_split(block, manifest.split) for block in blocks(parts)]).combine_chunks()
+    _check_content(directory, manifest, content_hash(table.schema.names, row_digests(table)))
+    return table
 
 
-def _rebuild(directory: Path, manifest: Manifest) -> None:
-    parts = checked_parts(directory, manifest)
+def _sealed(path: Path, manifest: Manifest) -> str | None:
+    """Return the sha256 of the copy; None where it is missing or of other data."""
+    if not path.is_file():
+        return None
     try:
-        merged = write_cache(directory, parts, manifest.split, manifest.version)
+        seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        made_of = seal["content_hash"], seal["split_hash"]
+        return str(seal["sha256"]) if made_of == (manifest.content_hash, manifest.split_hash) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build(directory: Path, manifest: Manifest) -> None:
+    rows, overview = checked_rows(directory, manifest)
+    for _ in map_ahead(Rows.check, rows):
+        pass
+    try:
+        write_cache(directory, rows, overview, manifest.version)
     except OSError as error:
         raise DataError(
             f"{directory / 'cache'}: expected to write the cache, got: {error.strerror}. Make the folder writable once."
         ) from error
-    _check_content(directory, manifest, merged.content_hash)
 
 
 def _check_content(directory: Path, manifest: Manifest, found: str) -> None:
     if found != manifest.content_hash:
         raise DataError(
-            f"{directory}: expected content_hash {manifest.content_hash[:12]}..., its parts give {found[:12]}.... "
-            "Prepare the data set again."
+            f"{directory}: expected content_hash {manifest.content_hash[:12]}..., its rows give {found[:12]}...: the "
+            f"cache or the manifest was altered. Delete {Path(directory) / 'cache'}; else prepare the data set again."
         )
 
 
-def _merge_into(path: Path, ties: Path, sources: Sequence[Source], split: dict[str, dict[str, int]]) -> Merged:
-    """Write the sources' newest rows into `path` and `ties`."""
-    sizes = [source.sizes() for source in sources]
-    num_events, id_bytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
-    num_users = sum(int(source.newest.sum()) for source in sources)
-    schema = sources[0].schema
-    layout = _Layout(path, schema, num_users, num_events, id_bytes)
-    digest = ContentHash(schema)
-    lengths = []
-    kept = [name for name in ("tie", "event_id") if name in schema.names]
-    with (
-        path.open("r+b") as file,
-        pa.OSFile(str(ties), "wb") as sink,
-        pa.ipc.new_file(sink, pa.schema([schema.field(name) for name in kept])) as writer,
-    ):
-        for block in _read_ahead(blocks(sources)):
-            digest.update(block)
-            layout.write(file.fileno(), with_global_split(block, split))
-            writer.write_table(block.select(kept))
-            lengths.append(pc.call_function("list_value_length", [block.column("item_index")]).to_numpy())
-    with pa.memory_map(str(path)) as source:
-        positions = split_hash(split, pa.ipc.open_file(source).get_batch(0))
-    all_lengths = np.concatenate(lengths).astype(np.int64) if lengths else np.empty(0, dtype=np.int64)
-    return Merged(digest.hexdigest(), positions, all_lengths)
+def _lay_out(path: Path, rows: Sequence[Rows], overview: Overview) -> None:
+    """Write the newest rows, users by index, into `path`."""
+    ids = [each.column("user_id").filter(pa.array(each.newest)) for each in rows]
+    id_bytes = sum(pc.call_function("binary_length", [each]).to_numpy().sum() for each in ids)
+    offsets = offsets_of(overview.lengths)
+    layout = _Layout(path, rows[0].schema, len(overview.lengths), int(offsets[-1]), int(id_bytes))
+    cuts = np.searchsorted(offsets, np.arange(0, offsets[-1], BLOCK_EVENTS))
+    cuts = np.unique(np.append(cuts, len(overview.lengths))).tolist()
+
+    def block(ends: tuple[int, int]) -> pa.Table:
+        return _in_order(rows, overview, slice(*ends), layout.names)
+
+    with path.open("r+b") as file:
+        for table in map_ahead(block, pairwise(cuts)):
+            layout.write(file.fileno(), table)
 
 
-def _read_ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the tables, the next one being read meanwhile."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, tables, None)
-        while (table := coming.result()) is not None:
-            coming = reader.submit(next, tables, None)
-            yield table
+def _in_order(rows: Sequence[Rows], overview: Overview, which: slice, names: Sequence[str]) -> pa.Table:
+    """Return some users' rows, by index, their positions by the cuts of now."""
+    user_index = overview.user_index[which]
+    there = [name for name in names if name not in SPLIT_COLUMNS]
+    found = [each.between(int(user_index[0]), int(user_index[-1]), there) for each in rows]
+    table = pa.concat_tables(found)
+    table = table.take(np.argsort(table.column("user_index").to_numpy()))
+    for name in SPLIT_COLUMNS:
+        table = table.append_column(name, pa.array(overview.positions[name][which]))
+    for each in rows:
+        each.release()
+    return table
 
 
 class _Layout:
@@ -214,6 +189,7 @@ class _Layout:
     def __init__(self, path: Path, schema: pa.Schema, num_users: int, num_events: int, id_bytes: int) -> None:
         names = ["user_id", "user_index", "item_index", "timestamp", "event_type", "value", *SPLIT_COLUMNS]
         self._schema = pa.schema([schema.field(name) for name in names if name in schema.names])
+        self.names: list[str] = self._schema.names
         self._users = self._events = self._id_bytes = 0
         _write_zeros(path, self._schema, num_users, num_events, id_bytes)
         with pa.memory_map(str(path)) as source:
@@ -290,14 +266,3 @@ def _ends(num_users: int, last: int, kind: str) -> pa.Buffer:
 
 def _untouched(num_bytes: int) -> mmap.mmap:
     return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared one takes memory when read
-
-
-def _read_seal(path: Path) -> dict[str, str] | None:
-    if not path.is_file():
-        return None
-    try:
-        seal = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        needed = {name: str(seal[name]) for name in ("sha256", "content_hash", "split_hash")}
-        return needed | {"ties_sha256": str(seal.get("ties_sha256", ""))}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

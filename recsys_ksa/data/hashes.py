@@ -1,9 +1,12 @@
 # pyright: standard
-"""The hashes that identify a prepared data set, computed a block of users at a time."""
+"""The hashes that identify a prepared data set.
+
+Each user's row has a digest, and `content_hash` is over these: a change hashes the rows it touches, and nothing else.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from numpy.typing import NDArray
 
 from recsys_ksa.schema import SPLIT_COLUMNS
 
-_HASHED_LISTS = ("item_index", "timestamp", "tie", "event_id", "event_type", "value")
+HASHED_LISTS = ("item_index", "timestamp", "tie", "event_id", "event_type", "value")
+Digests = NDArray[np.uint8]
+"""SHA-256 of each row, uint8 [U, 32]."""
 Split = dict[str, dict[str, int]]
 
 
@@ -23,56 +28,51 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class ContentHash:
-    """SHA-256 of a histories table's canonical rows, fed with blocks of users in order of user_index.
+def row_digests(histories: pa.Table) -> Digests:
+    """Return the SHA-256 of each row of a table in `schema.histories_schema`.
 
-    Each user's row is: user_index and number of events (int64), user_id, then item_index (int32), timestamp
+    A row is: user_index and number of events (int64), length of user_id, then user_id, item_index (int32), timestamp
     (int64), tie, and where the log has them event_id, event_type (int8) and value (float32). Numbers are
-    little-endian; a string is its length as int64 and its bytes; a list of strings is the lengths as int64, then all
-    bytes. Split positions have a hash of their own.
+    little-endian, lengths int64; a list of strings is the lengths, then all bytes. Split positions are not in it.
     """
-
-    def __init__(self, schema: pa.Schema) -> None:
-        self._names = [name for name in _HASHED_LISTS if name in schema.names]
-        self._digest = hashlib.sha256(b"recsys-ksa histories 1\n")
-        self._digest.update((",".join(self._names) + "\n").encode())
-
-    def update(self, block: pa.Table) -> None:
-        """Add a block in `schema.histories_schema`, its users by index and after all users before."""
-        if block.num_rows == 0:
-            return
-        ids = _Cells.of_strings(pa.concat_arrays(block.column("user_id").cast(pa.large_string()).chunks))
-        lists = [_Cells.of_lists(pa.concat_arrays(block.column(name).chunks)) for name in self._names]
-        heads = np.empty((block.num_rows, 3), dtype="<i8")
-        heads[:, 0] = block.column("user_index").to_numpy()
-        heads[:, 1] = np.diff(lists[0].offsets)
-        heads[:, 2] = np.diff(ids.offsets)
-        # One hash of many joined pieces: a call a piece costs more than the hash.
-        columns = [_Cells(heads.reshape(-1).view(np.uint8).data, np.arange(block.num_rows + 1) * 24), ids]
-        columns += [cells for cell in lists for cells in (cell.lengths, cell) if cells is not None]
-        pieces = zip(*(cells.pieces() for cells in columns))
-        self._digest.update(b"".join(piece for row in pieces for piece in row))
-
-    def hexdigest(self) -> str:
-        """Return the hash of everything so far, in hexadecimal."""
-        return self._digest.hexdigest()
+    rows = histories.num_rows
+    if rows == 0:
+        return np.empty((0, 32), dtype=np.uint8)
+    ids = _Cells.of_strings(_whole(histories.column("user_id")).cast(pa.large_string()))
+    names = [name for name in HASHED_LISTS if name in histories.schema.names]
+    lists = [_Cells.of_lists(_whole(histories.column(name))) for name in names]
+    heads = np.empty((rows, 3), dtype="<i8")
+    heads[:, 0] = histories.column("user_index").to_numpy()
+    heads[:, 1] = np.diff(lists[0].offsets)
+    heads[:, 2] = np.diff(ids.offsets)
+    # One hash of joined pieces: a call a piece costs more than the hash.
+    columns = [_Cells(heads.reshape(-1).view(np.uint8).data, np.arange(rows + 1) * 24), ids]
+    columns += [cells for cell in lists for cells in (cell.lengths, cell) if cells is not None]
+    pieces = zip(*(cells.pieces() for cells in columns))
+    digests = b"".join([hashlib.sha256(b"".join(row)).digest() for row in pieces])
+    return np.frombuffer(digests, dtype=np.uint8).reshape(rows, 32)
 
 
-def content_hash(histories: pa.Table) -> str:
-    """Return `ContentHash` of a whole table, whatever the order of its users."""
-    digest = ContentHash(histories.schema)
-    digest.update(histories.sort_by("user_index"))
+def content_hash(names: Sequence[str], digests: Digests) -> str:
+    """Return the SHA-256 of a data set: of its columns' names, then of the digests of all rows, users by index.
+
+    Args:
+        names: columns of the rows, of which the hashed lists count.
+        digests: `row_digests`.
+    """
+    hashed = ",".join(name for name in HASHED_LISTS if name in names)
+    digest = hashlib.sha256(f"recsys-ksa histories 2\n{hashed}\n".encode())
+    digest.update(np.ascontiguousarray(digests).data)
     return digest.hexdigest()
 
 
-def split_hash(split: Split, histories: pa.Table | pa.RecordBatch) -> str:
-    """Return the SHA-256 of the split's definition and of each user's positions (users by index, int32)."""
-    table = histories.select(["user_index", *SPLIT_COLUMNS]).sort_by("user_index")
+def split_hash(split: Split, user_index: NDArray[np.int64], positions: Mapping[str, NDArray[np.int32]]) -> str:
+    """Return the SHA-256 of the split's definition and of each user's positions, users by index."""
     digest = hashlib.sha256(json.dumps(split, sort_keys=True).encode() + b"\n")
-    digest.update(table.column("user_index").to_numpy().astype("<i8").tobytes())
+    digest.update(user_index.astype("<i8").tobytes())
     for name in SPLIT_COLUMNS:
         digest.update(name.encode() + b"\n")
-        digest.update(table.column(name).to_numpy().astype("<i4").tobytes())
+        digest.update(positions[name].astype("<i4").tobytes())
     return digest.hexdigest()
 
 
@@ -107,6 +107,10 @@ class _Cells:
         numbers = np.ascontiguousarray(flat.to_numpy())
         numbers = numbers.astype(numbers.dtype.newbyteorder("<"), copy=False)
         return cls(numbers.view(np.uint8).data, offsets * numbers.itemsize, offsets)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def _strings(array: pa.Array) -> tuple[NDArray[np.int64], memoryview]:

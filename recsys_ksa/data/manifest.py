@@ -109,7 +109,7 @@ class Manifest(Strict):
     tables_version: int = 0
     """The version that wrote the items and vocabularies this version uses."""
     content_hash: str
-    """SHA-256 over canonical rows of the histories; see `hashes.ContentHash`."""
+    """SHA-256 over the digests of all canonical rows; see `hashes.content_hash`."""
     split_hash: str
     """SHA-256 over the split's definition and positions."""
     clock: Clock
@@ -218,7 +218,7 @@ def read_manifest(directory: Path, version: int | None = None) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}. Prepare it with this version."
+            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}. Prepare it again with this version."
         )
     try:
         return Manifest.model_validate(values)
@@ -237,12 +237,21 @@ def check_file(directory: Path, manifest: Manifest, name: str) -> Path:
     path = Path(directory) / name
     if name not in manifest.files:
         raise DataError(f"{path}: expected a file named in {MANIFEST}, which does not name it. Prepare the data again.")
+    return check_hash(path, manifest.files[name])
+
+
+def check_hash(path: Path, expected: str) -> Path:
+    """Return the path of a file after comparing its sha256.
+
+    Raises:
+        DataError: the file is missing or altered.
+    """
     if not path.is_file():
         raise DataError(f"{path}: expected a file of the data set, found none. Prepare the data set again.")
     found = file_hash(path)
-    if found != manifest.files[name]:
+    if found != expected:
         raise DataError(
-            f"{path}: expected sha256 {manifest.files[name][:12]}..., got {found[:12]}...: the file was altered. "
+            f"{path}: expected sha256 {expected[:12]}..., got {found[:12]}...: the file was altered. "
             "Prepare the data set again."
         )
     return path

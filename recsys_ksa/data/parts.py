@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -41,28 +40,21 @@ def parts_by_bucket(files: Iterable[str]) -> dict[int, list[str]]:
     return dict(parts)
 
 
-class Source(Protocol):
-    """Histories that are read forward by user_index: a part, or what a pipeline has nearer at hand."""
+class HasUsers(Protocol):
+    """A part, or what was made of it."""
 
     users: NDArray[np.int64]
     """[rows] user_index, ascending."""
     newest: NDArray[np.bool_]
-    """[rows] whether this source has the row that counts."""
-    num_events: int
-    """In all rows."""
+    """[rows] whether no later part has this user."""
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Of `before`'s tables: `schema.histories_schema`."""
-        ...
 
-    def sizes(self) -> tuple[int, int]:
-        """Return the events and the bytes of user ids of the newest rows."""
-        ...
-
-    def before(self, user_index: int) -> pa.Table | None:
-        """Return the next newest rows up to, without, `user_index`, or None."""
-        ...
+def mark_newest(parts: Sequence[HasUsers]) -> None:
+    """Say which rows of a bucket's parts, oldest first, are the newest of their users."""
+    later = np.empty(0, dtype=np.int64)
+    for part in reversed(parts):
+        part.newest = ~np.isin(part.users, later)
+        later = np.concatenate([later, part.users[part.newest]])
 
 
 @dataclass
@@ -75,7 +67,6 @@ class Part:
     """[rows] user_index, ascending."""
     newest: NDArray[np.bool_] = field(init=False)
     """[rows] whether no later part has this user."""
-
     num_events: int = field(init=False)
     """In all rows."""
 
@@ -90,21 +81,6 @@ class Part:
         self.num_events = sum(group.column(leaf).num_values for group in groups)
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
         self._group, self._held, self._row = 0, None, 0
-
-    @property
-    def schema(self) -> pa.Schema:
-        """`schema.histories_schema`."""
-        return pq.read_schema(self.path)
-
-    def sizes(self) -> tuple[int, int]:
-        """Return the events and the bytes of user ids of the newest rows."""
-        events, id_bytes, row = 0, 0, 0
-        file = pq.ParquetFile(self.path)
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=["user_id", "item_index"])
-            more = sizes_of(table, self.newest[row : row + table.num_rows])
-            row, events, id_bytes = row + table.num_rows, events + more[0], id_bytes + more[1]
-        return events, id_bytes
 
     def before(self, user_index: int) -> pa.Table | None:
         """Return the next newest rows up to, without, `user_index`, or None."""
@@ -123,25 +99,15 @@ class Part:
         return pa.concat_tables(pieces) if pieces else None
 
 
-def sizes_of(rows: pa.Table, newest: NDArray[np.bool_]) -> tuple[int, int]:
-    """Return the events and the bytes of user ids of the rows that are the newest."""
-    lengths = pc.call_function("list_value_length", [rows.column("item_index")]).to_numpy()
-    id_bytes = pc.call_function("binary_length", [rows.column("user_id")]).to_numpy()
-    return int(lengths[newest].sum()), int(id_bytes[newest].sum())
-
-
 def open_parts(directory: Path, names: Sequence[str], columns: Sequence[str] | None = None) -> list[Part]:
     """Return a bucket's parts, oldest first, each knowing which of its rows are the newest."""
     parts = [Part(directory / name, columns) for name in names]
-    later = np.empty(0, dtype=np.int64)
-    for part in reversed(parts):
-        part.newest = ~np.isin(part.users, later)
-        later = np.concatenate([later, part.users[part.newest]])
+    mark_newest(parts)
     return parts
 
 
-def blocks(parts: Sequence[Source]) -> Iterator[pa.Table]:
-    """Yield the newest rows of all sources by user_index, in tables of about `BLOCK_EVENTS` events."""
+def blocks(parts: Sequence[Part]) -> Iterator[pa.Table]:
+    """Yield the newest rows of all parts by user_index, in tables of about `BLOCK_EVENTS` events."""
     users = np.sort(np.concatenate([part.users[part.newest] for part in parts])) if parts else np.empty(0, np.int64)
     num_events = sum(part.num_events * part.newest.mean() for part in parts if len(part.users))
     step = max(1, int(len(users) * BLOCK_EVENTS / max(num_events, 1)))
@@ -188,7 +154,19 @@ def with_global_split(block: pa.Table, split: Split) -> pa.Table:
 
 
 def count_before(timestamp: NDArray[np.int64], offsets: NDArray[np.int64], cut: int) -> NDArray[np.int64]:
-    """Return how many events of each user lie before `cut`: int64 [T], offsets int64 [U + 1] -> int64 [U]."""
-    before = np.append(timestamp[: offsets[-1]] < cut, False)  # so that an empty last user has a place to look at
-    counts = np.add.reduceat(before, offsets[:-1], dtype=np.int64) if len(offsets) > 1 else np.empty(0, np.int64)
-    return np.where(np.diff(offsets) > 0, counts, 0)
+    """Return how many events of each user lie before `cut`, by halving: int64 [T], offsets int64 [U + 1] -> int64 [U].
+
+    Args:
+        timestamp: never decreasing within a user.
+        offsets: of the users.
+        cut: a time.
+    """
+    low, high = offsets[:-1].copy(), offsets[1:].copy()
+    open_users = np.flatnonzero(low < high)
+    while len(open_users):
+        middle = (low[open_users] + high[open_users]) // 2
+        before = timestamp[middle] < cut
+        low[open_users[before]] = middle[before] + 1
+        high[open_users[~before]] = middle[~before]
+        open_users = open_users[low[open_users] < high[open_users]]
+    return low - offsets[:-1]

@@ -1,5 +1,8 @@
 """Content hashes identify data: they must not move with the way a log is worked on, nor with a version of the code."""
 
+import hashlib
+import struct
+
 import polars as pl
 import pytest
 
@@ -8,7 +11,8 @@ from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.engine import LocalEngine
 from ksa_pipelines.ingest import Resources
 from ksa_pipelines.prepare import prepare
-from recsys_ksa.data import parts
+from recsys_ksa.data import cache
+from recsys_ksa.data.cache import read_parts
 from recsys_ksa.testing import lifelong_log
 
 NUMBERS = range(200)
@@ -22,11 +26,11 @@ LOG = {
 PLAIN_SPLIT = "7b1995ca3300d7a20f8065c42192726c74fba0ddc8a72f3ae8866507eaad269f"
 SPLIT = "a4c10f24da6801c05cf7385f5d00d505fef27cc576cbd2bff2a2af398ad02148"
 FROZEN = {
-    ("arrival", 3): ("922b86d5b3490756a8f0f6995398eb04caf6da7f00adcb94fb544d327417baab", PLAIN_SPLIT),
-    ("arrival", 5): ("e0fa0974dd3fa6b9ac43746d65b0f7e2646a618995357c95d9234b673e4bacca", SPLIT),
-    ("hash", 3): ("18f236e3c472058fd602c29090817c4082ab262087ddb3008dbb0c70bfef2507", PLAIN_SPLIT),
-    ("hash", 5): ("5e08bb4099d0a90b1987bdedeef99c1e1e2bc8f8a2523a7098c72dfd373d1eee", SPLIT),
-    ("id", 5): ("d0143654181b5d1223b74917c6cda3a3d71efd33894449c34f0f73ef7ffdde35", SPLIT),
+    ("arrival", 3): ("15dfd489406910a6efe7752eadd598925e79b46b996dc90afc1fbf76ab24254f", PLAIN_SPLIT),
+    ("arrival", 5): ("74e71add225e0b7e15feedda1f83b8e019d27ed1d270b8f04bdb31ad9f2482ce", SPLIT),
+    ("hash", 3): ("eaa4771491c967e70d9225df004861dc8a0e37dcc611259b82bbf688ff202270", PLAIN_SPLIT),
+    ("hash", 5): ("4221f98917b48817fbcc251f50e8445412f0a51e3114424298a112a24f79fd22", SPLIT),
+    ("id", 5): ("ca187531ad8d01ed2da7a95a2b6688f3e7bd20016274ccdfb46948bae87ef72f", SPLIT),
 }
 
 
@@ -35,10 +39,38 @@ def said(line: str) -> None:
 
 
 @pytest.mark.parametrize(("tie", "columns"), sorted(FROZEN))
-def test_hashes_are_those_of_format_version_1(prepared, tie, columns):
+def test_hashes_are_those_of_format_version_2(prepared, tie, columns):
     log = {name: LOG[name] for name in list(LOG)[:columns]}
     manifest = prepared(log, tie=tie, num_buckets=5).manifest
     assert (manifest.content_hash, manifest.split_hash) == FROZEN[tie, columns]
+
+
+def row_bytes(row: dict, names: list[str]) -> bytes:
+    """A user's row as `hashes.row_digests` says it is."""
+
+    def texts(values: list[bytes]) -> bytes:
+        return b"".join([struct.pack("<q", len(value)) for value in values]) + b"".join(values)
+
+    user = row["user_id"].encode()
+    raw = struct.pack("<3q", row["user_index"], len(row["item_index"]), len(user)) + user
+    for name in names:
+        if name in ("tie", "event_id"):
+            raw += texts([value if isinstance(value, bytes) else (value or "").encode() for value in row[name]])
+        else:
+            kind = {"item_index": "i", "timestamp": "q", "event_type": "b"}[name]
+            raw += struct.pack(f"<{len(row[name])}{kind}", *row[name])
+    return raw
+
+
+@pytest.mark.parametrize("columns", [3, 4, 5])
+def test_the_content_hash_is_one_over_the_digests_of_rows(prepared, columns):
+    dataset = prepared({name: LOG[name] for name in list(LOG)[:columns]}, num_buckets=5)
+    rows = read_parts(dataset.path, dataset.manifest).to_pylist()
+    names = [name for name in ("item_index", "timestamp", "tie", "event_id", "event_type") if name in rows[0]]
+    expected = hashlib.sha256(f"recsys-ksa histories 2\n{','.join(names)}\n".encode())
+    for row in rows:
+        expected.update(hashlib.sha256(row_bytes(row, names)).digest())
+    assert dataset.manifest.content_hash == expected.hexdigest()
 
 
 def test_chunks_blocks_row_groups_and_workers_do_not_change_a_data_set(tmp_path, monkeypatch):
@@ -47,7 +79,7 @@ def test_chunks_blocks_row_groups_and_workers_do_not_change_a_data_set(tmp_path,
     one = prepare(str(tmp_path / "log.parquet"), tmp_path / "one", config, None, said, Resources(LocalEngine(1)))
 
     monkeypatch.setattr(memory.Memory, "chunk_rows", lambda self, workers: 50)
-    monkeypatch.setattr(parts, "BLOCK_EVENTS", 40)
+    monkeypatch.setattr(cache, "BLOCK_EVENTS", 40)
     monkeypatch.setattr("ksa_pipelines.write.ROW_GROUP_EVENTS", 30)
     assert ingest.Resources().memory.chunk_rows(1) == 50
     other = prepare(str(tmp_path / "log.parquet"), tmp_path / "other", config, None, said, Resources(LocalEngine(3)))

@@ -69,7 +69,8 @@ def test_the_files_are_those_of_the_layout_and_the_manifest_has_their_hashes(tmp
     files = {path.relative_to(dataset.path).as_posix() for path in dataset.path.rglob("*") if path.is_file()}
     parts = {f"histories/part-00000-{bucket:05d}.parquet" for bucket in range(4)}
     tables = {"items.parquet", "vocab/category.parquet", "vocab/event_type.parquet"} | parts
-    caches = {"cache/histories.arrow", "cache/histories.json", "cache/ties.arrow"}
+    caches = {"cache/histories.arrow", "cache/histories.json"}
+    caches |= {f"cache/rows-00000-{bucket:05d}.arrow" for bucket in range(4)}
     assert files == tables | caches | {"manifest.json"}
     assert dataset.manifest.files == {name: file_hash(dataset.path / name) for name in tables}
 
