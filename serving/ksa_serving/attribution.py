@@ -82,6 +82,8 @@ class _Look:
             self._asked = state.memory.last_input[None]
             if isinstance(network.request, torch.nn.Embedding):
                 self._asked = self._asked + network.request(bucket)
+            told = network.told(recommender.told([state.last_timestamp], [request_time], [None]))
+            self._asked = self._asked if told is None else self._asked + told
             rotary = rotary_table(position, network.config.head_dim, exact)
             query, self._gate = block.event.queries(self._asked, rotary)
         rows, chunk, num_old = _visible_rows(recommender, state)

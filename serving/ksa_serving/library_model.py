@@ -1,6 +1,7 @@
 """`Model` answered by `recsys_ksa.Recommender`. Importing this imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ksa_serving.attribution import explain
+from ksa_serving.errors import InvalidRequestError
 from ksa_serving.events import StoredEvent
 from ksa_serving.messages import Parity
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
 from ksa_serving.ranking import rank_items
 from ksa_serving.state_bytes import StateBytes, num_summary_rows
-from recsys_ksa.errors import OutOfOrderError, StateError
+from recsys_ksa.errors import DataError, OutOfOrderError, StateError
 from recsys_ksa.events import Event, roll_history
 from recsys_ksa.features.sessions import NO_PLACE
 from recsys_ksa.model.append import Arrivals, append_events, replay, replay_start
@@ -153,11 +155,19 @@ class LibraryModel:
 
     def recommend(self, questions: Sequence[Question]) -> list[Scored]:
         """Answer questions: one pass of the network for all, then one search each."""
-        return rank_items(self.recommender, questions)
+        with _told_users_refused():
+            return rank_items(self.recommender, questions)
 
-    def score(self, state: UserState, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
+    def score(
+        self,
+        state: UserState,
+        item_ids: Sequence[str],
+        request_time: int | None,
+        user: Mapping[str, object] | None = None,
+    ) -> list[float | None]:
         """Return each item's score."""
-        return self.recommender.score(state, item_ids, request_time)
+        with _told_users_refused():
+            return self.recommender.score(state, item_ids, request_time, user)
 
     def explain(self, state: UserState, item_id: str, request_time: int | None, most: int) -> list[ChunkReason]:
         """Return the chunks that carried an item's score."""
@@ -238,6 +248,14 @@ class LibraryModel:
 
 
 _no_input = torch.zeros(0)
+
+
+@contextmanager
+def _told_users_refused() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise InvalidRequestError(str(error), "invalid-user") from error
 
 
 def first_rows(rows: SharedRows, count: int) -> SharedRows:

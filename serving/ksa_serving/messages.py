@@ -102,6 +102,12 @@ MinSeq = Annotated[
 ]
 
 
+ToldUser = Annotated[
+    dict[str, str | int | float | list[str | int] | None],
+    Meta(description="Features of the user that the run reads, for this answer only; what is missing is unknown."),
+]
+
+
 class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """What to recommend. `events` serve this answer only and are not kept."""
 
@@ -115,6 +121,7 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True):
     allow: Annotated[list[str] | None, Meta(description="Only these items; null: any.")] = None
     deny: Annotated[list[str], Meta(description="None of these items.")] = []
     min_seq: MinSeq = 0
+    user: ToldUser = {}
 
 
 class ScoredItem(Struct, frozen=True):
@@ -179,6 +186,7 @@ class ScoreRequest(Struct, frozen=True, forbid_unknown_fields=True):
     item_ids: list[str]
     request_time: RequestTime = UNSET
     min_seq: MinSeq = 0
+    user: ToldUser = {}
 
 
 class ItemScore(Struct, frozen=True):

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ksa_serving.events import StoredEvent
@@ -64,6 +64,7 @@ class Question:
     only_seen: bool = False
     allow: frozenset[str] | None = None
     deny: frozenset[str] = frozenset()
+    user: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ class Model(Protocol):
         """Answer questions in one batch; equals asking one by one."""
         ...
 
-    def score(self, state: Any, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
+    def score(
+        self, state: Any, item_ids: Sequence[str], request_time: int | None, user: Mapping[str, object] | None = None
+    ) -> list[float | None]:
         """Return each item's score as `recommend` has it; None where the model does not know the item."""
         ...
 

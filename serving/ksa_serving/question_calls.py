@@ -103,7 +103,7 @@ class QuestionCalls:
         request_time = self._request_time(request.request_time)
         found = await self._finder.find(owner, request.min_seq, context)
         model = found.served.release.model
-        scores = await self._workers.run(model.score, found.record.state, request.item_ids, request_time)
+        scores = await self._workers.run(model.score, found.record.state, request.item_ids, request_time, request.user)
         return ScoreAnswer(
             scores=[ItemScore(item, score) for item, score in zip(request.item_ids, scores)],
             **found.provenance(found.record.num_events, request_time),
@@ -208,4 +208,5 @@ def _question(request: RecommendRequest, state: object, request_time: int | None
         only_seen=request.which == "again",
         allow=None if request.allow is None else frozenset(request.allow),
         deny=frozenset(request.deny),
+        user=request.user,
     )

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from ksa_serving.models import Question, Scored
-from recsys_ksa.features import request_bucket
-from recsys_ksa.model.append import ask
 from recsys_ksa.recommender import Recommender
 from recsys_ksa.retrieval.index import Found, TorchIndex
 from recsys_ksa.schema import UNKNOWN_ITEM
@@ -19,9 +17,8 @@ SEARCHED_AT_ONCE = 16
 
 def rank_items(recommender: Recommender, questions: Sequence[Question]) -> list[Scored]:
     """Return the answers to questions; equals asking one by one."""
-    buckets = [request_bucket(asked.state.last_timestamp, asked.request_time) for asked in questions]
-    memories = [asked.state.memory for asked in questions]
-    vectors = ask(recommender.network, memories, buckets, recommender.attention_impl)
+    told = [(asked.state, asked.request_time, asked.user) for asked in questions]
+    vectors = recommender.user_vectors(*zip(*told))
     found = _search(recommender, questions, vectors)
     vectors = vectors.to("cpu", torch.float32)  # once for all: from an accelerator each copy waits for it
     return [_ranked(recommender, asked, vector, rows) for asked, vector, rows in zip(questions, vectors, found)]

@@ -161,7 +161,9 @@ class ToyModel:
         """Answer each question by itself."""
         return [self._recommend(asked) for asked in questions]
 
-    def score(self, state: ToyState, item_ids: Sequence[str], request_time: int | None) -> list[float | None]:
+    def score(
+        self, state: ToyState, item_ids: Sequence[str], request_time: int | None, user: object = None
+    ) -> list[float | None]:
         """Return hashes as numbers."""
         return [self._score(state, item, request_time) if item in CATALOGUE else None for item in item_ids]
 
