@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_ksa.baselines.padded import Pack, PaddedNetwork
+from recsys_ksa.baselines.padded import Pack, PaddedNetwork, attend
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import ConfigError
 from recsys_ksa.model.block import Block
@@ -125,5 +125,5 @@ def _run(block: Block, x: Tensor, asked: Tensor | None, rotary: Rotary, visible:
     flat = x.reshape(users * size, dim)
     query, gate = block.event.queries(flat, rotary)
     query, key, value = (part.unflatten(0, (users, size)).transpose(1, 2) for part in (query, rows[:, 0], rows[:, 1]))
-    seen = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=True)
+    seen = attend(query, key, value, visible)
     return block.finish(flat, seen.transpose(1, 2).flatten(0, 1), gate).view(users, size, dim)

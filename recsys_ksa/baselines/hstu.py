@@ -43,9 +43,9 @@ class HSTUBlock(nn.Module):
         key, value = F.silu(self.key_value(self.input_norm(x))).chunk(2, dim=-1)
         x = x if asked is None else x + asked
         query, gate = F.silu(self.query_gate(self.input_norm(x))).chunk(2, dim=-1)
-        bias = self.by_distance[apart][None]
+        bias = _look_up(self.by_distance, apart)[None]
         if self.by_time is not None:
-            bias = bias + self.by_time[time_apart]
+            bias = bias + _look_up(self.by_time, time_apart)
         weight = F.silu(self._heads(query) @ self._heads(key).transpose(-1, -2) + bias[:, None]) / self.reach
         seen = (weight * visible[:, None]) @ self._heads(value)
         gated = self.norm(seen.transpose(1, 2).flatten(2)) * gate
@@ -53,6 +53,11 @@ class HSTUBlock(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _look_up(numbers: Tensor, index: Tensor) -> Tensor:
+    """Return numbers[index], whose own gradient on CUDA would add millions of equal indices one after the other."""
+    return F.embedding(index, numbers[:, None]).squeeze(-1)
 
 
 class HSTU(PaddedNetwork):

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recsys_ksa.model.scoring import ScoringNetwork
 
 if TYPE_CHECKING:
     from recsys_ksa.data.batches import Batch
 
-MAX_PAIRS = 1 << 22
+MAX_PAIRS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Most (query, key) pairs of a pack in one head, one user at least: bounds memory, which is quadratic in N."""
 
 
@@ -31,6 +33,11 @@ class Pack:
     """int64 [U, N], true index of each event in its history."""
     timestamp: Tensor
     """int64 [U, N]."""
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return each event's row of [T, E], [U, N, E]; some row in padding."""
+        # Not rows[self.row]: its gradient on CUDA adds equal indices, which padding is, one after the other.
+        return rows.index_select(0, self.row.flatten()).unflatten(0, self.row.shape)
 
 
 class PaddedNetwork(ScoringNetwork):
@@ -56,7 +63,7 @@ class PaddedNetwork(ScoringNetwork):
                 asked = spread if asked is None else asked + spread
             read = torch.zeros_like(events)
             for pack in packs(batch):
-                found = self.read(events[pack.row], None if asked is None else asked[pack.row], pack)
+                found = self.read(pack.take(events), None if asked is None else pack.take(asked), pack)
                 read = read.index_put((pack.row[pack.is_event],), found[pack.is_event].to(read.dtype))
             hidden = torch.where(known[:, None], read[row], hidden)
         return self.user_vectors(hidden)
@@ -74,14 +81,18 @@ class PaddedNetwork(ScoringNetwork):
 
 
 def packs(batch: "Batch") -> Iterator[Pack]:
-    """Cut the batch's users, longest first, into packs within `MAX_PAIRS`; users without events are left out."""
+    """Cut the batch's users, longest first, into packs within `MAX_PAIRS`; users without events are left out.
+
+    No user of a pack has less than half the events of its longest: at most three quarters of its pairs are padding.
+    """
     lengths = batch.offsets.diff()
     order = lengths.argsort(descending=True, stable=True)
     sizes = lengths[order].tolist()
-    start = 0
+    max_pairs, start = MAX_PAIRS[lengths.device.type], 0
     while start < len(sizes) and sizes[start]:
         longest = sizes[start]
-        stop = min(len(sizes), start + max(1, MAX_PAIRS // longest**2))
+        stop = start + max(1, max_pairs // longest**2)
+        stop = start + sum(2 * size >= longest for size in sizes[start:stop])
         users = order[start:stop]
         column = torch.arange(longest, device=lengths.device)
         is_event = column < lengths[users, None]
@@ -94,3 +105,12 @@ def causal(pack: Pack) -> Tensor:
     """Return which event each event sees: itself and all before it. bool [U, N, N]."""
     size = pack.row.shape[1]
     return torch.ones(size, size, dtype=torch.bool, device=pack.row.device).tril().expand(len(pack.row), -1, -1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Return softmax attention, [U, H, N, D] (keys and values: maybe fewer heads); visible: bool [U, N, N].
+
+    Without cuDNN, which plans anew for every shape, and every pack has its own: that took most of a training step.
+    """
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=True)

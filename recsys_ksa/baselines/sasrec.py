@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_ksa.baselines.padded import Pack, PaddedNetwork, causal
+from recsys_ksa.baselines.padded import Pack, PaddedNetwork, attend, causal
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.model.features import FeatureSchema
 
@@ -35,7 +35,7 @@ class SASRecBlock(nn.Module):
         key, value = self._heads(self.key_value(self.attention_norm(x))).chunk(2, dim=1)
         x = x if asked is None else x + asked
         query = self._heads(self.query(self.attention_norm(x)))
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None])
+        seen = attend(query, key, value, visible)
         x = x + self._drop(self.output(seen.transpose(1, 2).flatten(2)))
         return x + self._drop(self.down(self._drop(F.relu(self.up(self.norm(x))))))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,11 +104,26 @@ def test_a_batch_equals_its_users_one_by_one(architecture, dataset, rng, monkeyp
     batch = questions_batch(dataset.histories, rows, np.arange(6), cuts, times, chunk_size=4)
     with torch.no_grad():
         together = network(batch)
-        monkeypatch.setattr(padded, "MAX_PAIRS", 1)
+        monkeypatch.setattr(padded, "MAX_PAIRS", {"cpu": 1})
         for at in range(6):
             alone = questions_batch(dataset.histories, rows[[at]], np.zeros(1, int), cuts[[at]], times[[at]],
                                     chunk_size=4)  # fmt: skip
             torch.testing.assert_close(network(alone)[0], together[at], rtol=1e-9, atol=1e-9)
+
+
+def test_packs_hold_every_event_once_and_little_padding(rng, monkeypatch):
+    monkeypatch.setattr(padded, "MAX_PAIRS", {"cpu": 10_000})
+    lengths = torch.from_numpy(rng.integers(0, 130, 60))
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    times = torch.arange(int(offsets[-1]))
+    batch = SimpleNamespace(offsets=offsets, first_position=torch.zeros(60, dtype=torch.int64), timestamp=times)
+    packs = list(padded.packs(batch))
+    rows = torch.cat([pack.row[pack.is_event] for pack in packs])
+    assert torch.equal(rows.sort().values, times)
+    for pack in packs:
+        users, longest = pack.row.shape
+        assert users == 1 or users * longest**2 <= 10_000
+        assert 2 * int(pack.is_event.sum(1).min()) >= longest
 
 
 @pytest.mark.parametrize("architecture", BASELINES)
