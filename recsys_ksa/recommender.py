@@ -55,7 +55,7 @@ class Recommender:
         self.network = network
         self.index = index
         self.attention_impl = attention_impl
-        self.fingerprint = state_fingerprint(network)
+        self.fingerprint = state_fingerprint(network, run.info.num_base_items)
         self.event_features = EventFeatures.of(network.config)
         self.question_features = QuestionFeatures.of(network.config, network.features.users)
         vectors = network.item_vectors().detach().to("cpu", torch.float32)

@@ -90,6 +90,8 @@ class RunInfo(Strict):
     """Version of recsys-ksa that wrote the run."""
     num_items: int
     """Item rows, row 0 (unknown) included."""
+    num_base_items: int | None = None
+    """Of them, those that user states were computed with before items were appended to the run; None: all."""
     feature_hashes: dict[str, str] | None = None
     """What each feature meant in training: of its definition and vocabulary; None in runs older than these hashes."""
     popularity_hash: str | None = None

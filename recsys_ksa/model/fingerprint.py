@@ -17,6 +17,7 @@ from recsys_ksa.model.scoring import ScoringNetwork
 
 STATE_LAYOUT = 1
 """Raised when the meaning of a stored row changes."""
+_ITEM_TABLES = (".item.weight", ".candidate_item.weight")
 _ANSWER_ONLY = (
     "start",
     "norm.",
@@ -31,8 +32,13 @@ _ANSWER_ONLY = (
 )
 
 
-def state_fingerprint(network: ScoringNetwork) -> str:
-    """Return the SHA-256, as 64 hex digits, of all that a user state's rows depend on; "none" without states."""
+def state_fingerprint(network: ScoringNetwork, num_base_items: int | None = None) -> str:
+    """Return the SHA-256, as 64 hex digits, of all that a user state's rows depend on; "none" without states.
+
+    Args:
+        num_base_items: item rows that count, the unknown item's included; those after them were appended to a run, so
+            states of users who never met them stay what they are. None: all.
+    """
     if not isinstance(network, Network):
         return "none"
     last = f"blocks.{len(network.blocks) - 1}."
@@ -42,19 +48,39 @@ def state_fingerprint(network: ScoringNetwork) -> str:
         projection = getattr(network.blocks[-1], kind)
         if projection is not None:
             weights |= {f"{last}{kind}.{name}": value for name, value in projection.row_weights().items()}
+    base = num_base_items or network.features.num_items
     about = {
         "layout": STATE_LAYOUT,
         "config": network.config.model_dump(mode="json", exclude_defaults=True),
-        "features": network.features.as_dict(),
+        "features": {**network.features.as_dict(), "num_items": base},
         "dtype": str(network.state_dtype),
-        "side": {name: _array_hash(side.category.tobytes()) for name, side in network.features.side.items()},
+        **_items_read(network, 0, base),
     }
+    return _hash(about, weights | _item_rows(network, 0, base))
+
+
+def appended_hash(network: Network, first: int, num_items: int) -> str:
+    """Return the SHA-256 of what states read of item rows `first` to `num_items`, the last not included."""
+    return _hash({"first": first, **_items_read(network, first, num_items)}, _item_rows(network, first, num_items))
+
+
+def _item_rows(network: Network, first: int, stop: int) -> dict[str, Tensor]:
+    """Return these rows of the tables that have one for each item."""
+    tables = network.state_dict()
+    return {name: value[first:stop] for name, value in tables.items() if name.endswith(_ITEM_TABLES)}
+
+
+def _items_read(network: Network, first: int, stop: int) -> dict[str, dict[str, str]]:
+    """Return the hashes of these items' columns, by name."""
     features = network.features
-    lists = {name: _array_hash(each.offsets.tobytes() + each.index.tobytes()) for name, each in features.multi.items()}
-    vectors = {name: _array_hash(each.tobytes()) for name, each in features.vectors.items()}
-    if lists or vectors:
-        about |= {"lists": lists, "vectors": vectors}
-    return _hash(about, weights)
+    found = {"side": {name: _array_hash(side.category[first:stop].tobytes()) for name, side in features.side.items()}}
+    lists, vectors = {}, {}
+    for name, each in features.multi.items():
+        start, end = each.offsets[[first, stop]]
+        lists[name] = _array_hash((each.offsets[first : stop + 1] - start).tobytes() + each.index[start:end].tobytes())
+    for name, each in features.vectors.items():
+        vectors[name] = _array_hash(each[first:stop].tobytes())
+    return found | ({"lists": lists, "vectors": vectors} if lists or vectors else {})
 
 
 def release_hash(network: ScoringNetwork) -> str:

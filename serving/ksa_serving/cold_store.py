@@ -17,13 +17,13 @@ import msgspec
 
 from ksa_serving.events import Owner
 from ksa_serving.messages import Parity
-from ksa_serving.models import Mark, Model, StateParts
+from ksa_serving.models import Mark, Model, StateParts, Vocabulary
 from ksa_serving.state_store import StateRecord, StateStore
 from recsys_ksa.errors import StateError
 
 logger = logging.getLogger(__name__)
 MAGIC = b"ksaS"
-LAYOUT = 2
+LAYOUT = 3
 HEAD = b""
 """Name of a record's head among its parts; segments are named by their content."""
 
@@ -89,6 +89,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     segments: list[bytes]
     about: bytes
     parity: Parity
+    vocabulary: Vocabulary
 
 
 class ColdStateStore(StateStore):
@@ -235,6 +236,7 @@ class ColdStateStore(StateStore):
             segments=segments,
             about=about,
             parity=parity,
+            vocabulary=record.vocabulary,
         )
 
     def _record(self, owner: Owner, head: Head, parts: dict[bytes, bytes]) -> StateRecord:
@@ -261,6 +263,7 @@ class ColdStateStore(StateStore):
             marks=tuple(Mark(count, digest) for count, digest in head.marks),
             state=state,
             nbytes=state.nbytes + state.seen_nbytes + state.fixed_nbytes,
+            vocabulary=head.vocabulary,
             cold=True,
             parity=head.parity,
         )

@@ -1,6 +1,6 @@
 """`Model` answered by `recsys_ksa.Recommender`. Importing this imports torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,13 +13,14 @@ from ksa_serving.attribution import explain
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.events import StoredEvent
 from ksa_serving.messages import Parity
-from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
+from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts, Vocabulary
 from ksa_serving.ranking import rank_items
 from ksa_serving.state_bytes import StateBytes, num_summary_rows
 from recsys_ksa.errors import DataError, OutOfOrderError, StateError
 from recsys_ksa.events import Event, roll_history
 from recsys_ksa.features.sessions import NO_PLACE
 from recsys_ksa.model.append import Arrivals, append_events, replay, replay_start
+from recsys_ksa.model.fingerprint import appended_hash
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserState, first_visible_chunk
 from recsys_ksa.order import order_key
@@ -36,6 +37,9 @@ class LibraryModel:
         self._config = recommender.network.config
         self.chunk_size = self._config.chunk_size
         self.window_chunks = self._config.window_chunks
+        info = recommender.run.info
+        self._num_base_items = info.num_base_items or info.num_items
+        self.vocabulary = Vocabulary(info.num_items, self._appended(info.num_items))
         self._by_id = recommender.run.info.tie == "id"
         self._by_value = bool(recommender.event_features.value_edges)
         self._bytes = StateBytes(recommender, cold_parity)
@@ -120,6 +124,15 @@ class LibraryModel:
             return replace(state, seen=SeenItems.from_events(items, times), num_unknown=unknown)
         return replace(state, seen=before.seen.add(items, times), num_unknown=before.num_unknown + unknown)
 
+    def reads_anew(self, state: UserState, vocabulary: Vocabulary, item_ids: Iterable[str]) -> bool:
+        """Return whether the state has an item whose row is new here, or may be another."""
+        known = vocabulary.num_items
+        same = known <= self.vocabulary.num_items and self._appended(known) == vocabulary.appended
+        first = known if same else self._num_base_items
+        index_of = self.recommender.run.items.index_of
+        met = bool((state.seen.item_index >= first).any())
+        return met or (state.num_unknown > 0 and any(index_of.get(item, UNKNOWN_ITEM) >= first for item in item_ids))
+
     # -- bytes ------------------------------------------------------------------------------------------------
 
     def segment_names(self, state: UserState) -> list[bytes]:
@@ -196,6 +209,12 @@ class LibraryModel:
         return found
 
     # -- helpers ----------------------------------------------------------------------------------------------
+
+    def _appended(self, num_items: int) -> str:
+        """Return the hash of the items beyond those that the fingerprint covers, up to so many rows."""
+        if num_items <= self._num_base_items:
+            return ""
+        return appended_hash(self.recommender.network, self._num_base_items, num_items)
 
     def _after(self, state: UserState, memory: Memory, events: Sequence[StoredEvent], session_place: int) -> UserState:
         items, times = self._rows(events)

@@ -3,7 +3,7 @@
 `library_model.py` answers with `recsys_ksa.Recommender`, `testing.py` without a model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,6 +84,18 @@ class ChunkReason:
     score_change: float | None
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which items a model knows, among models of one state fingerprint: they share the first, some have more.
+
+    num_items: rows, the unknown item's included.
+    appended: hash of what states read of the rows beyond those that the fingerprint covers; "" where there are none.
+    """
+
+    num_items: int
+    appended: str = ""
+
+
 class Model(Protocol):
     """A recommender over user states."""
 
@@ -91,6 +103,7 @@ class Model(Protocol):
     window_chunks: int
     cold_parity: Parity
     """Of a state made from `dump`'s bytes."""
+    vocabulary: Vocabulary
 
     def new_state(self) -> Any:
         """Return the state of a user without events."""
@@ -123,6 +136,15 @@ class Model(Protocol):
 
     def with_own_items(self, state: Any, before: Any | None, added: Sequence[StoredEvent]) -> Any:
         """Return `state` with the own items of `before` and `added`; None: of `added` alone."""
+        ...
+
+    def reads_anew(self, state: Any, vocabulary: Vocabulary, item_ids: Iterable[str]) -> bool:
+        """Return whether this model reads an event differently from the one that computed `state`.
+
+        Args:
+            vocabulary: that one's.
+            item_ids: of all events of the state; only asked where the state has met unknown items.
+        """
         ...
 
     def dump(self, state: Any) -> StateParts:

@@ -51,6 +51,7 @@ class ReleaseCalls:
         async with self._changing:
             before = self._releases.fingerprints()
             self._releases.activate(run)
+            self._read_by_active()
             for fingerprint in before - self._releases.fingerprints():
                 await self._workers.run(self._store.retire, fingerprint)
                 self._models.pop(fingerprint, None)
@@ -60,6 +61,7 @@ class ReleaseCalls:
         """Serve the previous release again from the next request on."""
         async with self._changing:
             self._releases.roll_back()
+            self._read_by_active()
             return self.list()
 
     def drain(self) -> ReleasesAnswer:
@@ -75,8 +77,18 @@ class ReleaseCalls:
         held += [_info("loaded", served) for served in self._releases.loaded.values()]
         return ReleasesAnswer(held, self._workers.draining)
 
+    def _read_by_active(self) -> None:
+        """Have cold states read by the active model, also where an older one has the same fingerprint."""
+        release = self._releases.active.release
+        self._models[release.state_fingerprint] = release.model
+
     def _warm(self, served: Served) -> None:
-        """Make states ready in a release that is not active yet, the last active users' first."""
+        """Make states ready in a release that is not active yet, the last active users' first.
+
+        Not where it reads the active one's: states are then made anew one by one, where its items ask for it.
+        """
+        if served.release.state_fingerprint == self._releases.active.release.state_fingerprint:
+            return
         records: Callable[[], list[StateRecord]] = getattr(getattr(self._store, "memory", self._store), "records", list)
         seen: set[Owner] = set()
         for record in reversed(records()):

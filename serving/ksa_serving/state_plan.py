@@ -3,7 +3,8 @@
 - Events that all follow the record's last one are *appended*.
 - An event that lies before it, or one that was retracted, leaves the events before it as they were: the state is
   *rewound* to those and the rest appended again. A *cold* record is made whole in the same way, from its own end.
-- Without a record, or with one that cannot be proved to come from this log, everything is *rebuilt*.
+- Without a record, or with one that cannot be proved to come from this log, everything is *rebuilt*; so it is where the
+  user has items that were unknown to the model that computed it, and are known now.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ksa_serving.state_store import StateRecord
 from ksa_serving.user_view import Changes, UserHead, UserView
 from recsys_ksa.order import TieKind
 
-Why = Literal["nothing", "append", "late", "retracted", "cold", "absent", "mismatch"]
+Why = Literal["nothing", "append", "late", "retracted", "cold", "absent", "mismatch", "known-items"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def appending(record: StateRecord, head: UserHead, added: list[StoredEvent]) -> 
     return Work(record, head, end, Mark(end, b""), end, added, added, "append" if added else "nothing")
 
 
-def rebuilding(record: StateRecord, view: UserView, why: Literal["absent", "mismatch"]) -> Work:
+def rebuilding(record: StateRecord, view: UserView, why: Literal["absent", "mismatch", "known-items"]) -> Work:
     """Return the work of reading everything again."""
     events = view.newest(view.head.num_events)
     return Work(record, view.head, 0, START, 0, events, events, why)

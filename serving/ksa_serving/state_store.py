@@ -10,7 +10,7 @@ from typing import Any
 
 from ksa_serving.events import Order, Owner
 from ksa_serving.messages import Parity
-from ksa_serving.models import Mark
+from ksa_serving.models import Mark, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class StateRecord:
     state: Any
     """Carries the rolling hash of its events."""
     nbytes: int
+    vocabulary: Vocabulary
+    """Of the model that computed it."""
     cold: bool = False
     """Whether it holds summaries only; the rest is replayed from the log before use."""
     parity: Parity = "exact"

@@ -6,7 +6,7 @@ cold state keeps (`hashes`, in segments) and rows that it lacks (`window`), and 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ import msgspec
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.events import StoredEvent
 from ksa_serving.messages import Parity
-from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts
+from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts, Vocabulary
 from ksa_serving.release import Clock, Release
 from recsys_ksa.errors import OutOfOrderError, StateError
 from recsys_ksa.order import OrderKey, TieKind, order_key
@@ -66,8 +66,15 @@ class ToyModel:
     chunk_size = 4
     window_chunks = 2
 
-    def __init__(self, tie: TieKind = "arrival", fingerprint: str = "toy-state", cold_parity: Parity = "exact"):
+    def __init__(
+        self,
+        tie: TieKind = "arrival",
+        fingerprint: str = "toy-state",
+        cold_parity: Parity = "exact",
+        num_items: int = len(CATALOGUE),
+    ):
         self.cold_parity: Parity = cold_parity
+        self.vocabulary = Vocabulary(num_items)
         self._tie: TieKind = tie
         self._fingerprint = fingerprint
 
@@ -134,6 +141,11 @@ class ToyModel:
     def segment_names(self, state: ToyState) -> list[bytes]:
         """Return the names of `dump`'s segments."""
         return list(self.dump(state).segments)
+
+    def reads_anew(self, state: ToyState, vocabulary: Vocabulary, item_ids: Iterable[str]) -> bool:
+        """Return whether the state has an item that only one of the two vocabularies knows; they share `CATALOGUE`."""
+        low, high = sorted((vocabulary.num_items, self.vocabulary.num_items))
+        return not state.seen.isdisjoint(CATALOGUE[low:high])
 
     def dump(self, state: ToyState) -> StateParts:
         """Return a state as bytes, without its window."""

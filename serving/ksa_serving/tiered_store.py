@@ -6,7 +6,11 @@ from collections.abc import Callable
 
 from ksa_serving.events import Owner
 from ksa_serving.memory_store import MemoryStateStore
+from ksa_serving.models import Vocabulary
 from ksa_serving.state_store import StateRecord, StateStore
+
+Written = tuple[int, Vocabulary]
+"""What the cold tier has of a state: how many events, as read by which vocabulary."""
 
 
 class TieredStateStore(StateStore):
@@ -36,7 +40,7 @@ class TieredStateStore(StateStore):
         self.hits: Counter[str] = Counter()
         self._worth_keeping = worth_keeping
         self._spill_events = spill_events
-        self._written: dict[tuple[Owner, str], int] = {}
+        self._written: dict[Owner, dict[str, Written]] = {}
         self._leaving: Counter[Owner] = Counter()
         self._dropped: set[Owner] = set()
         self._lock = threading.Lock()
@@ -55,7 +59,7 @@ class TieredStateStore(StateStore):
         record = self.cold.get(owner, fingerprint)
         if record is not None:
             self.hits["cold"] += 1
-            self._written[owner, fingerprint] = record.num_events
+            self._note(record)
         return record
 
     def ready(self, owner: Owner, fingerprint: str) -> StateRecord | None:
@@ -69,14 +73,13 @@ class TieredStateStore(StateStore):
             self._leaving.update(gone.owner for gone in evicted)
         for gone in evicted:
             self._spill(gone)
-        written = self._written.get((record.owner, record.fingerprint), 0)
-        if abs(record.num_events - written) >= self._spill_events:
+        num_events, vocabulary = self._written_of(record) or (0, record.vocabulary)
+        if abs(record.num_events - num_events) >= self._spill_events or vocabulary != record.vocabulary:
             self._write(record)
 
     def drop(self, owner: Owner) -> None:
         """Forget the owner in both tiers."""
-        for key in [key for key in self._written if key[0] == owner]:
-            self._written.pop(key, None)
+        self._written.pop(owner, None)
         with self._lock:
             self.memory.drop(owner)
             if self._leaving[owner]:  # on its way to the disk just now: whoever writes it drops it again
@@ -85,15 +88,15 @@ class TieredStateStore(StateStore):
 
     def retire(self, fingerprint: str) -> None:
         """Forget a fingerprint in both tiers."""
-        for key in [key for key in self._written if key[1] == fingerprint]:
-            self._written.pop(key, None)
+        for owner in list(self._written):
+            self._unnote(owner, fingerprint)
         self.memory.retire(fingerprint)
         self.cold.retire(fingerprint)
 
     def flush(self) -> None:
         """Write down every record held."""
         for record in self.memory.records():
-            if self._written.get((record.owner, record.fingerprint)) != record.num_events:
+            if self._written_of(record) != (record.num_events, record.vocabulary):
                 self._write(record)
         self.cold.flush()
 
@@ -121,7 +124,7 @@ class TieredStateStore(StateStore):
         try:
             self._write(record)
         finally:
-            self._written.pop((record.owner, record.fingerprint), None)
+            self._unnote(record.owner, record.fingerprint)
             with self._lock:
                 dropped = record.owner in self._dropped
                 self._leaving -= Counter([record.owner])
@@ -133,4 +136,17 @@ class TieredStateStore(StateStore):
     def _write(self, record: StateRecord) -> None:
         if not record.cold and self._worth_keeping(record.num_events):
             self.cold.put(record)
-            self._written[record.owner, record.fingerprint] = record.num_events
+            self._note(record)
+
+    def _note(self, record: StateRecord) -> None:
+        """Remember what the cold tier has."""
+        self._written.setdefault(record.owner, {})[record.fingerprint] = (record.num_events, record.vocabulary)
+
+    def _unnote(self, owner: Owner, fingerprint: str) -> None:
+        written = self._written.get(owner, {})
+        written.pop(fingerprint, None)
+        if not written:
+            self._written.pop(owner, None)
+
+    def _written_of(self, record: StateRecord) -> Written | None:
+        return self._written.get(record.owner, {}).get(record.fingerprint)

@@ -37,7 +37,7 @@ FEW_EVENTS = 32
 class UserStates:
     """The states of one release over one event log.
 
-    rebuilds counts why states were built from the whole log: `absent`, `mismatch`, `unrewindable`.
+    rebuilds counts why states were built from the whole log: `absent`, `mismatch`, `unrewindable`, `known-items`.
     replays counts why states were rewound: `late`, `retracted`, `cold`.
     """
 
@@ -176,6 +176,7 @@ class UserStates:
             marks=(),
             state=self._model.new_state(),
             nbytes=0,
+            vocabulary=self._model.vocabulary,
         )
 
     # -- what to do -------------------------------------------------------------------------------------------
@@ -183,6 +184,12 @@ class UserStates:
     def _plan(self, owner: Owner, record: StateRecord | None, view: UserView) -> Work:
         if record is None:
             return rebuilding(self.empty(owner, view.head), view, "absent")
+        if record.vocabulary != self._model.vocabulary:  # a release with more items, or one before it
+            if self._model.reads_anew(record.state, record.vocabulary, view.item_ids()):
+                return rebuilding(self.empty(owner, view.head), view, "known-items")
+            record = replace(record, vocabulary=self._model.vocabulary)
+            if not record.cold:
+                self._store.put(record)
         work = plan_work(record, view, self._model, self.release.tie)
         if work.why != "mismatch":
             return work
@@ -192,7 +199,7 @@ class UserStates:
     def _few(self, owner: Owner) -> Work | None:
         """Return the work for a user's state where that is next to nothing."""
         record = self._store.ready(owner, self.release.state_fingerprint)
-        if record is None or record.cold:
+        if record is None or record.cold or record.vocabulary != self._model.vocabulary:
             return None
         with self._log.view(owner) as view:
             if view.head.num_events - record.num_events > FEW_EVENTS:
@@ -223,7 +230,7 @@ class UserStates:
             except OutOfOrderError:
                 logger.exception("service and library disagree about the order of a history; the state is rebuilt")
                 return self._rebuild(work, "mismatch")
-        if work.why in ("absent", "mismatch"):
+        if work.why in ("absent", "mismatch", "known-items"):
             return self._rebuild(work, work.why)
         try:
             record = self._revised(work)

@@ -1,6 +1,6 @@
 """One user's events at one instant of the event log: all that states ask of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,12 @@ class UserView:
         events = sort_events([stored_event(row) for row in rows], self._tie)
         skipped = first - (self.head.num_events - self.count_from(low[0]))
         return events[skipped : skipped + last - first + 1]
+
+    def item_ids(self) -> Iterator[str]:
+        """Yield the item of each event, in no order."""
+        query = "SELECT item_id FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+        rows: Iterator[Any] = self._connection.execute(query, self._key)
+        return (item_id for (item_id,) in rows)
 
     def known(self, events: Sequence[NewEvent], up_to_seq: int) -> list[bool]:
         """Return for each event whether the log has one of its identity, no newer than `up_to_seq`."""

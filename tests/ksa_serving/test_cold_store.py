@@ -11,6 +11,7 @@ import pytest
 from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineError
 from ksa_serving.events import Owner, StoredEvent
 from ksa_serving.lmdb_engine import LmdbEngine
+from ksa_serving.models import Vocabulary
 from ksa_serving.redis_engine import RedisEngine
 from ksa_serving.state_store import StateRecord
 from ksa_serving.testing import ToyModel
@@ -37,7 +38,9 @@ def record(owner: Owner = ANN, num_events: int = 50, seq: int = 50, fingerprint:
     events = [StoredEvent(n, f"{owner.user_id}-{n}", n, None, None, None) for n in range(num_events)]
     state = model.append(model.new_state(), events)
     order = ((num_events - 1, b"tie"), seq)
-    made = StateRecord(owner, 0, fingerprint, num_events, seq, b"c" * 16, order, (), state, 8 * num_events)
+    made = StateRecord(
+        owner, 0, fingerprint, num_events, seq, b"c" * 16, order, (), state, 8 * num_events, Vocabulary(200)
+    )
     return replace(made, **fields)
 
 

@@ -101,6 +101,7 @@ def test_a_move_that_dies_at_any_step_is_gone_on_with_and_loses_nothing(pair: An
     MortalMover(MapFiles(file)).move(processes)
     MortalMover(MapFiles(file)).move({"a": processes["a"]})
     killed = True
+    last = 0
     for last in itertools.count(1):
         if not killed:
             break
@@ -187,8 +188,8 @@ def test_a_step_that_cannot_be_finished_is_undone(pair: Any, tmp_path: Path):
 class LossyMover(Mover):
     """Drops the last entry of each page."""
 
-    def _pages(self, *given: Any) -> Iterator[Page]:
-        for page in super()._pages(*given):
+    def _pages(self, source: Process, target: str) -> Iterator[Page]:
+        for page in super()._pages(source, target):
             for user in page.users[-1:]:
                 user.entries.pop()
             yield page

@@ -5,6 +5,7 @@ import pytest
 
 from ksa_serving.events import Owner
 from ksa_serving.memory_store import MemoryStateStore
+from ksa_serving.models import Vocabulary
 from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.testing import ToyState
 from ksa_serving.tiered_store import TieredStateStore
@@ -13,7 +14,9 @@ from ksa_serving.tiered_store import TieredStateStore
 def record(
     user: str = "ann", seq: int = 1, nbytes: int = 10, fingerprint: str = "f", generation: int = 0
 ) -> StateRecord:
-    return StateRecord(Owner(user), generation, fingerprint, seq, seq, b"", None, (), ToyState(), nbytes)
+    return StateRecord(
+        Owner(user), generation, fingerprint, seq, seq, b"", None, (), ToyState(), nbytes, Vocabulary(200)
+    )
 
 
 class StateStoreContract:

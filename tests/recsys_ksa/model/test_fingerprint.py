@@ -4,7 +4,7 @@ import torch
 
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.model.features import FeatureSchema
-from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
+from recsys_ksa.model.fingerprint import appended_hash, release_hash, state_fingerprint
 from recsys_ksa.model.network import Network
 
 
@@ -41,3 +41,23 @@ def test_config_and_precision_change_the_state_fingerprint() -> None:
     network = build()
     network.precision = "bf16"
     assert state_fingerprint(network) != base
+
+
+def test_appended_items_keep_the_state_fingerprint_and_have_a_hash_of_their_own() -> None:
+    base = build()
+    rows = base.embedding.tables.embeddings["item"].weight
+    more = torch.cat([rows.detach(), torch.randn(3, rows.shape[1])])
+    longer = Network(base.config, FeatureSchema(12)).eval()
+    longer.load_state_dict({**base.state_dict(), "embedding.tables.embeddings.item.weight": more})
+    assert state_fingerprint(longer) != state_fingerprint(base)
+    assert state_fingerprint(longer, num_base_items=9) == state_fingerprint(base) == state_fingerprint(base, 9)
+    assert state_fingerprint(longer, num_base_items=8) != state_fingerprint(base)
+    assert release_hash(longer) != release_hash(base)
+    appended = [appended_hash(longer, 9, stop) for stop in (9, 10, 11, 12)]
+    assert len(set(appended)) == 4
+    with torch.no_grad():
+        longer.embedding.tables.embeddings["item"].weight[10] += 1
+    again = [appended_hash(longer, 9, stop) for stop in (9, 10, 11, 12)]
+    assert [a == b for a, b in zip(appended, again)] == [True, True, False, False]
+    assert state_fingerprint(longer, num_base_items=9) == state_fingerprint(base)
+    assert state_fingerprint(longer, num_base_items=11) != state_fingerprint(base)
