@@ -1,10 +1,12 @@
 """What `ksa prepare` does, in vectorised pandas: the peer that loads everything. Run by prepare.py.
 
 Same input, same work: rows checked, duplicates dropped, ties audited, items and users numbered, histories ordered and
-written as Parquet by bucket, split positions, content hash, and the loader's uncompressed Arrow copy.
+written as Parquet by bucket, split positions, content hash, the loader's uncompressed Arrow copy; and, as `ksa prepare`
+does, the sha256 of every file that was read or written, and all of it on the disk at the end.
 """
 
 import hashlib
+import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +54,13 @@ def main(log: Path, target: Path) -> None:
     print(content_hash(histories))
     with pa.OSFile(str(target / "histories.arrow"), "wb") as sink, pa.ipc.new_file(sink, histories.schema) as writer:
         writer.write_table(histories.combine_chunks())
+    for path in [*log.glob("*.parquet"), *target.iterdir()]:
+        with path.open("rb") as file:
+            print(path.name, hashlib.file_digest(file, "sha256").hexdigest())
+    for path in [*target.iterdir(), target]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def audit(events: pd.DataFrame, items: pd.Index) -> None:
@@ -115,16 +124,18 @@ def group(events: pd.DataFrame, users: pd.Index, user_index: np.ndarray) -> pa.T
 
 
 def content_hash(histories: pa.Table) -> str:
-    """Hash each user's buffers in order."""
-    digest = hashlib.sha256()
+    """Hash each user's buffers, then the digests in order."""
+    digests = []
     lists = [histories.column(name).combine_chunks() for name in ("item_index", "timestamp")]
     offsets = lists[0].offsets.to_pylist()
     arrays = [column.values.to_numpy() for column in lists]
     for first, last in pairwise(offsets):
+        digest = hashlib.sha256()
         for values in arrays:
             digest.update(values[first:last].tobytes())
         digest.update(np.full(last - first, 8).tobytes())
-    return digest.hexdigest()
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Events per second, processor seconds and peak memory: `ksa prepare`, pandas doing the same, appends to the rest.
 
-Appended are the log's last day, and its last 1% of events, each to a data set of the events before; beside each, how
-many of the data set's events belong to users that it touches: their whole rows are written again.
+Appended are the log's last day, and its last 1% of events, each to a data set of the events before; then 1% of events
+of few users (a log of another seed) to the whole. Beside each, how many of the data set's events belong to users whom
+it touches: their whole rows are written again. After each append, what opening the new version costs the first time,
+when the loader's copy is brought up to date.
 
     python pipelines/benchmarks/prepare.py --events 1000000 10000000 --json figures.json
 
@@ -92,17 +94,30 @@ def bench(events: int, folder: Path, peers: bool, memory: str) -> list[dict]:
         last_hundredth = time_column.quantile(0.99, "lower").collect().item()
         for name, cut in (("last day", last_day), ("last 1%", last_hundredth)):
             rows += bench_append(log, folder / name.replace(" ", "-"), name, cut)
+    few = folder / "few"
+    measured(ksa("synth", "--out", few, "--events", events // 100, "--seed", 2))
+    rows += appended(folder / "ds", log, few, "1% of few users")
     return [{"events": events, **row, "events_per_second": round(events / row["seconds"])} for row in rows]
 
 
 def bench_append(log: Path, folder: Path, name: str, cut: int) -> list[dict]:
     """Return the figures of appending what a log has after a time, and of preparing what it has before."""
     old, new = split_log(log, folder, cut)
-    touched = f"{touched_share(old, new):.0%} touched"
     rows = [{"what": f"all but {name}", **measured(ksa("prepare", old, "--out", folder / "ds"))}]
-    rows.append({"what": f"+ {name}, {touched}", **measured(ksa("append-log", folder / "ds", new))})
+    rows += appended(folder / "ds", old, new, name)
     shutil.rmtree(folder)
     return rows
+
+
+def appended(dataset: Path, old: Path, new: Path, name: str) -> list[dict]:
+    """Return the figures of appending a log, and of opening the data set for the first time after that."""
+    touched = f"{touched_share(old, new):.0%} touched"
+    code = f"from recsys_ksa.data.dataset import open_dataset; open_dataset({str(dataset)!r})"
+    return [
+        {"what": f"+ {name}, {touched}", **measured(ksa("append-log", dataset, new))},
+        {"what": "  opened first", **measured([sys.executable, "-c", code])},
+        {"what": "  opened again", **measured([sys.executable, "-c", code])},
+    ]
 
 
 def main() -> None:
@@ -120,7 +135,7 @@ def main() -> None:
             for row in bench(events, folder, not args.no_peers, args.memory):
                 rows.append(row)
                 spent = "{seconds:8.2f} s {processor_seconds:8.2f} s of processors {events_per_second:>10,}/s"
-                line = "{events:>13,} {what:<24} " + spent + " {peak_mib:>7,} MiB"
+                line = "{events:>13,} {what:<32} " + spent + " {peak_mib:>7,} MiB"
                 print(line.format(**row), flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

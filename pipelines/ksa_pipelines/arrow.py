@@ -65,13 +65,10 @@ def read_column(path: Path, name: str, first: int = 0, count: int | None = None)
         return pa.concat_arrays([reader.get_batch(0).column(name).slice(first, count)])
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: Path) -> pa.Table:
     """Return the table that `write_table` wrote, copied into memory: the file may be written again."""
     with pa.OSFile(str(path)) as source:
-        names = pa.ipc.open_file(source).schema.names
-    wanted = [names.index(name) for name in columns or names]
-    with pa.OSFile(str(path)) as source:
-        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted)).read_all()
+        return pa.ipc.open_file(source).read_all()
 
 
 def take_rows(frame: pl.DataFrame, rows: NDArray[np.int64]) -> pl.DataFrame:
@@ -89,6 +86,6 @@ def write_frame(frame: pl.DataFrame, path: Path) -> None:
     write_table(to_arrow(frame), path)
 
 
-def read_frame(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
+def read_frame(path: Path) -> pl.DataFrame:
     """Return the frame that `write_frame` wrote; see `read_table`."""
-    return pl.DataFrame(read_table(path, columns))
+    return pl.DataFrame(read_table(path))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from ksa_pipelines.arrow import take_rows
 from ksa_pipelines.report import tally
@@ -26,17 +27,22 @@ def drop_duplicates(events: pl.DataFrame, old: pl.DataFrame | None = None) -> tu
             user, time and arrival.
         old: the same without arrival, in the data set already.
     """
-    marks = _marks(events, old)
-    if marks.null_count() == events.height:
+    if "event_id" not in events.columns and old is None:
+        repeats = _repeats(events)
+        counts = {SAME_EVENT: len(repeats)} if len(repeats) else {}
+    else:
+        marks = _marks(events, old)
+        repeats, counts = np.flatnonzero(marks.is_not_null().to_numpy()), tally(marks)
+    if not len(repeats):
         return events, {}
-    return take_rows(events, np.flatnonzero(marks.is_null().to_numpy())), tally(marks)
+    kept = np.ones(events.height, dtype=bool)
+    kept[repeats] = False
+    return take_rows(events, np.flatnonzero(kept)), counts
 
 
 def _marks(events: pl.DataFrame, old: pl.DataFrame | None) -> pl.Series:
     """[events] null for an event, else the rule by which an earlier one was the same."""
     columns = [name for name in _COLUMNS if name in events.columns]
-    if "event_id" not in columns and old is None:
-        return _repeats(events)
     rows = events.select(*columns, pl.col("arrival").cast(pl.Int64).alias(_ORDER))
     if old is not None:
         before = old.select(*columns, pl.lit(-1, dtype=pl.Int64).alias(_ORDER))
@@ -44,8 +50,11 @@ def _marks(events: pl.DataFrame, old: pl.DataFrame | None) -> pl.Series:
     return mark_duplicates(rows).tail(events.height)
 
 
-def _repeats(events: pl.DataFrame) -> pl.Series:
-    """Mark events that are the same by user, item, time and type; only events of one user and time can be."""
+def _repeats(events: pl.DataFrame) -> NDArray[np.int64]:
+    """Return the rows that are the same as an earlier one by user, item, time and type.
+
+    Only events of one user and time can be.
+    """
     user, timestamp = events["user"].to_numpy(), events["timestamp"].to_numpy()
     tied = np.append(False, (user[1:] == user[:-1]) & (timestamp[1:] == timestamp[:-1]))
     suspects = np.flatnonzero(tied | np.append(tied[1:], False))
@@ -54,9 +63,7 @@ def _repeats(events: pl.DataFrame) -> pl.Series:
     if "event_type" in events.columns:
         kind = events["event_type"].to_numpy()
         key = key * (int(kind.max(initial=0)) + 2) + kind[suspects] + 1
-    repeats = ~pl.Series(key).is_first_distinct().to_numpy()
-    marks = pl.repeat(None, events.height, dtype=pl.String, eager=True).alias(DUPLICATE)
-    return marks.scatter(suspects[repeats], SAME_EVENT)
+    return suspects[~pl.Series(key).is_first_distinct().to_numpy()]
 
 
 def mark_duplicates(events: pl.DataFrame) -> pl.Series:

@@ -18,7 +18,7 @@ from ksa_pipelines.split import Split, split_positions
 from ksa_pipelines.stored import Stored
 from ksa_pipelines.ties import sort_by_order
 from ksa_pipelines.vocab import item_hashes
-from ksa_pipelines.write import WORK, write_part
+from ksa_pipelines.write import WORK, begin_sync, write_part
 from recsys_ksa.data.hashes import file_hash
 from recsys_ksa.data.jagged_arrays import ragged_arange
 from recsys_ksa.data.parts import part_name
@@ -66,7 +66,9 @@ def write_bucket(task: PartTask) -> tuple[int, str]:
     histories = group_by_user(lists, users, positions, offsets)
     target = task.directory / task.part
     write_part(histories, target, compact=task.stored is None)
-    write_rows(histories, task.directory / rows_name(task.part))
+    rows = task.directory / rows_name(task.part)
+    write_rows(histories, rows)
+    begin_sync(rows)
     return max(task.numbered, int(user_index[-1]) // task.num_buckets + 1), file_hash(target)
 
 

@@ -224,12 +224,12 @@ def read_bucket(
         piece = {name: rows[name] for name in chunk.numbers.names or ()}
         piece["user"] = piece["user"] + np.int32(num_users)
         piece["arrival"] = piece.pop(ROW) + np.uint64(chunk.first_arrival)
-        pieces.append(piece | {name: codes[name][number][piece[name]] for name in codes})
+        pieces.append(piece | {name: codes[name][number].take(piece[name]) for name in codes})
         users.append(chunk.users(bucket))
         num_users += len(users[-1])
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     place, different = encode(pl.Series("user_id", pa.chunked_array(users), dtype=pl.String))
-    columns["user"] = place[columns["user"]]
+    columns["user"] = place.take(columns["user"])
     texts = {name: pa.concat_arrays([chunk.text(name, bucket) for _, chunk in there]) for name in there[0][1].texts}
     return pl.DataFrame(columns | {name: pl.Series(text, dtype=pl.String) for name, text in texts.items()}), different
 
