@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 from litestar import Litestar, Request, Response, delete, get, post, put
@@ -19,6 +18,7 @@ from litestar.types import ASGIApp
 
 from ksa_serving.auth import Tokens
 from ksa_serving.context import Context
+from ksa_serving.decoding import decoded, text_of
 from ksa_serving.errors import InvalidRequestError, ServiceError
 from ksa_serving.guards import guard
 from ksa_serving.messages import (
@@ -37,6 +37,7 @@ from ksa_serving.messages import (
 )
 from ksa_serving.openapi import openapi_document
 from ksa_serving.problems import on_any_error, on_http_error, on_service_error
+from ksa_serving.quick_routes import quick
 from ksa_serving.service import Service
 from ksa_serving.shard_rows import Page
 from ksa_serving.shards import Ownership
@@ -87,21 +88,21 @@ def create_app(
             Exception: on_any_error,
         },
     )
-    return guard(app, service, host, tokens, admin_port)
+    return guard(quick(app, service), service, host, tokens, admin_port)
 
 
 @post("/v1/users/{segment:str}/events", status_code=200)
 async def post_events(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Keep events."""
     asked = await _body(request, EventsRequest)
-    return _json(await _service(request).events.post(_text(segment), asked, _context(request)))
+    return _json(await _service(request).events.post(text_of(segment), asked, _context(request)))
 
 
 @get("/v1/users/{segment:str}/events")
 async def get_events(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Return a user's newest events."""
     limit, before = _number(request, "limit", 1000), _number(request, "before", None)
-    history = await _service(request).events.history(_text(segment), limit or 0, before, _context(request))
+    history = await _service(request).events.history(text_of(segment), limit or 0, before, _context(request))
     return _json(history)
 
 
@@ -110,46 +111,46 @@ async def put_event(request: AnyRequest, segment: FromPath[str], event_id: FromP
     """Correct an event."""
     asked = await _body(request, EventMessage)
     service = _service(request)
-    return _json(await service.events.correct(_text(segment), _text(event_id), asked, _context(request)))
+    return _json(await service.events.correct(text_of(segment), text_of(event_id), asked, _context(request)))
 
 
 @delete("/v1/users/{segment:str}/events/{event_id:str}", status_code=200)
 async def delete_event(request: AnyRequest, segment: FromPath[str], event_id: FromPath[str]) -> Response[bytes]:
     """Take an event back."""
-    return _json(await _service(request).events.retract(_text(segment), _text(event_id), _context(request)))
+    return _json(await _service(request).events.retract(text_of(segment), text_of(event_id), _context(request)))
 
 
 @post("/v1/users/{segment:str}/recommend", status_code=200)
 async def recommend(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Answer "what next?"."""
     asked = await _body(request, RecommendRequest)
-    return _json(await _service(request).questions.recommend(_text(segment), asked, _context(request)))
+    return _json(await _service(request).questions.recommend(text_of(segment), asked, _context(request)))
 
 
 @post("/v1/users/{segment:str}/score", status_code=200)
 async def score(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Score given items."""
     asked = await _body(request, ScoreRequest)
-    return _json(await _service(request).questions.score(_text(segment), asked, _context(request)))
+    return _json(await _service(request).questions.score(text_of(segment), asked, _context(request)))
 
 
 @post("/v1/users/{segment:str}/explain", status_code=200)
 async def explain(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Tell what carried an item's score."""
     asked = await _body(request, ExplainRequest)
-    return _json(await _service(request).questions.explain(_text(segment), asked, _context(request)))
+    return _json(await _service(request).questions.explain(text_of(segment), asked, _context(request)))
 
 
 @get("/v1/users/{segment:str}/state")
 async def state(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Tell what is kept of a user."""
-    return _json(await _service(request).questions.state(_text(segment), _context(request)))
+    return _json(await _service(request).questions.state(text_of(segment), _context(request)))
 
 
 @delete("/v1/users/{segment:str}", status_code=200)
 async def delete_user(request: AnyRequest, segment: FromPath[str]) -> Response[bytes]:
     """Delete a user."""
-    return _json(await _service(request).events.forget(_text(segment), _context(request)))
+    return _json(await _service(request).events.forget(text_of(segment), _context(request)))
 
 
 @post("/v1/events:batch", status_code=200)
@@ -304,13 +305,7 @@ def _json(answer: object, status: int = 200) -> Response[bytes]:
 
 
 async def _body(request: AnyRequest, kind: type[Asked]) -> Asked:
-    body = await request.body()
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"body: {error}. See /openapi.json.") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"body: expected JSON in UTF-8, got: {error}.", "invalid-json") from error
+    return decoded(await request.body(), kind)
 
 
 def _number(request: AnyRequest, name: str, default: int | None) -> int | None:
@@ -320,11 +315,3 @@ def _number(request: AnyRequest, name: str, default: int | None) -> int | None:
     if not (value.isascii() and value.isdecimal() and len(value) < 16):
         raise InvalidRequestError(f"{name}: expected a whole number, got another text.", f"invalid-{name}")
     return int(value)
-
-
-def _text(segment: str) -> str:
-    try:
-        return unquote_to_bytes(segment).decode()
-    except UnicodeDecodeError:
-        detail = "path: expected percent-encoded UTF-8, got other bytes. Encode it again."
-        raise InvalidRequestError(detail, "invalid-user-id") from None

@@ -1,7 +1,6 @@
 """What stands before the routes: counting, header size, foreign pages, who may do what, rates, room, deadlines."""
 
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -11,7 +10,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from ksa_serving.auth import Caller, RateLimit, Tokens, open_door
 from ksa_serving.context import Context
 from ksa_serving.errors import InvalidRequestError
-from ksa_serving.problems import problem
+from ksa_serving.problems import problem, send_response
 from ksa_serving.service import Service
 from ksa_serving.shards import Edge
 
@@ -98,14 +97,14 @@ class _Gate:
         headers = dict(scope["headers"])
         refusal = self._stranger(scope, headers)
         if refusal is not None:
-            await _send(refusal, send)
+            await send_response(refusal, send)
             return
         path, method = scope["path"], cast(str, cast(dict[str, Any], scope)["method"])
         caller = self._caller(scope, headers)
         if path not in OPEN:
             refusal = self._unwelcome(method, path, caller)
             if refusal is not None:
-                await _send(refusal, send)
+                await send_response(refusal, send)
                 return
         try:
             context = Context(
@@ -116,7 +115,7 @@ class _Gate:
                 edge=_edge(headers),
             )
         except InvalidRequestError as error:
-            await _send(problem(error.status, error.code, str(error)), send)
+            await send_response(problem(error.status, error.code, str(error)), send)
             return
         scope = cast(Scope, {**scope, "ksa": context})
         if not path.startswith("/v1/"):
@@ -124,7 +123,7 @@ class _Gate:
         elif self._under_way >= self._most:
             self._refused.labels("overloaded").inc()
             detail = f"requests: at most {self._most} are answered at once. Try again in a second."
-            await _send(problem(503, "overloaded", detail, {"retry-after": "1"}), send)
+            await send_response(problem(503, "overloaded", detail, {"retry-after": "1"}), send)
         else:
             self._under_way += 1
             try:
@@ -193,11 +192,3 @@ def _host(origin: bytes) -> str | None:
         return urlsplit(origin.decode("latin-1")).hostname
     except ValueError:
         return None
-
-
-async def _send(response: Response[bytes], send: Callable[[Message], Awaitable[None]]) -> None:
-    headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(response.content))]
-    headers += [(name.encode(), value.encode()) for name, value in response.headers.items()]
-    start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
-    await send(cast(Message, start))
-    await send(cast(Message, {"type": "http.response.body", "body": response.content, "more_body": False}))

@@ -2,14 +2,16 @@
 
 import logging
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
+from litestar.types import Message, Send
 
 from ksa_serving.errors import DeadlineError, NotOwnerError, OverloadedError, ServiceError
 from ksa_serving.messages import Problem
+from ksa_serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 CODES = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large"}
@@ -29,8 +31,13 @@ def on_service_error(request: Request[Any, Any, Any], error: ServiceError) -> Re
     Refusals for want of room or time, or for another process's users, are counted and not logged: under overload there
     would be a line a request.
     """
+    return service_problem(error, request.app.state.service.metrics)
+
+
+def service_problem(error: ServiceError, metrics: Metrics) -> Response[bytes]:
+    """Return what `on_service_error` answers."""
     if isinstance(error, OverloadedError | DeadlineError | NotOwnerError):
-        request.app.state.service.metrics.refused.labels(error.code).inc()
+        metrics.refused.labels(error.code).inc()
     elif error.status >= 500:
         logger.error("%s: %s", error.code, error)
     return problem(error.status, error.code, str(error), {"Retry-After": "1"} if error.status == 503 else None)
@@ -42,7 +49,21 @@ def on_http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[b
     return problem(error.status_code, CODES.get(error.status_code, "invalid-request"), error.detail, headers)
 
 
-def on_any_error(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+def on_any_error(_: Request[Any, Any, Any] | None, error: Exception) -> Response[bytes]:
     """Answer a mistake of ours. The traceback goes to the log; neither path nor body does, for they hold user ids."""
     logger.error("unhandled error", exc_info=error)
     return problem(500, "internal-error", "The service made a mistake; its log has the traceback.")
+
+
+async def send_response(response: Response[bytes], send: Send) -> None:
+    """Send a problem where no web framework does."""
+    headers = [(name.encode(), value.encode()) for name, value in response.headers.items()]
+    headers.append((b"content-type", b"application/problem+json"))
+    await send_bytes(response.status_code or 500, headers, response.content, send)
+
+
+async def send_bytes(status: int, headers: list[tuple[bytes, bytes]], content: bytes, send: Send) -> None:
+    """Send an answer."""
+    headers = [*headers, (b"content-length", b"%d" % len(content))]
+    await send(cast(Message, {"type": "http.response.start", "status": status, "headers": headers}))
+    await send(cast(Message, {"type": "http.response.body", "body": content, "more_body": False}))
