@@ -1,6 +1,7 @@
 """`ksa train`: a config and a prepared data set in, a run directory out."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,17 +41,20 @@ def _run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from recsys_ksa.train.loop import Report, resolve_config, train
+    from recsys_ksa.train.ranks import joined_ranks
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("ksa train: --device cuda: expected a CUDA device, found none. Leave it out to use the CPU.")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if device.type == "cuda" and config.train.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 runs in TF32
     config, said = resolve_config(config, dataset)
-    for line in said:
-        print(line)
-
-    with tqdm(unit="step", desc=config.name, disable=None, leave=False) as bar:
+    with joined_ranks() as ranks, tqdm(unit="step", desc=config.name, disable=None, leave=False) as bar:
+        for line in said if ranks.is_first else ():
+            bar.write(line)
 
         def show(report: Report) -> None:
             bar.total = report.steps
@@ -67,8 +71,10 @@ def _run(arguments: argparse.Namespace) -> None:
             stop_at=arguments.steps,
             resume=arguments.resume,
             report=show,
+            ranks=ranks,
         )
-    _print_end(config, dataset, arguments.out, trained, str(device))
+    if ranks.is_first:
+        _print_end(config, dataset, arguments.out, trained, str(device))
 
 
 def _print_end(config: "RunConfig", dataset: "Dataset", run: Path, trained: "Trained", device: str) -> None:

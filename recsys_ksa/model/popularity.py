@@ -8,6 +8,7 @@ from copy import copy
 from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys_ksa.data.popularity import DAY, KINDS, WEEK, DayCounts
@@ -97,8 +98,17 @@ class Centre(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         """Return vectors [Q, E] without the mean; in training take these into it first."""
         if self.training and len(vectors):
-            self.mean.lerp_(vectors.detach().mean(0), CENTRE_RATE)
+            self.mean.lerp_(_mean_of_all(vectors.detach()), CENTRE_RATE)
         return vectors - self.mean.clone()  # the buffer moves on before the backward pass
+
+
+def _mean_of_all(vectors: Tensor) -> Tensor:
+    """Return the mean of vectors [Q, E], of all processes where several train together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return vectors.mean(0)
+    total = torch.cat((vectors.sum(0), vectors.new_tensor([len(vectors)])))
+    dist.all_reduce(total)
+    return total[:-1] / total[-1]
 
 
 def add_popularity(

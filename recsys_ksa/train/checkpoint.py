@@ -42,6 +42,8 @@ class Progress:
     best_step: int = 0
     worse: int = 0
     """Validations since the best."""
+    world_size: int = 1
+    """Processes that train together; with another number, epoch and position mean other batches."""
 
 
 def save_checkpoint(
@@ -63,17 +65,24 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, Weights | None]:
+def load_checkpoint(
+    run: Path, network: nn.Module, optimizer: torch.optim.Optimizer, world_size: int = 1
+) -> tuple[Progress, Weights | None]:
     """Load the last checkpoint into `network` and `optimizer`; return progress and the best weights, if any.
 
     Raises:
-        RunError: there is none, or it is damaged or of another network.
+        RunError: there is none, it is damaged or of another network, or of another number of processes.
     """
     folder = next((f for f in (run / FOLDER, run / f"{FOLDER}.old") if f.is_dir()), None)
     if folder is None:
         raise RunError(f"{run}: expected {FOLDER}/ to resume from, found none. Train anew into another directory.")
     try:
         progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+        if progress.world_size != world_size:
+            raise RunError(
+                f"{run}: expected to go on with as many processes as it was begun with, {progress.world_size}, got "
+                f"{world_size}. Start as many, or train anew."
+            )
         network.load_state_dict(load_file(folder / "weights.safetensors"))
         _restore_moments(network, optimizer, load_file(folder / "optimizer.safetensors"))
         best = folder / "best.safetensors"

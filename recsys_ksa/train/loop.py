@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from recsys_ksa.architectures import build_network, check_length
 from recsys_ksa.config import RunConfig
+from recsys_ksa.data.batches import Batch
 from recsys_ksa.data.negatives import NegativeSampler, training_counts
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.data.spans import training_end
@@ -24,6 +26,7 @@ from recsys_ksa.run import METRICS_FILE
 from recsys_ksa.train.checkpoint import Progress, Weights, copy_weights, load_checkpoint, save_checkpoint
 from recsys_ksa.train.feed import Feed, Place, Source, feed
 from recsys_ksa.train.optim import learning_rate, make_optimizer
+from recsys_ksa.train.ranks import Ranks
 from recsys_ksa.train.run_files import begin_run, feature_schema, finish_run, reopen_run
 from recsys_ksa.train.validation import Validation
 
@@ -83,6 +86,7 @@ def train(
     stop_at: int | None = None,
     resume: bool = False,
     report: Callable[[Report], None] = lambda report: None,
+    ranks: Ranks = Ranks(),  # noqa: B008  frozen
 ) -> Trained:
     """Train a network and write its run directory.
 
@@ -95,6 +99,7 @@ def train(
             model.
         resume: go on from the run's last checkpoint, on the trajectory it would have taken.
         report: called every `LOG_EVERY` steps.
+        ranks: the processes that train together, of which each calls this; all see one file system.
 
     Raises:
         ConfigError: the config contradicts itself, the data or the device.
@@ -110,7 +115,7 @@ def train(
     check_length(config, network)
     optimizer = make_optimizer(network, config.train)
     end = training_end(dataset, config.data.split)
-    batches = TrainingBatches(dataset.histories, end, config)
+    batches = TrainingBatches(dataset.histories, end, config, rank=ranks.rank, world_size=ranks.world_size)
     counts = training_counts(dataset.histories, end, dataset.num_items)
     # gBCE's calibration assumes uniform negatives.
     power = 0.0 if config.loss.kind == "gbce" else config.loss.popularity_power
@@ -121,21 +126,25 @@ def train(
     if network.popularity_bias is not None:
         # Of the training span alone: what is held out must not be counted either.
         popularity = Popularity(DayCounts.of_histories(dataset.histories, end), dataset.num_items).to(device)
+    if ranks.is_first:
+        if resume:
+            reopen_run(run, config, dataset)
+        else:
+            begin_run(run, config, dataset)
+    progress, best = Progress(world_size=ranks.world_size), None
     if resume:
-        reopen_run(run, config, dataset)
-        progress, best = load_checkpoint(run, network, optimizer)
-        _cut_metrics(run, progress.step)
-    else:
-        begin_run(run, config, dataset)
-        progress, best = Progress(), None
-    log_probability = sampler.log_probability.to(device)
-    session = _Session(config, run, network, optimizer, device, log_probability, popularity, report, steps)
+        progress, best = load_checkpoint(run, network, optimizer, ranks.world_size)
+        if ranks.is_first:
+            _cut_metrics(run, progress.step)
+    objective = ranks.parallel(_Objective(network, config, sampler.log_probability.to(device), popularity))
+    session = _Session(config, run, network, objective, optimizer, device, report, steps, ranks)
     progress, best, reason, speed = session.go(Validation(dataset, config), batches, sampler, progress, best)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     weights = best if best is not None else copy_weights(network)
     network = network.to("cpu")
     network.load_state_dict(weights)
-    finish_run(run, config, dataset, network, weights, batches.longest)
+    if ranks.is_first:
+        finish_run(run, config, dataset, network, weights, batches.longest)
     return Trained(progress, speed, num_parameters, reason)
 
 
@@ -152,6 +161,25 @@ def resolve_config(config: RunConfig, dataset: "Dataset") -> tuple[RunConfig, li
     return config.model_copy(update={"model": model}), said
 
 
+class _Objective(nn.Module):
+    """The network and the loss of a batch, as one module."""
+
+    def __init__(
+        self, network: ScoringNetwork, config: RunConfig, log_probability: torch.Tensor, popularity: Popularity | None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._config, self._log_probability, self._popularity = config, log_probability, popularity
+
+    def forward(self, batch: Batch, negatives: torch.Tensor) -> torch.Tensor:
+        """Return the mean over the batch's questions."""
+        train, device = self._config.train, negatives.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            users = self.network(batch, train.attention_impl)
+        loss, log_probability = self._config.loss, self._log_probability
+        return batch_loss(self.network, users, batch, loss, negatives, log_probability, self._popularity)
+
+
 @dataclass
 class _Session:
     """The loop over steps, from wherever the run stands to where it stops."""
@@ -159,12 +187,12 @@ class _Session:
     config: RunConfig
     run: Path
     network: ScoringNetwork
+    objective: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
-    log_probability: torch.Tensor
-    popularity: Popularity | None
     report: Callable[[Report], None]
     steps: int
+    ranks: Ranks
 
     def go(
         self,
@@ -194,34 +222,45 @@ class _Session:
                 if budget is not None:
                     share = max(share, progress.seconds / budget)
                 rate = learning_rate(config, progress.step, share)
-                loss = self._step(given, progress.step, rate)
+                num_questions, num_events = self.ranks.total(given.batch.num_questions, given.batch.num_events)
+                loss = self._step(given, progress.step, rate, given.batch.num_questions / num_questions)
                 progress = replace(
                     progress,
                     step=progress.step + 1,
                     epoch=given.next_epoch,
                     position=given.next_position,
-                    tokens=progress.tokens + given.batch.num_events,
+                    tokens=progress.tokens + int(num_events),
                 )
                 if progress.step % LOG_EVERY == 0:
                     speed = Speed.of(tokens, trained_for, waited)
-                    self._log(progress, float(loss), rate, speed)
+                    (whole,) = self.ranks.total(float(loss))
+                    self._log(progress, whole, rate, speed)
                 trained_for += time.monotonic() - started
                 if not tokens:
                     waited = 0.0  # for the first batch there is nothing to do meanwhile
-                tokens += given.batch.num_events
-                progress = replace(progress, seconds=time.monotonic() - began)
+                tokens += int(num_events)
+                progress = replace(progress, seconds=self._seconds(began))
                 if progress.step % config.validate_every == 0:
                     started = time.monotonic()
                     progress, best = self._validate(validation, progress, best)
                     validated_for = time.monotonic() - started
                 if progress.step % config.checkpoint_every == 0:
-                    save_checkpoint(self.run, self.network, self.optimizer, best, progress)
-                progress = replace(progress, seconds=time.monotonic() - began)
-        save_checkpoint(self.run, self.network, self.optimizer, best, progress)
+                    self._save(best, progress)
+                progress = replace(progress, seconds=self._seconds(began))
+        self._save(best, progress)
         # The closing validation comes after the checkpoint: a run resumed from here must not have made it.
         if progress.step and progress.step % config.validate_every:
             progress, best = self._validate(validation, progress, best, closing=True)
         return progress, best, reason, Speed.of(tokens, trained_for, waited)
+
+    def _seconds(self, began: float) -> float:
+        """Return the seconds since; where they decide how long to train, all processes' by one clock."""
+        seconds = time.monotonic() - began
+        return seconds if self.config.train.max_seconds is None else self.ranks.first(seconds)
+
+    def _save(self, best: Weights | None, progress: Progress) -> None:
+        if self.ranks.is_first:
+            save_checkpoint(self.run, self.network, self.optimizer, best, progress)
 
     def _why_stop(self, progress: Progress, budget: float | None) -> str | None:
         config = self.config.train
@@ -233,19 +272,18 @@ class _Session:
             return f"no better validation in {progress.worse}"
         return None
 
-    def _step(self, given: Feed, step: int, rate: float) -> torch.Tensor:
-        config = self.config
+    def _step(self, given: Feed, step: int, rate: float, share: float) -> torch.Tensor:
+        """Take a step; return this process' part of the loss, which is its mean over questions by their share."""
+        config, ranks = self.config, self.ranks
         # Seeded by step: dropout after resuming is what it would have been.
-        torch.manual_seed((config.seed << 32) + step)
+        torch.manual_seed((config.seed << 32) + step * ranks.world_size + ranks.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         batch = given.batch.to(self.device)
         negatives = given.negatives.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            users = self.network(batch, config.train.attention_impl)
-        loss = batch_loss(self.network, users, batch, config.loss, negatives, self.log_probability, self.popularity)
+        loss = self.objective(batch, negatives) * share
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * ranks.world_size).backward()  # gradients become the mean over processes
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.train.gradient_clip)
         self.optimizer.step()
         return loss.detach()
@@ -253,8 +291,10 @@ class _Session:
     def _validate(
         self, validation: Validation, progress: Progress, best: Weights | None, closing: bool = False
     ) -> tuple[Progress, Weights | None]:
-        config = self.config.train
-        ndcg = validation.ndcg(self.network, self.device, config.attention_impl, config.precision == "bf16")
+        config, ndcg = self.config.train, 0.0
+        if self.ranks.is_first:
+            ndcg = validation.ndcg(self.network, self.device, config.attention_impl, config.precision == "bf16")
+        ndcg = self.ranks.first(ndcg)
         row: dict[str, float | bool] = {"step": progress.step, "seconds": round(progress.seconds, 3)}
         self._write(row | {"valid_ndcg@10": ndcg} | ({"closing": True} if closing else {}))
         if ndcg > progress.best_ndcg:
@@ -274,9 +314,12 @@ class _Session:
                 "waiting_share": round(speed.waiting_share, 4),
             }
         )
-        self.report(Report(progress.step, self.steps, progress.seconds, loss, speed, progress.best_ndcg))
+        if self.ranks.is_first:
+            self.report(Report(progress.step, self.steps, progress.seconds, loss, speed, progress.best_ndcg))
 
     def _write(self, row: dict[str, float | bool]) -> None:
+        if not self.ranks.is_first:
+            return
         with (self.run / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
