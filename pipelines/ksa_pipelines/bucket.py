@@ -64,15 +64,11 @@ def gather(task: GatherTask) -> Gathered | None:
     if events.is_empty():
         return None
     task.folder.mkdir(parents=True, exist_ok=True)
-    users = pl.DataFrame({"user_id": user_ids})
-    stored = None if task.known is None else task.known.stored.bucket(task.bucket)
-    if stored is None:
-        users = users.with_columns(user_index=pl.lit(None, pl.Int64), row=pl.lit(None, pl.Int64))
-    else:
-        users = stored.recognise(users)
+    stored = StoredBucket([]) if task.known is None else task.known.stored.bucket(task.bucket)
+    users = stored.recognise(user_ids)
     events, users = _in_order(events, users)
     tied = count_tied_pairs(events, np.asarray(np.memmap(task.audit_ranks, dtype=np.int64, mode="r")))
-    old = None if task.known is None or stored is None else _old_events(task.known, stored, users, events)
+    old = None if task.known is None else _old_events(task.known, stored, users, events)
     events, duplicates = drop_duplicates(events, old)
     write_frame(users, task.folder / USERS)
     types = task.names.get("event_type")

@@ -27,12 +27,14 @@ def drop_duplicates(events: pl.DataFrame, old: pl.DataFrame | None = None) -> tu
             user, time and arrival.
         old: the same without arrival, in the data set already.
     """
-    if "event_id" not in events.columns and old is None:
-        repeats = _repeats(events)
-        counts = {SAME_EVENT: len(repeats)} if len(repeats) else {}
-    else:
+    if "event_id" in events.columns:
         marks = _marks(events, old)
         repeats, counts = np.flatnonzero(marks.is_not_null().to_numpy()), tally(marks)
+    else:
+        repeats = _repeats(events)
+        if old is not None:
+            repeats = np.union1d(repeats, _known(events, old))
+        counts = {SAME_EVENT: len(repeats)}
     if not len(repeats):
         return events, {}
     kept = np.ones(events.height, dtype=bool)
@@ -41,13 +43,20 @@ def drop_duplicates(events: pl.DataFrame, old: pl.DataFrame | None = None) -> tu
 
 
 def _marks(events: pl.DataFrame, old: pl.DataFrame | None) -> pl.Series:
-    """[events] null for an event, else the rule by which an earlier one was the same."""
+    """[events] null for an event, else the rule by which an earlier one was the same; for logs with event ids."""
     columns = [name for name in _COLUMNS if name in events.columns]
     rows = events.select(*columns, pl.col("arrival").cast(pl.Int64).alias(_ORDER))
     if old is not None:
         before = old.select(*columns, pl.lit(-1, dtype=pl.Int64).alias(_ORDER))
         rows = pl.concat([before, rows])
-    return mark_duplicates(rows).tail(events.height)
+    payload = [name for name in ("item", "timestamp", "event_type") if name in columns]
+    first = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", "event_id")
+    same = pl.struct(payload)
+    other = same != same.sort_by(_ORDER).first().over("user", "event_id")
+    by_id = pl.when(first & other).then(pl.lit(SAME_ID_OTHER_PAYLOAD)).when(first).then(pl.lit(SAME_ID))
+    without_id = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", *payload, pl.col("event_id").is_null())
+    mark = pl.when(pl.col("event_id").is_null()).then(pl.when(without_id).then(pl.lit(SAME_EVENT))).otherwise(by_id)
+    return rows.select(mark.alias(DUPLICATE)).to_series().tail(events.height)
 
 
 def _repeats(events: pl.DataFrame) -> NDArray[np.int64]:
@@ -66,17 +75,8 @@ def _repeats(events: pl.DataFrame) -> NDArray[np.int64]:
     return suspects[~pl.Series(key).is_first_distinct().to_numpy()]
 
 
-def mark_duplicates(events: pl.DataFrame) -> pl.Series:
-    """Return the column `duplicate`: null for an event, else the rule by which an earlier row was the same one."""
-    columns = events.columns
-    payload = [name for name in ("item", "timestamp", "event_type") if name in columns]
-    later = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", *payload)
-    if "event_id" not in columns:
-        return events.select(pl.when(later).then(pl.lit(SAME_EVENT)).alias(DUPLICATE)).to_series()
-    first = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", "event_id")
-    same = pl.struct(payload)
-    other = same != same.sort_by(_ORDER).first().over("user", "event_id")
-    by_id = pl.when(first & other).then(pl.lit(SAME_ID_OTHER_PAYLOAD)).when(first).then(pl.lit(SAME_ID))
-    without_id = pl.col(_ORDER) > pl.col(_ORDER).min().over("user", *payload, pl.col("event_id").is_null())
-    mark = pl.when(pl.col("event_id").is_null()).then(pl.when(without_id).then(pl.lit(SAME_EVENT))).otherwise(by_id)
-    return events.select(mark.alias(DUPLICATE)).to_series()
+def _known(events: pl.DataFrame, old: pl.DataFrame) -> NDArray[np.int64]:
+    """Return the rows that are the same as an old event by user, item, time and type."""
+    columns = [name for name in _COLUMNS if name in events.columns]
+    met = events.select(columns).with_row_index("row").join(old.select(columns), on=columns, how="semi")
+    return met["row"].to_numpy().astype(np.int64)

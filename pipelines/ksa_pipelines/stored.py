@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ksa_pipelines.arrow import to_arrow
 from ksa_pipelines.histories import lists_of
 from recsys_ksa.data.parts import mark_newest
 from recsys_ksa.data.rows import DIGEST, Rows, check_digests, rows_name
@@ -40,11 +42,13 @@ class StoredBucket:
         """Of each history in its file."""
         self._file = np.repeat(np.arange(len(files)), [len(each) for each in rows])[order]
 
-    def recognise(self, users: pl.DataFrame) -> pl.DataFrame:
-        """Add user_index and row to user_id; null where the data set does not know the user."""
-        there = self._take(np.arange(len(self._row)), ["user_id", "user_index"])
-        known = pl.DataFrame(there).with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
-        return users.join(known, on="user_id", how="left", maintain_order="left")
+    def recognise(self, user_ids: pl.Series) -> pl.DataFrame:
+        """Return user_id, user_index and row of some users; nulls where the data set does not know the user."""
+        known = self._take(np.arange(len(self._row)), ["user_id", "user_index"])
+        options = pc.SetLookupOptions(known.column("user_id").cast(pa.large_string()))
+        row = pc.call_function("index_in", [to_arrow(user_ids)], options).cast(pa.int64())
+        user_index = known.column("user_index").combine_chunks().take(row)
+        return pl.DataFrame({"user_id": user_ids, "user_index": pl.Series(user_index), "row": pl.Series(row)})
 
     def last_times(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the time of the last event of some users."""
