@@ -26,6 +26,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import apsw
+import msgspec
 
 from ksa_serving.errors import EventLogError
 from ksa_serving.events import NewEvent, Owner, StoredEvent
@@ -43,6 +44,9 @@ from ksa_serving.sqlite_file import (
 )
 from ksa_serving.user_view import UserHead, UserView, read_user
 from recsys_ksa.order import TieKind
+
+DAMAGE = (apsw.Error, UnicodeDecodeError, msgspec.DecodeError)
+"""What reading a damaged file raises."""
 
 
 class EventLog:
@@ -77,14 +81,14 @@ class EventLog:
         try:
             self._connection = open_writer(self._path)
             self.salt = salt_of(self._connection)
-        except apsw.Error as error:
+            self._entries = LogEntries(self._connection, self.salt, tie, late_horizon, clock)
+            self.writer = LogWriter(self._connection, self._entries, group_events, waiting_calls)
+        except DAMAGE as error:
             self._lock_file.close()
             raise EventLogError(f"{self._path}: expected an event log, got: {error}. Check --state-dir.") from error
         except EventLogError:
             self._lock_file.close()
             raise
-        self._entries = LogEntries(self._connection, self.salt, tie, late_horizon, clock)
-        self.writer = LogWriter(self._connection, self._entries, group_events, waiting_calls)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -173,6 +177,20 @@ class EventLog:
         with self.view(owner) as view:
             return view.head, view.newest(view.head.num_events)
 
+    def check(self) -> None:
+        """Compare the whole log with its rolling hashes.
+
+        Raises:
+            EventLogError: something is not what was kept.
+        """
+        with self._reader() as connection:
+            found = str(connection.pragma("integrity_check", 1))
+        if found != "ok":
+            raise EventLogError(f"event log: expected a sound file, got: {found}.")
+        for owner in self.owners():
+            with self.view(owner) as view:
+                view.check()
+
     def owners(self) -> list[Owner]:
         """Return everyone who has events."""
         with self._reader() as connection:
@@ -208,7 +226,7 @@ class EventLog:
             connection = connect(self._path, apsw.SQLITE_OPEN_READONLY)
         try:
             yield connection
-        except apsw.Error as error:
+        except DAMAGE as error:
             raise EventLogError(f"event log: cannot be read: {error}. See the service's log.") from error
         finally:
             self._readers.put(connection)

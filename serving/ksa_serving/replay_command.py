@@ -38,6 +38,7 @@ def _run(args: argparse.Namespace) -> None:
     fresh = UserStates(release, log, MemoryStateStore(1), settings.rebuild_step_events)
     found, different, worst = 0, 0, 0.0
     try:
+        log.check()
         for owner in tqdm(log.owners(), unit=" users"):
             if stored.held(owner) is None:
                 continue

@@ -113,7 +113,8 @@ def open_writer(path: Path) -> apsw.Connection:
 def salt_of(connection: apsw.Connection) -> bytes:
     """Return the log's own random bytes, with which owners are hashed."""
     row = connection.execute("SELECT value FROM facts WHERE name = 'salt'").fetchone()
-    assert row is not None
+    if row is None or not isinstance(row[0], bytes):
+        raise EventLogError("event log: expected its salt, got none: damaged.")
     return row[0]
 
 

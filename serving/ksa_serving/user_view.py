@@ -7,7 +7,7 @@ from typing import Any
 import apsw
 
 from ksa_serving.errors import EventLogError
-from ksa_serving.events import NewEvent, StoredEvent, sort_events
+from ksa_serving.events import NewEvent, StoredEvent, chain_after, sort_events
 from recsys_ksa.order import TieKind
 
 COLUMNS = "seq, item_id, timestamp, event_id, event_type, value"
@@ -117,6 +117,33 @@ class UserView:
         query = "SELECT item_id FROM events WHERE user_key = ? AND generation = ? AND live = 1"
         rows: Iterator[Any] = self._connection.execute(query, self._key)
         return (item_id for (item_id,) in rows)
+
+    def check(self) -> None:
+        """Compare all entries of a user who has some with their rolling hashes; of what was retracted nothing is left.
+
+        Raises:
+            EventLogError: one is not what was kept.
+        """
+        rows: Iterator[Any] = self._connection.execute(
+            f"SELECT live, chain, identity, {COLUMNS} FROM events WHERE user_key = ? AND generation = ? ORDER BY seq",
+            self._key,
+        )
+        before, found = b"", list[StoredEvent]()
+        for live, chain, identity, *columns in rows:
+            if live:
+                found.append(stored_event(columns))
+                _, *told = columns
+                event = NewEvent(*told)
+                payload = (event.item_id, event.timestamp, event.event_type, event.value)
+                if event.identity != identity or chain_after(before, identity, *payload) != chain:
+                    raise EventLogError("event log: expected the event that its hash names, got another: damaged.")
+            before = chain
+        if (
+            not before
+            or before != self.head.chain
+            or sort_events(found, self._tie) != self.newest(self.head.num_events)
+        ):
+            raise EventLogError("event log: expected the events that a user's hash names, got others: damaged.")
 
     def known(self, events: Sequence[NewEvent], up_to_seq: int) -> list[bool]:
         """Return for each event whether the log has one of its identity, no newer than `up_to_seq`."""

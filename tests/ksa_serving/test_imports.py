@@ -23,6 +23,8 @@ SERVICE_MODULES = [
     "releases",
     "replay_command",
     "server",
+    "shard_mover",
+    "shards_command",
     "service",
     "state_store",
     "testing",
