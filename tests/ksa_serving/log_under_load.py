@@ -1,17 +1,23 @@
 """A child process that keeps events until it is killed; `test_kill.py` starts it. Imports no torch.
 
-    python log_under_load.py DIRECTORY SEED
+    python log_under_load.py DIRECTORY SEED [POINT]
 
-It prints `ready`, then for each acknowledged call one line of JSON: the user and [event number, outcome] pairs. Event
-numbers name events (`story_event`), so the parent knows what was acknowledged. Calls run at once, some events are
-sent again, some are late, and states are asked for in between.
+It prints `ready`, then for each acknowledged call one line of JSON: the user and [event number, outcome] pairs, or
+`forgotten` for a user who was deleted. Event numbers name events (`story_event`), so the parent knows what was
+acknowledged. Calls run at once, some events are sent again, some are late, and states are asked for in between. At
+POINT, as `ksa_serving.log_entries:LogEntries.save/after/3`, it kills itself: after the third call of that function.
 """
 
 import asyncio
+import importlib
+import itertools
 import json
+import os
 import random
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from ksa_serving.command import open_store
 from ksa_serving.event_log import EventLog
@@ -35,7 +41,10 @@ def story_event(number: int) -> NewEvent:
 
 def open_service(directory: Path) -> Service:
     """Return a service with a cold store, memory too small for all users, and a little to write down often."""
-    release, settings = toy_release(), ServeSettings(state_bytes=4000, spill_events=8, cold_bytes=2 * 10**7)
+    release, settings = (
+        toy_release(),
+        ServeSettings(state_bytes=4000, spill_events=8, cold_bytes=2 * 10**7, purge_after_seconds=0.05),
+    )
     log = EventLog(directory, "arrival")
     models = {release.state_fingerprint: release.model}
     store = open_store("lmdb", directory, models, log.salt, settings)
@@ -60,12 +69,49 @@ async def keep_events(service: Service, draw: random.Random, number: int) -> Non
             await service.questions.recommend(f"user-{user}", RecommendRequest(k=1))
 
 
+async def delete_users(service: Service, seed: int) -> None:
+    for number in itertools.count():
+        user = f"doomed-{seed}-{number}"
+        for start in range(0, 40, 10):
+            wire = [EventMessage(f"item-{n}", 1_000_000 + n) for n in range(start, start + 10)]
+            await service.events.post(user, EventsRequest(wire))
+            await service.questions.recommend(user, RecommendRequest(k=1))
+        await service.events.forget(user)
+        print(json.dumps([user, "forgotten"]), flush=True)
+        await asyncio.sleep(0.02)
+
+
+def arm(point: str) -> None:
+    """Kill this process at a point."""
+    where, when, nth = point.split("/")
+    module, path = where.split(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    step, calls = getattr(owner, name), itertools.count(1)
+
+    def deadly(*given: Any, **named: Any) -> Any:
+        last = next(calls) == int(nth)
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = step(*given, **named)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
 async def main(directory: Path, seed: int) -> None:
     service = open_service(directory)
     print("ready", flush=True)
     senders = range(seed * 4, seed * 4 + 4)
-    await asyncio.gather(*(keep_events(service, random.Random(n), n * STRIDE) for n in senders))
+    keeping = (keep_events(service, random.Random(n), n * STRIDE) for n in senders)
+    await asyncio.gather(delete_users(service, seed), *keeping)
 
 
 if __name__ == "__main__":
+    for point in sys.argv[3:]:
+        arm(point)
     asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -24,6 +24,19 @@ from ksa_serving.testing import ToyModel
 
 pytestmark = pytest.mark.service
 NUM_KILLS = int(os.environ.get("KSA_KILLS", "10"))
+POINTS = (
+    "ksa_serving.log_entries:LogEntries.look_up/before",  # a transaction was begun
+    "ksa_serving.log_entries:LogEntries.save/after",  # written, not committed
+    "ksa_serving.service:Service._on_commit/before",  # committed, not acknowledged
+    "ksa_serving.lmdb_engine:LmdbEngine.write/before",
+    "ksa_serving.lmdb_engine:LmdbEngine.write/after",
+    "ksa_serving.log_entries:LogEntries.forget/after",
+    "ksa_serving.log_entries:LogEntries.purge/after",
+    "ksa_serving.lmdb_engine:LmdbEngine.remove/before",
+    "ksa_serving.lmdb_engine:LmdbEngine.remove/after",
+    "os:replace/before",  # the cold store was copied without what was deleted
+    "os:replace/after",
+)
 NUM_SERVICE_KILLS = max(2, NUM_KILLS // 10)
 LOAD = Path(__file__).parent / "log_under_load.py"
 spec = importlib.util.spec_from_file_location("log_under_load", LOAD)
@@ -33,8 +46,8 @@ log_under_load = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(log_under_load)
 
 
-def spawn(directory: Path, seed: int) -> subprocess.Popen[str]:
-    command = [sys.executable, str(LOAD), str(directory), str(seed)]
+def spawn(directory: Path, seed: int, *point: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(LOAD), str(directory), str(seed), *point]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -52,19 +65,45 @@ def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path: Path):
         assert child.stdout.readline() == "ready\n"
         time.sleep(draw.uniform(0.0, 0.4))
         child.send_signal(signal.SIGKILL)
-        for line in whole_lines(child.stdout):
-            user, outcomes = json.loads(line)
-            assert {status for _, status in outcomes} <= {"accepted", "late-applied", "duplicate"}
-            acknowledged.setdefault(user, set()).update(number for number, _ in outcomes)
-        child.stdout.close()
-        assert child.wait() == -signal.SIGKILL
-        check_against_log(tmp_path, acknowledged)
+        read_and_check(child, tmp_path, acknowledged)
     assert sum(map(len, acknowledged.values())) > 10 * NUM_KILLS
 
 
-def check_against_log(directory: Path, acknowledged: dict[str, set[int]]) -> None:
+def test_kill_at_named_points_loses_and_doubles_nothing(tmp_path: Path, seed: int):
+    draw = random.Random(seed)
+    acknowledged: dict[str, set[int]] = {}
+    points = POINTS * (NUM_KILLS // 50) or draw.sample(POINTS, 4)
+    for turn, point in enumerate(points):
+        child = spawn(tmp_path, turn, f"{point}/{draw.randint(1, 4 if point.startswith('os') else 20)}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=60)
+        assert child.poll() == -signal.SIGKILL, f"{point} was never reached"
+        read_and_check(child, tmp_path, acknowledged)
+
+
+def read_and_check(child: subprocess.Popen[str], directory: Path, acknowledged: dict[str, set[int]]) -> None:
+    """Read what a killed child acknowledged, and find it in the log."""
+    assert child.stdout is not None
+    forgotten: list[str] = []
+    for line in whole_lines(child.stdout):
+        if line == "ready\n":
+            continue
+        user, outcomes = json.loads(line)
+        if outcomes == "forgotten":
+            forgotten.append(user)
+            continue
+        assert {status for _, status in outcomes} <= {"accepted", "late-applied", "duplicate"}
+        acknowledged.setdefault(user, set()).update(number for number, _ in outcomes)
+    child.stdout.close()
+    assert child.wait() == -signal.SIGKILL
+    check_against_log(directory, acknowledged, forgotten)
+
+
+def check_against_log(directory: Path, acknowledged: dict[str, set[int]], forgotten: list[str]) -> None:
     service = log_under_load.open_service(directory)
     log = service.log
+    log.check()
+    assert not set(forgotten) & {owner.user_id for owner in log.owners()}, "deleted and back"
     for user, numbers in acknowledged.items():
         head, events = log.read(Owner(user))
         kept = Counter(event.item_id for event in events)

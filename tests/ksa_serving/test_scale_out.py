@@ -91,6 +91,12 @@ class Cluster:
         self.shards[name].wait()
         self.restart(name)
 
+    def pause(self, name: str, seconds: float = 0.5) -> None:
+        """Have a process neither answer nor die, and then go on as if nothing had been."""
+        process = self.shards[name]
+        process.send_signal(signal.SIGSTOP)
+        threading.Timer(seconds, process.send_signal, [signal.SIGCONT]).start()
+
     def wait(self) -> None:
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
@@ -181,12 +187,12 @@ class Killed(BaseException):
 
 
 class UnluckyMover(Mover):
-    """Before some of its calls a process is killed, or the mover itself."""
+    """Before some of its calls a process is killed or stopped for a while, or the mover itself is killed."""
 
     def __init__(self, cluster: Cluster, http: httpx.Client, draw: random.Random, num_kills: int):
         super().__init__(cluster.files, http, cluster.reload)
         self._cluster, self._draw = cluster, draw
-        self._kills = {draw.randrange(60): draw.choice([*NAMES, "mover"]) for _ in range(num_kills)}
+        self._kills = {draw.randrange(60): draw.choice([*NAMES, "mover", "pause"]) for _ in range(num_kills)}
         self._calls = 0
 
     def _call(self, *given: Any) -> Any:
@@ -194,7 +200,9 @@ class UnluckyMover(Mover):
         self._calls += 1
         if whom == "mover":
             raise Killed
-        if whom is not None:
+        if whom == "pause":
+            self._cluster.pause(self._draw.choice(NAMES))
+        elif whom is not None:
             self._cluster.kill(whom)
         return super()._call(*given)
 
