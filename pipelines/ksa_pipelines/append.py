@@ -20,7 +20,7 @@ from ksa_pipelines.stored import Stored
 from ksa_pipelines.users import extend_users, write_users
 from ksa_pipelines.write import hash_files
 from recsys_ksa import __version__
-from recsys_ksa.config import parse_config
+from recsys_ksa.config_files import parse_config
 from recsys_ksa.data.cache import checked_rows
 from recsys_ksa.data.manifest import Counts, Manifest, versioned
 from recsys_ksa.data.parts import parts_by_bucket

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from recsys_ksa.config import Strict, load_config, parse_config
+from recsys_ksa.config_files import Strict, load_config, parse_config
 from recsys_ksa.data.manifest import Clock
 from recsys_ksa.errors import ConfigError
 from recsys_ksa.features.users import UserKind

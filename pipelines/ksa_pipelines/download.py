@@ -13,7 +13,7 @@ from typing import IO
 
 from ksa_pipelines.report import Report
 from ksa_pipelines.write import atomic_directory
-from recsys_ksa.config import Strict, load_config
+from recsys_ksa.config_files import Strict, load_config
 from recsys_ksa.errors import DataError, UsageError
 from recsys_ksa.progress import progress
 

@@ -26,7 +26,7 @@ from ksa_pipelines.split import global_cuts
 from ksa_pipelines.users import read_users, without_others, write_users
 from ksa_pipelines.vocab import user_bucket
 from ksa_pipelines.write import hash_files
-from recsys_ksa.config import parse_config
+from recsys_ksa.config_files import parse_config
 from recsys_ksa.data.manifest import Counts, Forgotten, Manifest, versioned
 from recsys_ksa.data.parts import Part, all_parts, blocks, checked_parts, part_name, parts_by_bucket
 from recsys_ksa.data.rows import Overview, numbered_users, open_rows

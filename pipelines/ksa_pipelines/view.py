@@ -20,7 +20,7 @@ from ksa_pipelines.ingest import Resources
 from ksa_pipelines.prepare import prepare
 from ksa_pipelines.report import Report
 from ksa_pipelines.users import told_again
-from recsys_ksa.config import parse_config
+from recsys_ksa.config_files import parse_config
 from recsys_ksa.data.dataset import Dataset, open_dataset
 from recsys_ksa.data.manifest import Manifest
 from recsys_ksa.data.parts import blocks, checked_parts

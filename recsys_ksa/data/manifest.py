@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from recsys_ksa.config import Strict
+from recsys_ksa.config_files import Strict
 from recsys_ksa.data.hashes import file_hash
 from recsys_ksa.errors import DataError
 from recsys_ksa.features.users import UserKind

@@ -20,7 +20,7 @@ def _run(args: argparse.Namespace) -> None:
     share_cores()
     from ksa_pipelines.append import append_log
     from ksa_pipelines.config import PrepareConfig
-    from recsys_ksa.config import load_config
+    from recsys_ksa.config_files import load_config
 
     mapping = load_config(PrepareConfig, args.config) if args.config else None
     after = append_log(
