@@ -82,6 +82,30 @@ def test_an_answer_knows_every_acknowledged_event(make_service: MakeService):
     asyncio.run(story())
 
 
+def test_a_long_history_does_not_hold_up_others(make_service: MakeService):
+    may_go_on = threading.Event()
+
+    class SlowForMany(ToyModel):
+        def recommend(self, questions: Any) -> Any:
+            if any(question.state.num_events > 5 for question in questions):
+                assert may_go_on.wait(20)
+            return super().recommend(questions)
+
+    async def story() -> None:
+        service = make_service(replace(toy_release(), model=SlowForMany()), ServeSettings(long_history_events=5))
+        await post(service, "long", *(event(f"item-{n}", n) for n in range(6)))
+        await post(service, "short", event())
+        long = asyncio.ensure_future(ask(service, "long"))
+        await asyncio.sleep(0.05)
+        assert (await asyncio.wait_for(ask(service, "short"), 10)).num_events == 1
+        assert not long.done()
+        may_go_on.set()
+        assert (await long).num_events == 6
+        await service.close()
+
+    asyncio.run(story())
+
+
 def test_events_sent_at_once_are_applied_once_each(make_service: MakeService):
     async def story() -> None:
         service = make_service()

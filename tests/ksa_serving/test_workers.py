@@ -1,0 +1,58 @@
+import asyncio
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from ksa_serving.workers import Workers
+
+
+def test_results_that_come_together_wake_the_event_loop_once():
+    async def story() -> None:
+        workers, loop = Workers(1), asyncio.get_running_loop()
+        futures: list[Future[int]] = [Future() for _ in range(50)]
+        waits = [asyncio.ensure_future(workers.wait_for(future)) for future in futures]
+        await asyncio.sleep(0)
+        wakes: list[Any] = []
+        wake, loop.call_soon_threadsafe = loop.call_soon_threadsafe, lambda *told, **_: wakes.append(told)  # type: ignore
+        for n, future in enumerate(futures[:-1]):
+            future.set_result(n)
+        assert len(wakes) == 1
+        loop.call_soon_threadsafe = wake  # type: ignore[method-assign]
+        loop.call_soon(*wakes[0])
+        assert await asyncio.gather(*waits[:-1]) == list(range(49))
+        futures[-1].set_exception(ValueError("of its own"))  # what comes later wakes it again
+        with pytest.raises(ValueError, match="of its own"):
+            await waits[-1]
+        workers.close()
+
+    asyncio.run(story())
+
+
+def test_results_of_other_threads_arrive_each_at_its_own_asker():
+    async def story() -> None:
+        workers = Workers(1)
+        futures: list[Future[int]] = [Future() for _ in range(500)]
+
+        def answer() -> None:
+            for n, future in enumerate(futures):
+                if future.set_running_or_notify_cancel():
+                    future.set_result(n)
+                if n % 100 == 0:
+                    time.sleep(0.001)
+
+        waits = [asyncio.ensure_future(workers.wait_for(future)) for future in futures]
+        await asyncio.sleep(0)
+        waits[7].cancel()
+        await asyncio.sleep(0)
+        assert futures[7].cancelled()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        results = await asyncio.gather(*waits, return_exceptions=True)
+        thread.join()
+        assert [n for n, result in enumerate(results) if result != n] == [7]
+        workers.close()
+
+    asyncio.run(story())
