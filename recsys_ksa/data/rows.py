@@ -97,6 +97,7 @@ class Rows:
             cuts = split.get("global")
             before = np.diff(self.offsets) if cuts is None else count_before(timestamp, self.offsets, cuts[cut])
             found[name] = before.astype(np.int32)
+        self.release()
         return found
 
     @property
