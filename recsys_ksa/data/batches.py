@@ -8,6 +8,7 @@ histories, with no Python loop over events; only the finished arrays become tens
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -32,26 +33,74 @@ _NOTHING_TOLD = QuestionFeatures()
 
 @dataclass(frozen=True)
 class OwnItems:
-    """What each user already had when each question was asked; fields as in `OwnItemArrays`, as tensors."""
+    """What each user already had when each question was asked; int64 fields as in `OwnItemArrays`, as tensors.
+
+    What is told of each pair is worked out where it is first asked for, on the tensors' device.
+    """
 
     item_offsets: Tensor
-    """int64 [U + 1] into `item`."""
+    """[U + 1] into `item`."""
     item: Tensor
-    """int64 [O], ascending within a user."""
+    """[O], ascending within a user."""
+    question_offsets: Tensor
+    """[U + 1] into the questions."""
     pair_offsets: Tensor
-    """int64 [U + 1] into the pairs; a user's block is row-major [Q_u, O_u]."""
-    count: Tensor
-    """float32 [P]; 0: not owned yet at that question."""
-    first: Tensor
-    """int64 [P], Unix seconds; 0 where count is 0."""
-    last: Tensor
-    """int64 [P], Unix seconds; 0 where count is 0."""
+    """[O + 1] into the pairs: an owned item has one with each question of its user, in their order."""
+    event_offsets: Tensor
+    """[O + 1] into the events of owned items."""
+    event_time: Tensor
+    """[N] Unix seconds."""
+    event_pair: Tensor
+    """[N] from which pair on each event is known."""
     target_pair: Tensor
-    """int64 [M]: the pair of each target; -1 where it is not owned at its question."""
+    """[M]: the pair of each target; -1 where it is not owned at its question."""
     item_offsets_list: tuple[int, ...]
     """`item_offsets` on the host, so that loops over users need no transfer."""
     question_offsets_list: tuple[int, ...]
-    """[U + 1] into the questions, on the host."""
+    """`question_offsets` on the host."""
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(O_u, Q_u) of each user, whose pairs are a block of that shape."""
+        sizes = (np.diff(offsets).tolist() for offsets in (self.item_offsets_list, self.question_offsets_list))
+        return list(zip(*sizes))
+
+    @cached_property
+    def num_pairs(self) -> int:
+        """P."""
+        return sum(owned * questions for owned, questions in self.shapes)
+
+    def spread(self, of_item: Tensor) -> Tensor:
+        """Return what is told of owned items for each of their pairs. [O] -> [P]."""
+        return torch.repeat_interleave(of_item, self.pair_offsets.diff(), output_size=self.num_pairs)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """float32 [P] events of the item that the question knows; 0: not owned yet."""
+        return self._summed(self.event_pair, torch.ones_like(self.event_pair), self.event_offsets.diff()).float()
+
+    @cached_property
+    def first(self) -> Tensor:
+        """int64 [P] time of the first of them, Unix seconds; 0 where there is none."""
+        begins = self.event_offsets[:-1]
+        return self._summed(self.event_pair[begins], self.event_time[begins], self.event_time[begins])
+
+    @cached_property
+    def last(self) -> Tensor:
+        """int64 [P] time of the last of them, Unix seconds; 0 where there is none."""
+        begins = self.event_offsets[:-1]
+        since = self.event_time.diff(prepend=self.event_time[:1])
+        since[begins] = self.event_time[begins]
+        return self._summed(self.event_pair, since, self.event_time[self.event_offsets[1:] - 1])
+
+    def _summed(self, pair: Tensor, value: Tensor, of_item: Tensor) -> Tensor:
+        """Return what an item's pairs have gathered, each from those before it and its own. int64 [n] -> [P].
+
+        One sum over all pairs: where an item's begin, what the one before has gathered in all, [O], is taken off.
+        """
+        added = torch.zeros(self.num_pairs + 1, dtype=torch.int64, device=value.device)
+        added.index_add_(0, pair, value).index_add_(0, self.pair_offsets[1:], -of_item)
+        return added[:-1].cumsum_(0)
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on `device`."""
@@ -287,7 +336,7 @@ def assemble(
     if with_own:
         target_question, target_item = questions.target_question, questions.target_item
         arrays = own_items(histories, users, user, cut, target_question, target_item, max_own_items)
-        own = _own_tensors(arrays, np.bincount(user, minlength=len(users)))
+        own = _own_tensors(arrays)
     event_type = histories.event_type
     return Batch(
         offsets=torch.from_numpy(offsets),
@@ -336,12 +385,12 @@ def event_columns(
     return {name: torch.from_numpy(column[given]) for name, column in columns.items()}
 
 
-def _own_tensors(arrays: OwnItemArrays, questions: Ints) -> OwnItems:
+def _own_tensors(arrays: OwnItemArrays) -> OwnItems:
     fields = {f.name: torch.from_numpy(getattr(arrays, f.name)) for f in dataclasses.fields(arrays)}
     return OwnItems(
         **fields,
         item_offsets_list=tuple(arrays.item_offsets.tolist()),
-        question_offsets_list=tuple(offsets_of(questions).tolist()),
+        question_offsets_list=tuple(arrays.question_offsets.tolist()),
     )
 
 

@@ -1,40 +1,40 @@
-"""What a user already had when each question was asked: item -> (count, first time, last time), for the own-item bias.
+"""What a user already had when each question was asked, for the own-item bias: which items, and when each was met.
 
-Letters: U users, Q questions, O owned items of all users, P pairs (question, owned item of its user).
-Built by numpy over all users of a batch at once; the only loop is over users, to add up [Q_u, O_u] blocks.
+Letters: U users, Q questions, O owned items of all users, N events of them, P pairs (question, owned item of its user).
+Built by numpy over all users of a batch at once, in a time that grows with events, not with pairs: counts and times of
+pairs, some millions a batch, are for the device to spread out (`batches.OwnItems`).
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from recsys_ksa.data.jagged_arrays import Ints, offsets_of, ragged_arange, rank_within
+from recsys_ksa.data.jagged_arrays import Ints, lowest_within, offsets_of, ragged_arange
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 if TYPE_CHECKING:
     from recsys_ksa.data.dataset import Histories
 
-_NEVER = np.iinfo(np.int64).min
-
 
 @dataclass(frozen=True)
 class OwnItemArrays:
-    """Owned items of each user (sorted by index) and, for each question of the user, what was owned by then."""
+    """Owned items of each user (sorted by index), their events, and which question of the user knows them first."""
 
     item_offsets: Ints
     """[U + 1] into `item`."""
     item: Ints
     """[O], ascending within a user."""
+    question_offsets: Ints
+    """[U + 1] into the questions."""
     pair_offsets: Ints
-    """[U + 1] into the pairs; a user's block is row-major [Q_u, O_u]."""
-    count: NDArray[np.float32]
-    """[P] events of the item that the question knows; 0: not owned yet."""
-    first: Ints
-    """[P] time of the first of them, 0 where there is none."""
-    last: Ints
-    """[P] time of the last of them, 0 where there is none."""
+    """[O + 1] into the pairs: an owned item has one with each question of its user, in their order."""
+    event_offsets: Ints
+    """[O + 1] into the events of owned items."""
+    event_time: Ints
+    """[N], ascending within an item."""
+    event_pair: Ints
+    """[N] the pair of the event's item and the first question that knows it; so do all later ones of the user."""
     target_pair: Ints
     """[M] the pair of each target's (question, item); -1 where the item is not owned at that question."""
 
@@ -64,61 +64,62 @@ def own_items(
     asked = questions > 0
     known[asked] = cut[question_offsets[1:][asked] - 1]
 
-    rows = ragged_arange(np.asarray(histories.offsets)[users], known)
-    owner = np.repeat(np.arange(len(users)), known)
-    place = ragged_arange(np.zeros_like(known), known)
+    base = np.asarray(histories.offsets)[users]
+    rows = ragged_arange(base, known)
     item = np.asarray(histories.item_index[rows], dtype=np.int64)
-    timestamp = np.asarray(histories.timestamp[rows], dtype=np.int64)
-    real = item != UNKNOWN_ITEM
-    owner, place, item, timestamp = owner[real], place[real], item[real], timestamp[real]
-
-    target_user = question_user[target_question]
     stride = 1 + max(int(item.max(initial=0)), int(target_item.max(initial=0)))
+    reach = 1 + int(known.max(initial=0))
+    assert len(users) * stride * reach < 2**63
+    # One number says user, item and place, so that sorting, which is quicker than sorting indices, gives all three.
+    events = (np.repeat(np.arange(len(users)) * stride, known) + item) * reach
+    events += ragged_arange(np.zeros_like(known), known)
+    events = np.sort(events[item != UNKNOWN_ITEM])
+    event_key = events // reach
+    place = events - event_key * reach
+
+    opens = np.flatnonzero(np.diff(event_key, prepend=-1))
+    key, met = event_key[opens], np.diff(opens, append=len(events))
+    target_user = question_user[target_question]
     target_key = target_user * stride + target_item
-    key, slot = np.unique(owner * stride + item, return_inverse=True)
+    target_slot, is_owned = _find(target_key, key)
     if max_items is not None and len(key):
-        kept = _kept_slots(key // stride, slot, place, np.isin(key, target_key), max_items)
-        in_kept = kept[slot]
-        owner, place, timestamp = owner[in_kept], place[in_kept], timestamp[in_kept]
-        key, slot = key[kept], (np.cumsum(kept) - 1)[slot[in_kept]]
+        last_place = place[opens + met - 1].astype(np.float64)
+        last_place[target_slot[is_owned]] += 2.0**40  # before all others
+        kept = lowest_within(key // stride, -last_place, max_items)
+        place = place[np.repeat(kept, met)]
+        key, met = key[kept], met[kept]
+        is_owned &= kept[target_slot]
+        target_slot = np.cumsum(kept)[target_slot] - 1
 
-    slot_owner = key // stride
-    owned = np.bincount(slot_owner, minlength=len(users)).astype(np.int64)
-    item_offsets = offsets_of(owned)
-    pair_offsets = offsets_of(questions * owned)
-
+    owner = key // stride
+    event_offsets, pair_offsets = offsets_of(met), offsets_of(questions[owner])
     # The first question that knows an event; every later one of the user knows it too.
-    reach = int(max(cut.max(initial=0), place.max(initial=0) + 1)) + 1
-    question = np.searchsorted(question_user * reach + cut, owner * reach + place + 1, side="left")
-    pair = pair_offsets[owner] + (question - question_offsets[owner]) * owned[owner] + slot - item_offsets[owner]
-    count = np.bincount(pair, minlength=pair_offsets[-1]).astype(np.float32)
-    first = np.empty(pair_offsets[-1], dtype=np.int64)
-    last = np.full(pair_offsets[-1], _NEVER)
-    last[pair] = timestamp  # in time order, and of repeated indices numpy keeps the last
-    slot_first = np.zeros(len(key), dtype=np.int64)
-    slot_first[slot[::-1]] = timestamp[::-1]
-    for u in np.flatnonzero(questions * owned):
-        block = slice(pair_offsets[u], pair_offsets[u + 1])
-        shape = (questions[u], owned[u])
-        np.cumsum(count[block].reshape(shape), axis=0, out=count[block].reshape(shape))
-        np.maximum.accumulate(last[block].reshape(shape), axis=0, out=last[block].reshape(shape))
-        first[block].reshape(shape)[:] = slot_first[item_offsets[u] : item_offsets[u + 1]]
-    never = count == 0
-    first[never] = 0
-    last[never] = 0
+    event_owner = np.repeat(owner, met)
+    more = np.diff(cut, prepend=0)
+    first = question_offsets[:-1][asked]
+    more[first] = cut[first]
+    question = np.repeat(np.arange(len(cut)), more)[offsets_of(known)[event_owner] + place]
+    event_pair = np.repeat(pair_offsets[:-1] - question_offsets[owner], met) + question
 
-    target_slot = np.minimum(np.searchsorted(key, target_key), max(len(key) - 1, 0))
     target_pair = np.full(len(target_key), -1, dtype=np.int64)
-    if len(key):
-        candidate = pair_offsets[target_user] + target_slot - item_offsets[target_user]
-        candidate += (target_question - question_offsets[target_user]) * owned[target_user]
-        found = key[target_slot] == target_key
-        found[found] = count[candidate[found]] > 0
-        target_pair[found] = candidate[found]
-    return OwnItemArrays(item_offsets, key % stride, pair_offsets, count, first, last, target_pair)
+    held = np.flatnonzero(is_owned)
+    held = held[question[event_offsets[target_slot[held]]] <= target_question[held]]
+    target_pair[held] = pair_offsets[target_slot[held]] + target_question[held] - question_offsets[target_user[held]]
+    return OwnItemArrays(
+        item_offsets=offsets_of(np.bincount(owner, minlength=len(users))),
+        item=key - owner * stride,
+        question_offsets=question_offsets,
+        pair_offsets=pair_offsets,
+        event_offsets=event_offsets,
+        event_time=np.asarray(histories.timestamp[base[event_owner] + place], dtype=np.int64),
+        event_pair=event_pair,
+        target_pair=target_pair,
+    )
 
 
-def _kept_slots(slot_owner: Ints, slot: Ints, place: Ints, is_target: NDArray[np.bool_], max_items: int) -> np.ndarray:
-    last_place = np.zeros(len(slot_owner), dtype=np.int64)
-    last_place[slot] = place
-    return rank_within(slot_owner, ~is_target, -last_place) < max_items
+def _find(wanted: Ints, key: Ints) -> tuple[Ints, np.ndarray]:
+    """Return where each wanted key is, or would be, and whether it is there. [M], ascending [O] -> [M], [M]."""
+    if not len(key):
+        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
+    at = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+    return at, key[at] == wanted

@@ -19,7 +19,6 @@ Softmax losses are the mean over questions of `sum over targets of weight * (log
 """
 
 import math
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -209,20 +208,20 @@ def _popularity_of(network: ItemScorer, batch: Batch, popularity: Popularity | N
 
 def own_bias(network: ItemScorer, batch: Batch, own: OwnItems) -> Tensor:
     """Return the own-item bias of each pair, [P]; of no meaning where the pair's count is 0."""
-    now = batch.request_time[pair_questions(batch, own)]
-    return network.own_bias(pair_items(batch, own), own.count, own.first, own.last, now)
+    now = batch.request_time[pair_questions(own)]
+    return network.own_bias(pair_items(own), own.count, own.first, own.last, now)
 
 
-def pair_questions(batch: Batch, own: OwnItems) -> Tensor:
+def pair_questions(own: OwnItems) -> Tensor:
     """Return each pair's question, int64 [P]."""
-    owned = own.item_offsets.diff()[batch.question_user]
-    return torch.repeat_interleave(owned, output_size=len(own.count))
+    owned = own.item_offsets.diff()
+    first = torch.repeat_interleave(own.question_offsets[:-1], owned, output_size=own.item_offsets_list[-1])
+    return torch.arange(own.num_pairs, device=first.device) + own.spread(first - own.pair_offsets[:-1])
 
 
-def pair_items(batch: Batch, own: OwnItems) -> Tensor:
+def pair_items(own: OwnItems) -> Tensor:
     """Return each pair's item, int64 [P]."""
-    owned = own.item_offsets.diff()[batch.question_user]
-    return own.item[_ragged_arange(own.item_offsets[batch.question_user], owned, len(own.count))]
+    return own.spread(own.item)
 
 
 def _owned(network: ItemScorer, users: Tensor, batch: Batch, own: OwnItems) -> tuple[Tensor, Tensor]:
@@ -231,21 +230,21 @@ def _owned(network: ItemScorer, users: Tensor, batch: Batch, own: OwnItems) -> t
     One matrix product a user: pairs are never gathered as vectors.
     """
     bias = own_bias(network, batch, own)
-    questions, owned = _lengths(own.question_offsets_list), _lengths(own.item_offsets_list)
-    pairs = [q * o for q, o in zip(questions, owned)]
+    pairs = [owned * questions for owned, questions in own.shapes]
     log_z = []
-    for user_QE, item_OE, bias_P, count_P in zip(
-        users.split(questions),
-        network.item_vectors(own.item).split(owned),
+    for (owned, questions), user_QE, item_OE, bias_P, count_P in zip(
+        own.shapes,
+        users.split([questions for _, questions in own.shapes]),
+        network.item_vectors(own.item).split([owned for owned, _ in own.shapes]),
         bias.split(pairs),
         own.count.split(pairs),
     ):
-        shape = (len(user_QE), len(item_OE))
-        if shape[1] == 0:
-            log_z.append(users.new_full((shape[0],), NOTHING))
+        if owned == 0:
+            log_z.append(users.new_full((questions,), NOTHING))
             continue
-        scores = (user_QE @ item_OE.T + bias_P.view(shape)).masked_fill(count_P.view(shape) == 0, NOTHING)
-        log_z.append(scores.logsumexp(-1))
+        shape = (owned, questions)
+        scores = (item_OE @ user_QE.T + bias_P.view(shape)).masked_fill(count_P.view(shape) == 0, NOTHING)
+        log_z.append(scores.logsumexp(0))
     return torch.cat(log_z), bias
 
 
@@ -280,7 +279,7 @@ def _owned_hits(batch: Batch, own: OwnItems, sorted_negatives: Tensor) -> tuple[
     starts = questions.cumsum(0) - questions
     nth = torch.arange(len(match), device=match.device)
     nth -= torch.searchsorted(match, match)  # place among the match's rows
-    pair = own.pair_offsets[user] + nth * owned[user] + slot - own.item_offsets[user]
+    pair = own.pair_offsets[slot] + nth
     kept = own.count[pair] > 0
     return (starts[user] + nth)[kept], column[kept]
 
@@ -289,7 +288,3 @@ def _ragged_arange(starts: Tensor, lengths: Tensor, total: int | None = None) ->
     """Return starts[u], starts[u] + 1, ... (lengths[u] of them) for each u; `total` spares a transfer."""
     shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths, output_size=total)
     return torch.arange(len(shift), device=starts.device) + shift
-
-
-def _lengths(offsets: tuple[int, ...]) -> list[int]:
-    return [last - first for first, last in pairwise(offsets)]

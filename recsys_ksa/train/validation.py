@@ -98,10 +98,10 @@ class Validation:
 
     def _seen(self, network: "ScoringNetwork", batch: Batch) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return (question, item, bias) of every owned pair."""
-        if batch.own is None or not len(batch.own.count):
+        if batch.own is None or not batch.own.num_pairs:
             return None
         owned = batch.own.count > 0
-        question, item = pair_questions(batch, batch.own), pair_items(batch, batch.own)
+        question, item = pair_questions(batch.own), pair_items(batch.own)
         if network.own_items is None:
             bias = torch.zeros_like(batch.own.count)
         else:

@@ -145,9 +145,11 @@ def test_own_items_are_the_history_counted_at_each_question(rng: np.random.Gener
         items = own.item[own.item_offsets[u] : own.item_offsets[u + 1]].tolist()
         known = events(data, user)[: max(asked, default=0)]
         assert items == sorted({item for item, _ in known if item})
-        block = slice(own.pair_offsets[u], own.pair_offsets[u + 1])
-        shape = (len(asked), len(items))
-        count, first, last = (t[block].view(shape).tolist() for t in (own.count, own.first, own.last))
+        first_slot, end_slot = own.item_offsets[u : u + 2].tolist()
+        block = slice(int(own.pair_offsets[first_slot]), int(own.pair_offsets[end_slot]))
+        shape = (len(items), len(asked))
+        assert own.shapes[u] == shape
+        count, first, last = (t[block].view(shape).T.tolist() for t in (own.count, own.first, own.last))
         for q, cut in enumerate(asked):
             for o, item in enumerate(items):
                 times = [time for have, time in events(data, user)[:cut] if have == item]
@@ -350,7 +352,7 @@ def test_a_batch_moves_whole(rng: np.random.Generator) -> None:
     moved = batch.to("meta")
     assert moved.item_index.device.type == "meta"
     assert moved.own is not None
-    assert moved.own.count.device.type == "meta"
+    assert moved.own.event_pair.device.type == "meta"
 
 
 def test_a_limit_never_drops_an_owned_target(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def plain_sampled_softmax(
     owned: list[dict[int, Tensor]] = [{} for _ in range(len(users))]
     if batch.own is not None:
         bias = own_bias(scorer, batch, batch.own)
-        pairs = zip(pair_questions(batch, batch.own).tolist(), pair_items(batch, batch.own).tolist())
+        pairs = zip(pair_questions(batch.own).tolist(), pair_items(batch.own).tolist())
         for pair, (question, item) in enumerate(pairs):
             if batch.own.count[pair] > 0:
                 owned[question][item] = bias[pair]
