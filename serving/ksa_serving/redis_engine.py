@@ -42,13 +42,20 @@ class RedisEngine(BytesEngine):
             with self._client.pipeline(transaction=True) as pipe:
                 pipe.hgetall(_name(key))
                 pipe.expire(_name(key), self._seconds)
-                return pipe.execute()[0]
+                return {
+                    memoryview(name).tobytes(): memoryview(part).tobytes() for name, part in pipe.execute()[0].items()
+                }
 
         return self._call(work)
 
     def read_part(self, key: bytes, name: bytes) -> bytes | None:
         """Return one part."""
-        return self._call(lambda: self._client.hget(_name(key), name))  # type: ignore[arg-type, return-value]
+
+        def work() -> Any:
+            found: Any = self._client.hget(_name(key), name)  # type: ignore[arg-type]
+            return None if found is None else memoryview(found).tobytes()
+
+        return self._call(work)
 
     def write(self, key: bytes, parts: Mapping[bytes, bytes], gone: Iterable[bytes]) -> None:
         """Write parts of a record, all or none."""
@@ -78,7 +85,7 @@ class RedisEngine(BytesEngine):
 
     def num_records(self) -> int:
         """Return how many records the server keeps."""
-        return self._call(lambda: self._client.dbsize())  # type: ignore[return-value]
+        return self._call(lambda: int(self._client.dbsize()))  # type: ignore[arg-type]
 
     def nbytes(self) -> int:
         """Return the server's bytes in use."""
@@ -100,8 +107,11 @@ class RedisEngine(BytesEngine):
             raise EngineError("redis: it failed within the last second")
         try:
             return work()
-        except (redis.RedisError, OSError) as error:
+        except Exception as error:  # a server that answers nonsense makes the client raise anything
             self._closed_until = time.monotonic() + self._retry_after
+            self._client.connection_pool.disconnect(
+                inuse_connections=False
+            )  # what is still to come on it is not for whoever asks next
             raise EngineError(f"redis: {error}") from error
 
 

@@ -1,7 +1,9 @@
 """Cold records on real engines: LMDB in a file, Redis as a real server."""
 
+import contextlib
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -226,3 +228,51 @@ def test_a_server_that_is_gone_is_a_quick_miss():
     with pytest.raises(EngineError, match="within the last second"):
         engine.read(b"k" * 24)
     store.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,  # never
+        b"",  # closed
+        b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n*2\r\n$0\r\n\r\n$900\r\nhalf",  # closed half way
+        b"+OK\r\n" * 9,
+        b"$-1\r\n" * 9,
+        b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n:7\r\n:1\r\n" * 3,
+        b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n*2\r\n$0\r\n\r\n$4\r\nnone\r\n:1\r\n" * 3,
+        b"-LOADING Redis is loading the dataset in memory\r\n" * 9,
+        b"\x00\xff garbage \r\n" * 9,
+    ],
+)
+def test_a_server_that_hangs_or_answers_nonsense_is_a_miss(answer: bytes | None):
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            held.append(connection)
+            if answer is not None:
+                with contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    connection.sendall(answer)
+                connection.close()
+
+    held: list[socket.socket] = []
+    server = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    store = ColdStateStore(RedisEngine(f"redis://127.0.0.1:{server.getsockname()[1]}/0", retry_after=0), MODELS, SALT)
+    assert store.get(ANN, "f") is None
+    store.put(record())
+    store.drop(ANN)
+    store.retire("f")
+    assert (len(store), store.nbytes) == (0, 0)
+    assert not store.purge()
+    assert store.misses["unavailable"] + store.misses["damaged"] == 1
+    store.close()
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join()
+    for connection in held:
+        connection.close()
