@@ -58,6 +58,7 @@ nightly: export KSA_STORY_STEPS := $(if $(FULL),100000,30000)
 nightly: export KSA_FUZZ := $(if $(FULL),100000,10000)
 nightly: export KSA_CANCELLED := $(if $(FULL),100000,10000)
 nightly: export KSA_MOVES := $(if $(FULL),40,10)
+nightly: export KSA_DAMAGES := $(if $(FULL),1000,200)
 nightly: export KSA_SOAK_SECONDS := $(if $(FULL),1200,120)
 nightly: $(TESTABLE)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -m "not gpu"

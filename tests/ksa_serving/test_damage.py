@@ -1,5 +1,6 @@
 """A log whose files were cut, zeroed or flipped, and a disk that is full: what is told is true, or nothing is told."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
 
 OWNERS = [Owner(f"user-{n}") for n in range(3)]
-NUM_DAMAGES = 60
+NUM_DAMAGES = int(os.environ.get("KSA_DAMAGES", "30"))
+"""More with `make nightly`."""
 
 
 def damaged(content: bytes, draw: random.Random) -> tuple[bytes, int]:

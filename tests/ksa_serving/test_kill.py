@@ -72,7 +72,7 @@ def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path: Path):
 def test_kill_at_named_points_loses_and_doubles_nothing(tmp_path: Path, seed: int):
     draw = random.Random(seed)
     acknowledged: dict[str, set[int]] = {}
-    points = POINTS * (NUM_KILLS // 50) or draw.sample(POINTS, 4)
+    points = POINTS * (NUM_KILLS // 50) or draw.sample(POINTS, 3)
     for turn, point in enumerate(points):
         child = spawn(tmp_path, turn, f"{point}/{draw.randint(1, 4 if point.startswith('os') else 20)}")
         with contextlib.suppress(subprocess.TimeoutExpired):
