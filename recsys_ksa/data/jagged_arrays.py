@@ -42,19 +42,6 @@ def lowest_within(owner: Ints, key: NDArray[np.float64], count: int) -> NDArray[
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     sizes = np.diff(first, append=len(owner))
     for begin, size in zip(first[sizes > count].tolist(), sizes[sizes > count].tolist()):
-        kept[begin + np.argpartition(key[begin : begin + size], count)[count:]] = False
+        own = key[begin : begin + size]
+        kept[begin : begin + size] = own < np.partition(own, count)[count]
     return kept
-
-
-def rank_within(owner: Ints, *keys: NDArray[np.generic]) -> Ints:
-    """Return each row's place among the rows of its owner when sorted by `keys`, the first key foremost.
-
-    Args:
-        owner: non-decreasing int64 [T].
-        keys: arrays [T].
-    """
-    order = np.lexsort((*reversed(keys), owner))
-    first_row = np.searchsorted(owner, owner, side="left")
-    rank = np.empty(len(owner), dtype=np.int64)
-    rank[order] = np.arange(len(owner))
-    return rank - first_row

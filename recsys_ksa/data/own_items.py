@@ -77,7 +77,7 @@ def own_items(
     event_key = events // reach
     place = events - event_key * reach
 
-    opens = np.flatnonzero(np.diff(event_key, prepend=-1))
+    opens = np.flatnonzero(np.concatenate(([True], event_key[1:] != event_key[:-1]))[: len(events)])
     key, met = event_key[opens], np.diff(opens, append=len(events))
     target_user = question_user[target_question]
     target_key = target_user * stride + target_item

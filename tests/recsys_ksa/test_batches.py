@@ -9,7 +9,7 @@ import torch
 
 from recsys_ksa.config import RunConfig
 from recsys_ksa.data.batches import Batch, questions_batch, span_start
-from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange, rank_within
+from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import ConfigError, DataError
 from recsys_ksa.features import NO_GAP, gap_bucket, request_bucket
@@ -67,10 +67,6 @@ def users_of(data: SimpleNamespace, batch: Batch) -> list[int]:
 
 def test_ragged_arange_counts_within_each_row() -> None:
     assert ragged_arange(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
-
-
-def test_rank_within_sorts_each_owner_alone() -> None:
-    assert rank_within(np.array([0, 0, 0, 2, 2]), np.array([3, 1, 2, 9, 7])).tolist() == [2, 0, 1, 1, 0]
 
 
 def test_a_span_begins_at_a_chunk_boundary_and_fits() -> None:
