@@ -295,7 +295,7 @@ class LogEntries:
         _execute(
             self._connection,
             "INSERT INTO events (seq, user_key, generation, identity, live, retracts, item_id, timestamp, event_id,"
-            " event_type, value, received, chain) {values}",
+            " event_type, value, received, chain) SELECT * FROM ({values}) WHERE column1 IS NOT NULL",
             self._rows,
         )
         self._rows.clear()
@@ -343,15 +343,15 @@ class LogEntries:
 
 
 def _execute(connection: apsw.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Return what `statement` finds with `{values}` for rows of one width, powers of two at once: so few texts of it
-    are made that all stay prepared.
+    """Return what `statement` finds with `{values}` for rows of one width.
+
+    They are filled up with NULL to a power of two: so few texts of it are made that all stay prepared.
     """
     found: list[Any] = []
-    start = 0
-    while start < len(rows):
-        size = min(ROWS_AT_ONCE, 1 << (len(rows) - start).bit_length() - 1)
-        some = rows[start : start + size]
-        values = "VALUES " + ", ".join(["(" + ", ".join("?" * len(some[0])) + ")"] * size)
-        found += connection.execute(statement.format(values=values), tuple(joined.from_iterable(some))).fetchall()
-        start += size
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        size, width = 1 << (len(some) - 1).bit_length(), len(some[0])
+        values = "VALUES " + ", ".join(["(" + ", ".join("?" * width) + ")"] * size)
+        given = (*joined.from_iterable(some), *[None] * (width * (size - len(some))))
+        found += connection.execute(statement.format(values=values), given).fetchall()
     return found
