@@ -49,7 +49,8 @@ def row_products(
     gathered = np.empty((min(ROWS_AT_ONCE, len(rows)), vectors.shape[1]), np.float32)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
-        some = np.take(vectors, part, axis=0, out=gathered[: len(part)], mode="clip")  # "raise" would copy them once more
+        # mode "raise" would copy the rows once more
+        some = np.take(vectors, part, axis=0, out=gathered[: len(part)], mode="clip")
         np.dot(some, vector, out=products[start : start + len(part)])
     return products
 
