@@ -10,16 +10,13 @@ and loading the libraries counts, so the same with a thousand events is measured
 """
 
 import argparse
-import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import venv
 from pathlib import Path
 
 import polars as pl
-from prepare import ksa, measured
+from prepare import ksa, measured, report
 
 PINNED = {
     "recbole": ("recbole==1.2.1", "torch==2.13.0", "numpy==1.26.4", "pandas==2.3.3", "scipy==1.14.1"),
@@ -76,18 +73,11 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, help="where the peers' environments are, or are made to stay")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
-    for events in args.events:
-        folder = Path(tempfile.mkdtemp(prefix="ksa-peers-"))
-        try:
-            for row in bench(events, args.environments or folder / "environments", folder):
-                rows.append(row)
-                line = "{events:>12,} {what:<18} {seconds:8.2f} s {processor_seconds:8.2f} s of processors "
-                print((line + "{events_per_second:>10,}/s {peak_mib:>7,} MiB").format(**row), flush=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    report(
+        args.events,
+        lambda events, folder: bench(events, args.environments or folder / "environments", folder),
+        args.json,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -120,6 +122,24 @@ def appended(dataset: Path, old: Path, new: Path, name: str) -> list[dict]:
     ]
 
 
+def report(
+    sizes: Iterable[int], bench: Callable[[int, Path], Iterable[dict[str, Any]]], json_file: Path | None
+) -> None:
+    """Print the rows of a benchmark as they come, of each size in a folder of its own, and write them as JSON."""
+    rows = []
+    for events in sizes:
+        folder = Path(tempfile.mkdtemp(prefix="ksa-bench-"))
+        try:
+            for row in bench(events, folder):
+                rows.append(row)
+                spent = "{seconds:8.2f} s {processor_seconds:8.2f} s of processors {events_per_second:>10,}/s"
+                print(("{events:>13,} {what:<32} " + spent + " {peak_mib:>7,} MiB").format(**row), flush=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
 def main() -> None:
     """Run and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -128,19 +148,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="prepare alone, without pandas and append")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
-    for events in args.events:
-        folder = Path(tempfile.mkdtemp(prefix="ksa-prepare-"))
-        try:
-            for row in bench(events, folder, not args.no_peers, args.memory):
-                rows.append(row)
-                spent = "{seconds:8.2f} s {processor_seconds:8.2f} s of processors {events_per_second:>10,}/s"
-                line = "{events:>13,} {what:<32} " + spent + " {peak_mib:>7,} MiB"
-                print(line.format(**row), flush=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    report(args.events, lambda events, folder: bench(events, folder, not args.no_peers, args.memory), args.json)
 
 
 if __name__ == "__main__":
