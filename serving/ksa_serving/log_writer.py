@@ -97,14 +97,21 @@ class LogWriter:
             self._thread.join()
         return first
 
+    def step(self) -> bool:
+        """Commit calls that wait; without any, overwrite some rows; without those, wait. False once closed.
+
+        The thread does nothing else; a simulation that has none calls it instead.
+        """
+        group, open_ = self._next_group()
+        if group:
+            self._commit(group)
+        elif self.purging:
+            self._purge()
+        return open_
+
     def _write_calls(self) -> None:
-        open_ = True
-        while open_:
-            group, open_ = self._next_group()
-            if group:
-                self._commit(group)
-            elif self.purging:
-                self._purge()
+        while self.step():
+            pass
 
     def _next_group(self) -> tuple[list[_Call[Any]], bool]:
         """Return all calls that wait, up to the size of one transaction, and whether more may come."""
