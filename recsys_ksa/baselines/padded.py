@@ -107,10 +107,11 @@ def causal(pack: Pack) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=pack.row.device).tril().expand(len(pack.row), -1, -1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """Return softmax attention, [U, H, N, D] (keys and values: maybe fewer heads); visible: bool [U, N, N].
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Return softmax attention, [U, H, N, D] (keys and values: maybe fewer heads); visible: bool [U, N, N], or causal.
 
     Without cuDNN, which plans anew for every shape, and every pack has its own: that took most of a training step.
     """
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=True)
+    mask = None if visible is None else visible[:, None]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)

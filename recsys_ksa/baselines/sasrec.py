@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_ksa.baselines.padded import Pack, PaddedNetwork, attend, causal
+from recsys_ksa.baselines.padded import Pack, PaddedNetwork, attend
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.model.features import FeatureSchema
 
@@ -30,12 +30,12 @@ class SASRecBlock(nn.Module):
             nn.Linear(config.feed_forward_dim, config.dim),
         )
 
-    def forward(self, x: Tensor, asked: Tensor | None, visible: Tensor) -> Tensor:
+    def forward(self, x: Tensor, asked: Tensor | None) -> Tensor:
         """Return the rows after the block. [U, N, E]; keys and values never depend on `asked`."""
         key, value = self._heads(self.key_value(self.attention_norm(x))).chunk(2, dim=1)
         x = x if asked is None else x + asked
         query = self._heads(self.query(self.attention_norm(x)))
-        seen = attend(query, key, value, visible)
+        seen = attend(query, key, value)
         x = x + self._drop(self.output(seen.transpose(1, 2).flatten(2)))
         return x + self._drop(self.down(self._drop(F.relu(self.up(self.norm(x))))))
 
@@ -59,7 +59,6 @@ class SASRec(PaddedNetwork):
     def read(self, events: Tensor, asked: Tensor | None, pack: Pack) -> Tensor:
         """Return what each event's row knows after it; see `PaddedNetwork.read`."""
         x = events + self.positions(torch.arange(events.shape[1], device=events.device))
-        visible = causal(pack)
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x, asked if depth == len(self.blocks) else None, visible)
+            x = block(x, asked if depth == len(self.blocks) else None)
         return x
