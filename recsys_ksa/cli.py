@@ -5,6 +5,7 @@ loads only its own libraries. Mistakes of the user end as one line on standard e
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,27 @@ def call_verb(name: str, arguments: Sequence[str]) -> None:
     )
     verb.configure(parser)
     verb.run(parser.parse_args(list(arguments)))
+
+
+def add_user_features(parser: argparse.ArgumentParser) -> None:
+    """Add the option that tells a verb of the user, `--user-features`: a JSON object as requests have it."""
+    parser.add_argument(
+        "--user-features",
+        metavar="JSON",
+        type=_json_object,
+        default={},
+        help="""what is known of the user, of what the run reads: '{"country": "de", "age": 31}'""",
+    )
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r} ({error})") from error
+    if not isinstance(told, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return told
 
 
 def _help() -> str:

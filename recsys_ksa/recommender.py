@@ -20,8 +20,7 @@ from torch import Tensor
 from recsys_ksa.data.batches import QuestionRows
 from recsys_ksa.errors import DataError, OutOfOrderError, StateError
 from recsys_ksa.events import Event, EventLike, ItemId, checked_events, roll_history
-from recsys_ksa.features import NO_GAP, EventFeatures, QuestionFeatures, gap_buckets, request_bucket, told_users
-from recsys_ksa.features.users import Told
+from recsys_ksa.features import NO_GAP, EventFeatures, QuestionFeatures, Told, gap_buckets, request_bucket, told_users
 from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
 from recsys_ksa.model.fingerprint import state_fingerprint
 from recsys_ksa.model.network import Network

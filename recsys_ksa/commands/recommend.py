@@ -2,9 +2,10 @@
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
-from recsys_ksa.cli import Verb, call_verb
+from recsys_ksa.cli import Verb, add_user_features, call_verb
 from recsys_ksa.errors import DataError, SchemaError, UsageError
 
 Columns = dict[str, list[str]]
@@ -20,6 +21,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="one user's events, .csv or .parquet: item_id, timestamp; event_type, event_id, value",
     )
+    add_user_features(parser)
     parser.add_argument("--k", type=int, default=10, help="how many items (default 10)")
     parser.add_argument("--request-time", type=int, help="Unix seconds of the request (default: none)")
     chosen = parser.add_mutually_exclusive_group()
@@ -46,7 +48,9 @@ def _run(args: argparse.Namespace) -> None:
         event_ids=_optional(columns, "event_id"),
     )
     exclude = True if args.new else False if args.again else None
-    answer = rec.recommend(state, args.k, args.request_time, exclude_seen=exclude, only_seen=args.again)
+    answer = rec.recommend(
+        state, args.k, args.request_time, exclude_seen=exclude, only_seen=args.again, user=args.user_features
+    )
     known = state.num_events - state.num_unknown
     print(f"{state.num_events} events ({known} of known items), state {state.nbytes / 1024:.1f} KiB, {rec.index.kind}")
     if rec.popularity is not None:
@@ -66,7 +70,8 @@ def _ask_service(args: argparse.Namespace) -> None:
         raise UsageError("ksa recommend: expected --user ID beside --url, and neither RUN nor --events. See --help.")
     which = "again" if args.again else "new" if args.new else "all"
     when = [] if args.request_time is None else ["--request-time", str(args.request_time)]
-    call_verb("ask", [args.user, "--url", args.url, "--k", str(args.k), "--list", which, *when])
+    told = ["--user-features", json.dumps(args.user_features)]
+    call_verb("ask", [args.user, "--url", args.url, "--k", str(args.k), "--list", which, *when, *told])
 
 
 def read_events(file: Path) -> Columns:

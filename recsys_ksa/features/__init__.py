@@ -10,13 +10,14 @@ from recsys_ksa.features.gaps import (
     request_bucket,
 )
 from recsys_ksa.features.questions import QuestionFeatures, WeightedRows
-from recsys_ksa.features.users import UserColumns, UserFeature, told_users
+from recsys_ksa.features.users import Told, UserColumns, UserFeature, told_users
 
 __all__ = [
     "NO_GAP",
     "NUM_GAP_BUCKETS",
     "EventFeatures",
     "QuestionFeatures",
+    "Told",
     "UserColumns",
     "UserFeature",
     "WeightedRows",

@@ -97,4 +97,7 @@ def _number(name: str, value: object) -> float:
         return np.nan
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise DataError(f"user: {name}: expected a number or None, got {value!r}.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise DataError(f"user: {name}: expected a number within float64, got one beyond it.") from None

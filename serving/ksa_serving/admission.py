@@ -118,6 +118,17 @@ def check_num_users(num_users: int, limits: Limits) -> None:
         raise InvalidRequestError(f"users: {expected}. Send several calls.", "too-many-users")
 
 
+def check_told_users(told: Sequence[object], num_users: int) -> None:
+    """Refuse to be told of more or fewer users than are asked about, unless of none.
+
+    Raises:
+        InvalidRequestError: code `invalid-users`.
+    """
+    if told and len(told) != num_users:
+        expected = f"expected one object for each of {num_users} user_ids, or none at all, got {len(told)}"
+        raise InvalidRequestError(f"users: {expected}.", "invalid-users")
+
+
 def check_explain(request: ExplainRequest, limits: Limits) -> None:
     """Refuse to explain by more chunks than one call may.
 

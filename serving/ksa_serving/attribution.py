@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.models import ChunkReason
-from recsys_ksa.features import request_bucket
+from recsys_ksa.features import Told, request_bucket
 from recsys_ksa.model.block import Block
 from recsys_ksa.model.place import num_summaries
 from recsys_ksa.model.rotary import rotary_table
@@ -21,18 +21,24 @@ from recsys_ksa.recommender import Recommender
 
 @torch.inference_mode()
 def explain(
-    recommender: Recommender, state: UserState, item_id: str, request_time: int | None, most: int
+    recommender: Recommender,
+    state: UserState,
+    item_id: str,
+    request_time: int | None,
+    most: int,
+    user: Told | None = None,
 ) -> list[ChunkReason]:
     """Return the chunks the last block attended to, most attended first, `most` of them with their score change.
 
     Raises:
         InvalidRequestError: the model does not know the item.
+        DataError: it does not read what is told of the user.
     """
     item = _item_vector(recommender, item_id)
     if not state.num_events:
         return []
     config, num_events = recommender.network.config, state.num_events
-    look = _Look(recommender, state, request_time)
+    look = _Look(recommender, state, request_time, user)
     order = look.mass.mean(1).argsort(descending=True, stable=True)
     left_out = order[:most]
     rest = (1 - look.mass[left_out])[:, :, None]
@@ -56,9 +62,11 @@ def explain(
 
 
 @torch.inference_mode()
-def base_score(recommender: Recommender, state: UserState, item_id: str, request_time: int | None) -> float:
+def base_score(
+    recommender: Recommender, state: UserState, item_id: str, request_time: int | None, user: Told | None = None
+) -> float:
     """Return an item's score without the own-item bias, by this file's arithmetic."""
-    look = _Look(recommender, state, request_time)
+    look = _Look(recommender, state, request_time, user)
     return float(look.user_vectors(look.whole[None])[0] @ _item_vector(recommender, item_id))
 
 
@@ -69,7 +77,7 @@ class _Look:
     whole [H, D]: their sum, the block's attention output.
     """
 
-    def __init__(self, recommender: Recommender, state: UserState, request_time: int | None):
+    def __init__(self, recommender: Recommender, state: UserState, request_time: int | None, user: Told | None):
         network = recommender.network
         block = network.blocks[-1]
         assert isinstance(block, Block)
@@ -82,7 +90,7 @@ class _Look:
             self._asked = state.memory.last_input[None]
             if isinstance(network.request, torch.nn.Embedding):
                 self._asked = self._asked + network.request(bucket)
-            told = network.told(recommender.told([state.last_timestamp], [request_time], [None]))
+            told = network.told(recommender.told([state.last_timestamp], [request_time], [user]))
             self._asked = self._asked if told is None else self._asked + told
             rotary = rotary_table(position, network.config.head_dim, exact)
             query, self._gate = block.event.queries(self._asked, rotary)

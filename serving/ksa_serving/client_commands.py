@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys_ksa.cli import Verb
+from recsys_ksa.cli import Verb, add_user_features
 from recsys_ksa.errors import DataError, SchemaError
 
 if TYPE_CHECKING:
@@ -108,13 +108,16 @@ def _configure_ask(parser: argparse.ArgumentParser) -> None:
     _address(parser)
     parser.add_argument("--k", type=int, default=10, help="how many items (default 10)")
     parser.add_argument("--request-time", type=int, help="Unix seconds (default: the server's clock)")
+    add_user_features(parser)
     parser.add_argument("--list", choices=["all", "again", "new"], default="all", help="of which items")
     parser.add_argument("--why", action="store_true", help="explain the first item")
 
 
 def _run_ask(args: argparse.Namespace) -> None:
     """Print a running service's answer for one user."""
-    fields = {} if args.request_time is None else {"request_time": args.request_time}
+    fields: dict[str, Any] = {"user": args.user_features}
+    if args.request_time is not None:
+        fields["request_time"] = args.request_time
     with _client(args) as client:
         answer = client.recommend(args.user, k=args.k, list=args.list, **fields)
         print(f"{answer.num_events} events, state from {answer.state_source}, model {answer.model_version[:12]}")

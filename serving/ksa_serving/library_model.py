@@ -182,9 +182,17 @@ class LibraryModel:
         with _told_users_refused():
             return self.recommender.score(state, item_ids, request_time, user)
 
-    def explain(self, state: UserState, item_id: str, request_time: int | None, most: int) -> list[ChunkReason]:
+    def explain(
+        self,
+        state: UserState,
+        item_id: str,
+        request_time: int | None,
+        most: int,
+        user: Mapping[str, object] | None = None,
+    ) -> list[ChunkReason]:
         """Return the chunks that carried an item's score."""
-        return explain(self.recommender, state, item_id, request_time, most)
+        with _told_users_refused():
+            return explain(self.recommender, state, item_id, request_time, most, user)
 
     def title(self, item_id: str) -> str | None:
         """Return what people call an item."""

@@ -172,6 +172,9 @@ class RecommendBatchRequest(Struct, frozen=True, forbid_unknown_fields=True):
     which: ItemList = field(default="all", name="list")
     allow: list[str] | None = None
     deny: list[str] = []
+    users: Annotated[
+        list[ToldUser], Meta(description="What is told of each user, in the order of user_ids; empty: nothing.")
+    ] = []
 
 
 class RecommendBatchAnswer(Struct, frozen=True):
@@ -209,6 +212,7 @@ class ExplainRequest(Struct, frozen=True, forbid_unknown_fields=True):
     chunks: int = 5
     request_time: RequestTime = UNSET
     min_seq: MinSeq = 0
+    user: ToldUser = {}
 
 
 class ChunkExplanation(Struct, frozen=True):

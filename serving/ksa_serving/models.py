@@ -177,11 +177,18 @@ class Model(Protocol):
         """Return each item's score as `recommend` has it; None where the model does not know the item."""
         ...
 
-    def explain(self, state: Any, item_id: str, request_time: int | None, most: int) -> list[ChunkReason]:
+    def explain(
+        self,
+        state: Any,
+        item_id: str,
+        request_time: int | None,
+        most: int,
+        user: Mapping[str, object] | None = None,
+    ) -> list[ChunkReason]:
         """Return the chunks that carried an item's score, most attended first; `most` of them are left out in turn.
 
         Raises:
-            InvalidRequestError: the model does not know the item.
+            InvalidRequestError: the model does not know the item, or does not read what is told of the user.
         """
         ...
 

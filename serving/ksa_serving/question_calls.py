@@ -8,7 +8,7 @@ question came; where that would take long it says `degraded`, and the work is do
 import asyncio
 from collections.abc import Callable, Sequence
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, structs
 
 from ksa_serving import admission
 from ksa_serving.context import NOBODY, Context
@@ -84,6 +84,7 @@ class QuestionCalls:
     async def recommend_batch(self, request: RecommendBatchRequest, context: Context = NOBODY) -> RecommendBatchAnswer:
         """Answer one question about several users; the model answers them together."""
         admission.check_num_users(len(request.user_ids), self._limits)
+        admission.check_told_users(request.users, len(request.user_ids))
         single = RecommendRequest(
             k=request.k,
             request_time=request.request_time,
@@ -92,8 +93,12 @@ class QuestionCalls:
             allow=request.allow,
             deny=request.deny,
         )
-        answers = await asyncio.gather(*(self.recommend(user_id, single, context) for user_id in request.user_ids))
-        return RecommendBatchAnswer(list(answers))
+        told = request.users or [single.user] * len(request.user_ids)
+        asked = (
+            self.recommend(user_id, structs.replace(single, user=user), context)
+            for user_id, user in zip(request.user_ids, told)
+        )
+        return RecommendBatchAnswer(list(await asyncio.gather(*asked)))
 
     async def score(self, user_id: str, request: ScoreRequest, context: Context = NOBODY) -> ScoreAnswer:
         """Score given items."""
@@ -168,11 +173,12 @@ class QuestionCalls:
         self, owner: Owner, found: Found, request: ExplainRequest, request_time: int | None
     ) -> ExplainAnswer:
         model, state = found.served.release.model, found.record.state
-        reasons = model.explain(state, request.item_id, request_time, request.chunks)
-        (score,) = model.score(state, [request.item_id], request_time)
-        (alone,) = model.score(model.with_own_items(state, None, []), [request.item_id], request_time)
+        item, user = request.item_id, request.user
+        reasons = model.explain(state, item, request_time, request.chunks, user)
+        (score,) = model.score(state, [item], request_time, user)
+        (alone,) = model.score(model.with_own_items(state, None, []), [item], request_time, user)
         return ExplainAnswer(
-            item_id=request.item_id,
+            item_id=item,
             score=score or 0.0,
             own_item_bias=(score or 0.0) - (alone or 0.0),
             summary_attention=sum(reason.attention for reason in reasons if reason.seen_as == "summary"),

@@ -69,7 +69,7 @@ def _among(recommender: Recommender, asked: Question, allow: frozenset[str]) -> 
         allowed = [item for item in allowed if index_of[item] not in owned]
     if asked.only_seen:
         allowed = [item for item in allowed if index_of[item] in owned]
-    scores = recommender.score(asked.state, allowed, asked.request_time)
+    scores = recommender.score(asked.state, allowed, asked.request_time, asked.user)
     known = [(item, score) for item, score in zip(allowed, scores) if score is not None]
     return sorted(known, key=lambda pair: (-pair[1], index_of[pair[0]]))[: asked.k]
 

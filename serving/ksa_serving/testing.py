@@ -179,7 +179,9 @@ class ToyModel:
         """Return hashes as numbers."""
         return [self._score(state, item, request_time) if item in CATALOGUE else None for item in item_ids]
 
-    def explain(self, state: ToyState, item_id: str, request_time: int | None, most: int) -> list[ChunkReason]:
+    def explain(
+        self, state: ToyState, item_id: str, request_time: int | None, most: int, user: object = None
+    ) -> list[ChunkReason]:
         """Return equal shares for all chunks."""
         if item_id not in CATALOGUE:
             raise InvalidRequestError("item_id: expected an item the model knows, got another.", "unknown-item")

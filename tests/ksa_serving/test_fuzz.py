@@ -24,6 +24,7 @@ events = st.fixed_dictionaries(
 )
 nearly_events = st.one_of(events, events, events, st.dictionaries(texts, anything, max_size=3))
 posts = st.fixed_dictionaries({"events": st.lists(nearly_events, max_size=4)})
+told = st.dictionaries(texts, anything, max_size=3)
 questions = st.fixed_dictionaries(
     {},
     optional={
@@ -32,13 +33,18 @@ questions = st.fixed_dictionaries(
         "exclude_seen": st.one_of(st.booleans(), st.none()),
         "list": st.sampled_from(["all", "again", "new", "old"]),
         "events": st.lists(nearly_events, max_size=3),
+        "user": told,
     },
 )
 items = st.lists(st.one_of(texts, st.sampled_from(["item-1", "item-2"])), max_size=4)
 when = st.one_of(times, st.none(), anything)
 scores = st.fixed_dictionaries({"item_ids": items}, optional={"request_time": when, "min_seq": st.integers(-2, 0)})
-reasons = st.fixed_dictionaries({"item_id": st.sampled_from(["item-1", "x"])}, optional={"chunks": st.integers(-1, 70)})
-several = st.fixed_dictionaries({"user_ids": st.lists(texts, max_size=3)}, optional={"k": st.integers(0, 5)})
+reasons = st.fixed_dictionaries(
+    {"item_id": st.sampled_from(["item-1", "x"])}, optional={"chunks": st.integers(-1, 70), "user": told}
+)
+several = st.fixed_dictionaries(
+    {"user_ids": st.lists(texts, max_size=3)}, optional={"k": st.integers(0, 5), "users": st.lists(told, max_size=3)}
+)
 posts_of_several = st.fixed_dictionaries(
     {
         "users": st.lists(

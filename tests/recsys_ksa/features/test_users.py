@@ -211,6 +211,7 @@ def test_what_is_told_changes_answers_and_no_state(run: Path) -> None:
         ({"mood": 1}, r"user: expected features of the run \(country, .*\), got \['mood'\]"),
         ({"age": "old"}, "age: expected a number or None, got 'old'"),
         ({"age": True}, "age: expected a number"),
+        ({"age": 10**400}, "age: expected a number within float64"),
         ({"country": 1.5}, "country: expected a text, an integer or None, got 1.5"),
         ({"tags": "a"}, "tags: expected a list of texts or integers, got 'a'"),
         ({"tags": [["a"]]}, "tags: expected a text, an integer or None"),
