@@ -76,19 +76,18 @@ class EventLog:
         check_sqlite_version()
         self.tie: TieKind = tie
         self._path = Path(directory) / "events.sqlite"
-        self._lock_file = lock_directory(Path(directory))
         self._readers: queue.LifoQueue[apsw.Connection] = queue.LifoQueue()
-        try:
-            self._connection = open_writer(self._path)
-            self.salt = salt_of(self._connection)
-            self._entries = LogEntries(self._connection, self.salt, tie, late_horizon, clock)
-            self.writer = LogWriter(self._connection, self._entries, group_events, waiting_calls)
-        except DAMAGE as error:
-            self._lock_file.close()
-            raise EventLogError(f"{self._path}: expected an event log, got: {error}. Check --state-dir.") from error
-        except EventLogError:
-            self._lock_file.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            self._lock_file = opened.enter_context(lock_directory(Path(directory)))
+            try:
+                self._connection = open_writer(self._path)
+                opened.callback(self._connection.close, force=True)
+                self.salt = salt_of(self._connection)
+                self._entries = LogEntries(self._connection, self.salt, tie, late_horizon, clock)
+                self.writer = LogWriter(self._connection, self._entries, group_events, waiting_calls)
+            except DAMAGE as error:
+                raise EventLogError(f"{self._path}: expected an event log, got: {error}. Check --state-dir.") from error
+            opened.pop_all()  # until `close`
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -153,10 +152,12 @@ class EventLog:
         """Write what waits, then close. Safe to call twice."""
         if not self.writer.close():
             return
-        while not self._readers.empty():
-            self._readers.get_nowait().close()
-        self._connection.close()
-        self._lock_file.close()
+        try:
+            while not self._readers.empty():
+                self._readers.get_nowait().close()
+            self._connection.close()
+        finally:  # the next one may open it, whatever the disk does
+            self._lock_file.close()
 
     # -- reading ----------------------------------------------------------------------------------------------
 

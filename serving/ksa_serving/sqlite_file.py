@@ -91,23 +91,33 @@ def connect(path: Path, flags: int) -> apsw.Connection:
 def open_writer(path: Path) -> apsw.Connection:
     """Open the writing connection, the schema made if the file is new, durability set and checked."""
     connection = connect(path, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
+    try:
+        _make_durable(connection, path)
+        with transaction(connection):
+            _make_schema(connection, path)
+    except BaseException:
+        connection.close(force=True)
+        raise
+    return connection
+
+
+def _make_durable(connection: apsw.Connection, path: Path) -> None:
     mode = connection.pragma("journal_mode", "wal")
     connection.pragma("synchronous", "FULL")
     connection.pragma("secure_delete", "ON")  # what is deleted is overwritten
     if mode != "wal" or connection.pragma("synchronous") != 2:
         raise EventLogError(f"{path}: expected WAL mode and synchronous=FULL, got {mode}. Use a local file system.")
-    with transaction(connection):
-        application, version = connection.pragma("application_id"), connection.pragma("user_version")
-        if (application, version) == (0, 0) and not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            connection.execute(SCHEMA)
-            connection.execute("INSERT INTO facts VALUES ('salt', ?)", (secrets.token_bytes(16),))
-            connection.pragma("application_id", APPLICATION_ID)
-            connection.pragma("user_version", FORMAT)
-        elif (application, version) != (APPLICATION_ID, FORMAT):
-            raise EventLogError(
-                f"{path}: expected an event log of format {FORMAT}, got another file. Check --state-dir."
-            )
-    return connection
+
+
+def _make_schema(connection: apsw.Connection, path: Path) -> None:
+    application, version = connection.pragma("application_id"), connection.pragma("user_version")
+    if (application, version) == (0, 0) and not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        connection.execute(SCHEMA)
+        connection.execute("INSERT INTO facts VALUES ('salt', ?)", (secrets.token_bytes(16),))
+        connection.pragma("application_id", APPLICATION_ID)
+        connection.pragma("user_version", FORMAT)
+    elif (application, version) != (APPLICATION_ID, FORMAT):
+        raise EventLogError(f"{path}: expected an event log of format {FORMAT}, got another file. Check --state-dir.")
 
 
 def salt_of(connection: apsw.Connection) -> bytes:

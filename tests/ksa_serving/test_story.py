@@ -12,6 +12,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from list_model import ListModel
 
 from ksa_serving.cold_store import HEAD, ColdStateStore
 from ksa_serving.event_log import EventLog
@@ -20,7 +21,7 @@ from ksa_serving.lmdb_engine import LmdbEngine
 from ksa_serving.testing import toy_release
 from ksa_serving.tiered_store import TieredStateStore
 from ksa_serving.user_states import UserStates
-from recsys_ksa.order import TieKind, order_key
+from recsys_ksa.order import TieKind
 
 USERS = [Owner("ann"), Owner("bob")]
 users = st.sampled_from(USERS)
@@ -31,45 +32,6 @@ events = st.builds(
     event_id=st.one_of(st.none(), st.integers(0, 30).map(str)),
     event_type=st.sampled_from([None, "view"]),
 )
-
-
-class ListModel:
-    """What the service promises to know of its users, as lists."""
-
-    def __init__(self, tie: TieKind):
-        self.tie: TieKind = tie
-        self.kept: dict[Owner, list[tuple[int, NewEvent]]] = {user: [] for user in USERS}
-        self.gone: dict[Owner, set[bytes]] = {user: set() for user in USERS}
-        self.arrivals = 0
-
-    def append(self, owner: Owner, event: NewEvent) -> None:
-        if event.identity not in self.gone[owner] | {other.identity for _, other in self.kept[owner]}:
-            self.arrivals += 1
-            self.kept[owner].append((self.arrivals, event))
-
-    def retract(self, owner: Owner, event_id: str) -> None:
-        identity = b"i" + event_id.encode()
-        if any(event.identity == identity for _, event in self.kept[owner]):
-            self.kept[owner] = [pair for pair in self.kept[owner] if pair[1].identity != identity]
-            self.gone[owner].add(identity)
-
-    def correct(self, owner: Owner, event: NewEvent) -> None:
-        if any(other == event for _, other in self.kept[owner]):
-            return
-        self.kept[owner] = [pair for pair in self.kept[owner] if pair[1].identity != event.identity]
-        self.gone[owner].discard(event.identity)
-        self.append(owner, event)
-
-    def forget(self, owner: Owner) -> None:
-        self.kept[owner], self.gone[owner] = [], set()
-
-    def history(self, owner: Owner) -> list[NewEvent]:
-        def key(pair: tuple[int, NewEvent]) -> tuple:
-            arrival, e = pair
-            named = {"event_id": e.event_id, "event_type": e.event_type, "arrival": arrival}
-            return order_key(self.tie, e.timestamp, e.item_id, **named), arrival
-
-        return [event for _, event in sorted(self.kept[owner], key=key)]
 
 
 class Story(RuleBasedStateMachine):

@@ -1,0 +1,45 @@
+"""Event logs without a thread: their writers take the next step when a test says."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import TypeVar
+
+import pytest
+
+from ksa_serving import log_writer
+from ksa_serving.event_log import EventLog
+
+T = TypeVar("T")
+
+
+class NoThread:
+    """What a thread would do is done when it is waited for."""
+
+    def __init__(self, target: Callable[[], None], **_: object):
+        self._target = target
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        self._target()
+
+
+@contextlib.contextmanager
+def hand_driven_logs() -> Iterator[None]:
+    """Logs opened here have no thread, and nothing waits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_writer, "threading", SimpleNamespace(Thread=NoThread, Lock=threading.Lock))
+        patch.setattr(log_writer, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None))
+        yield
+
+
+def done(log: EventLog, future: "Future[T]") -> T:
+    """Let the writer work until it has an answer, and return that."""
+    while not future.done():
+        log.writer.step()
+    return future.result()
