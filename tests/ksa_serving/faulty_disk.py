@@ -5,8 +5,8 @@ the process is killed all that was written is there. When the power goes, of wha
 
 - each 512-byte sector of a write is there or not, whatever the order in which they were written; a file may have
   grown before its new sectors were written, and then has zeros or rubbish there;
-- a new name is there once a new journal or write-ahead log of its folder was synced (SQLite syncs the folder with it);
-- a removal that was not synced happened or not.
+- new names and removals are there or not, until the folder was synced: SQLite does that with the first sync of each
+  journal and write-ahead log that it opens.
 
 Taken for granted, as SQLite does: a sector is written whole or not at all, bytes beside a write stay as they were
 (`SQLITE_IOCAP_POWERSAFE_OVERWRITE`), and what a sync that succeeded covers is there. A sync that *fails* may have lost
@@ -14,6 +14,7 @@ for good what it was to bring to the disk, also if the next one succeeds, as on 
 """
 
 import contextlib
+import hashlib
 import random
 import shutil
 import time
@@ -28,7 +29,7 @@ SECTOR = 512
 NAME = "ksa-faulty"
 Fault = Literal["write-error", "sync-error", "full", "read-only", "read-error"]
 FAULTS: tuple[Fault, ...] = ("write-error", "sync-error", "full", "read-only", "read-error")
-DIRECTORY_IS_SYNCED = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_WAL
+SYNC_FOLDER_TOO = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_WAL
 Write = tuple[int, bytes | None]
 """Where, and what; None: the file was cut or grown to there."""
 
@@ -46,7 +47,6 @@ class DiskFile:
         for write in self.waiting:
             apply(self.durable, write)
         self.waiting.clear()
-        self.named = True
 
 
 class Disk:
@@ -54,7 +54,7 @@ class Disk:
 
     fault: what fails from now on. fault_share: of operations that fail for once, by chance. sync_seconds: how long a
     sync takes. trusts_syncs: False for a disk that says it has synced and has not. cut_at: the operation in which the
-    power goes; cut_in: what that was. operations: writes, syncs and removals so far.
+    power goes; cut_in: what that was. operations: writes, syncs and removals so far. trace: a hash of all of them.
     """
 
     def __init__(self, folder: Path, draw: random.Random):
@@ -72,6 +72,7 @@ class Disk:
         self._files: dict[str, DiskFile] = {}
         self._removed: dict[str, bytes] = {}
         self._doing = ""
+        self.trace = hashlib.sha256()
 
     def crash(self, to: Path) -> "Disk":
         """Return the disk as the next process finds it: all that was written is there."""
@@ -109,6 +110,7 @@ class Disk:
     def write(self, file: DiskFile, write: Write, grows: bool) -> None:
         """Take a write, or fail."""
         self._doing = f"write {file.name}"
+        self.trace.update(b"%d:%b" % (write[0], write[1] or b""))
         fault = self._begin("write-error", "full", "read-only")
         if fault == "full":
             if grows:
@@ -128,9 +130,8 @@ class Disk:
             file.waiting[:] = [write for write in file.waiting if self.draw.random() < 0.5]
             raise failure(apsw.SQLITE_IOERR_FSYNC, fault)
         if self.trusts_syncs:
-            first = not file.named
             file.sync()
-            if first and syncs_folder:
+            if syncs_folder:
                 self.sync_folder()
         self._end()
 
@@ -163,6 +164,7 @@ class Disk:
         if self.off:
             raise failure(apsw.SQLITE_IOERR, "the power is off")
         self.operations += 1
+        self.trace.update(self._doing.encode())
         if self.operations == self.cut_at and self.draw.random() < 0.5:  # before it; else in its midst
             self._end()
         found = self.fault if self.fault in faults else None
@@ -282,7 +284,7 @@ class FaultyFile(apsw.VFSFile):
 
     def __init__(self, disk: Disk, last: str, name: Any, flags: list[int]):
         self._disk = disk
-        self._syncs_folder = bool(flags[0] & DIRECTORY_IS_SYNCED)
+        self._syncs_folder = bool(flags[0] & apsw.SQLITE_OPEN_CREATE and flags[0] & SYNC_FOLDER_TOO)
         self._file = disk.opened(last)
         super().__init__("unix", name, flags)
 
@@ -304,6 +306,7 @@ class FaultyFile(apsw.VFSFile):
     def xSync(self, flags: int) -> None:
         """Bring to the disk what was written. The real file is not synced: its machine stays on."""
         self._disk.sync(self._file, self._syncs_folder)
+        self._syncs_folder = False
 
     def excepthook(self, *error: object) -> bool:
         """Say nothing, as the VFS."""
@@ -320,8 +323,10 @@ def faulty_disks(randomness: random.Random | None = None) -> Iterator[FaultyVfs]
     default = apsw.vfs_names()[0]
     vfs = FaultyVfs(randomness)
     apsw.set_default_vfs(NAME)
+    apsw.randomness(0)  # SQLite asks for randomness anew
     try:
         yield vfs
     finally:
         apsw.set_default_vfs(default)
+        apsw.randomness(0)
         vfs.unregister()

@@ -1,6 +1,7 @@
 """Event logs without a thread: their writers take the next step when a test says."""
 
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from ksa_serving import log_writer
+from ksa_serving import log_writer, sqlite_file
 from ksa_serving.event_log import EventLog
 
 T = TypeVar("T")
@@ -30,11 +31,12 @@ class NoThread:
 
 
 @contextlib.contextmanager
-def hand_driven_logs() -> Iterator[None]:
-    """Logs opened here have no thread, and nothing waits."""
+def hand_driven_logs(draw: random.Random) -> Iterator[None]:
+    """Logs opened here have no thread, nothing waits, and what is secret is drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log_writer, "threading", SimpleNamespace(Thread=NoThread, Lock=threading.Lock))
         patch.setattr(log_writer, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None))
+        patch.setattr(sqlite_file, "secrets", SimpleNamespace(token_bytes=draw.randbytes))
         yield
 
 
