@@ -170,7 +170,7 @@ class TrainConfig(Strict):
     max_steps: NonNegativeInt = 2000
     """Steps of the whole schedule; 0 writes a random model."""
     max_seconds: PositiveFloat | None = None
-    """Wall-clock budget of training, validation included; the schedule follows whichever ends first."""
+    """Stop, whatever the step, before training has taken longer, validation included; the schedule ignores it."""
     final_learning_rate: float = Field(default=0.1, ge=0.0, le=1.0)
     """Learning rate at the end, as a share of the peak (cosine decay)."""
     gradient_clip: PositiveFloat = 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recsys_ksa.cli import Verb, call_verb
-from recsys_ksa.errors import DataError
+from recsys_ksa.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from recsys_ksa.data.dataset import Dataset
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from recsys_ksa.recommender import Recommender
 
 RUNS = ("ksa", "full", "window")
-TRAIN_SECONDS = {"ksa": 180.0, "full": 100.0, "window": 80.0}
-"""Wall-clock budgets at `--minutes 6` of training; scaled with it."""
 SHOWN = 6
 """Items shown a list."""
 
@@ -30,12 +28,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="PREPARE.toml", type=Path, help="column mapping for --data")
     parser.add_argument("--items", metavar="FILE", type=Path, help="items file for --data")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="default runs/demo")
-    parser.add_argument("--minutes", type=float, default=6.0, help="training budget of all three runs (default 6)")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each run (default: its config's)")
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.minutes <= 0:
-        raise DataError(f"--minutes: expected a positive number, got {args.minutes}.")
+    if args.steps is not None and args.steps < 1:
+        raise UsageError(f"ksa demo: --steps: expected 1 or more, got {args.steps}.")
     if args.out.exists() and any(args.out.iterdir()):
         raise DataError(f"{args.out}: expected an empty or new folder, got one with files. Name another with --out.")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -44,7 +42,7 @@ def _run(args: argparse.Namespace) -> None:
     runs = {name: args.out / name for name in RUNS}
     has_side = _prepare(args, data)
     for name in RUNS:
-        _train(name, data, runs[name], args.minutes, has_side)
+        _train(name, data, runs[name], args.steps, has_side)
     _title("evaluate: KSA beside full attention, the window alone, and rules that count")
     tracking = f"sqlite:///{(args.out / 'mlflow.db').resolve()}"
     compare = ["--compare", str(runs["full"]), "--compare", str(runs["window"])]
@@ -84,13 +82,14 @@ def _prepare(args: argparse.Namespace, data: Path) -> bool:
     return True
 
 
-def _train(name: str, data: Path, run: Path, minutes: float, has_side: bool) -> None:
+def _train(name: str, data: Path, run: Path, steps: int | None, has_side: bool) -> None:
     from recsys_ksa.commands.config_files import config_file
 
-    seconds = TRAIN_SECONDS[name] * minutes * 60 / sum(TRAIN_SECONDS.values())
-    _title(f"train {name}: at most {seconds:.0f} s")
+    _title(f"train {name}")
     config = str(config_file(f"complete-journey/{name}.toml"))
-    options = [config, "--data", str(data), "--out", str(run), "--set", f"train.max_seconds={seconds:.1f}"]
+    options = [config, "--data", str(data), "--out", str(run)]
+    if steps is not None:
+        options += ["--set", f"train.max_steps={steps}"]
     if not has_side:
         options += ["--set", "model.side_features=[]"]
     call_verb("train", options)

@@ -218,10 +218,7 @@ class _Session:
                 started = time.monotonic()
                 given = next(inputs)
                 waited += time.monotonic() - started
-                share = progress.step / max(config.max_steps, 1)
-                if budget is not None:
-                    share = max(share, progress.seconds / budget)
-                rate = learning_rate(config, progress.step, share)
+                rate = learning_rate(config, progress.step)
                 num_questions, num_events = self.ranks.total(given.batch.num_questions, given.batch.num_events)
                 loss = self._step(given, progress.step, rate, given.batch.num_questions / num_questions)
                 progress = replace(

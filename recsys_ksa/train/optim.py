@@ -41,16 +41,13 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine down to `final_learning_rate`.
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of a step, 0 for the first: linear warm-up, then a cosine down to `final_learning_rate`.
 
-    Args:
-        config: peak, warm-up and final share.
-        step: 0 for the first.
-        progress: share of the run that is over, 0 to 1, by steps or by the clock, whichever ends first.
+    It follows the steps alone, never the clock: what is trained does not depend on how fast the machine is.
     """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(step / max(config.max_steps, 1), 1.0)))
     return config.learning_rate * warm * (config.final_learning_rate + (1.0 - config.final_learning_rate) * cosine)
 
 

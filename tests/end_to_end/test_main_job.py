@@ -26,7 +26,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log = lifelong_log(3, users=80, items=120, median_length=60, days=300)
     pq.write_table(log, folder / "log.parquet")
     done = subprocess.run(
-        [*KSA, "demo", "--data", str(folder / "log.parquet"), "--out", str(folder / "out"), "--minutes", "0.1"],
+        [*KSA, "demo", "--data", str(folder / "log.parquet"), "--out", str(folder / "out"), "--steps", "20"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

@@ -21,7 +21,7 @@ from recsys_ksa.cli import main, verb_entry_points
         (["prepare", "/nowhere.parquet", "--out", "/tmp/never-made"], "/nowhere.parquet"),
         (["evaluate", "/nowhere", "--data", "/nodata", "--tracking", "none"], "/no"),
         (["serve", "/nowhere", "--port", "0", "--state-dir", "/tmp/never-made"], "/nowhere"),
-        (["demo", "--minutes", "-1"], "--minutes"),
+        (["demo", "--steps", "0"], "--steps"),
     ],
 )
 def test_mistakes_end_as_one_line(

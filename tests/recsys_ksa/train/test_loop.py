@@ -176,11 +176,17 @@ def test_the_best_weights_are_kept_and_patience_stops(
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == best != last
 
 
-def test_a_wall_clock_budget_stops(dataset: Dataset, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_wall_clock_stops_and_changes_nothing_before(
+    dataset: Dataset, make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(train={"max_steps": 10**6, "max_seconds": 0.3, "patience": 10**6})
     trained = go(config, dataset, tmp_path / "run")
     assert 0 < trained.progress.step < 10**6
     assert trained.reason == "train.max_seconds 0.3 used"
+    whole = make_config(train={"max_steps": 10**6, "patience": 10**6})
+    go(whole, dataset, tmp_path / "whole", stop_at=trained.progress.step)
+    last = Path("checkpoint") / "weights.safetensors"
+    assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
 
 
 def test_a_loss_that_is_no_number_is_refused(

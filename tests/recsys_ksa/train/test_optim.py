@@ -30,13 +30,13 @@ def test_only_matrices_of_linear_layers_decay_and_scalars_run_ahead(
 
 def test_the_learning_rate_warms_up_then_falls_to_its_end() -> None:
     config = TrainConfig(learning_rate=1.0, warmup_steps=10, max_steps=100, final_learning_rate=0.1)
-    rates = [learning_rate(config, step, step / 100) for step in range(101)]
+    rates = [learning_rate(config, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(max(rates[9:12]))
     assert all(one >= two for one, two in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1)
-    assert learning_rate(config, 500, 7.0) == pytest.approx(0.1)
+    assert learning_rate(config, 500) == pytest.approx(0.1)
 
 
 def test_without_warmup_training_begins_at_the_peak() -> None:
-    assert learning_rate(TrainConfig(learning_rate=0.5, warmup_steps=0), 0, 0.0) == 0.5
+    assert learning_rate(TrainConfig(learning_rate=0.5, warmup_steps=0), 0) == 0.5

@@ -71,7 +71,7 @@ def weights_by_union(config: RunConfig, dataset: Dataset, world_size: int) -> di
             (loss * each.batch.num_questions / total).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.train.gradient_clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.train, place.step, place.step / config.train.max_steps) * group["scale"]
+            group["lr"] = learning_rate(config.train, place.step) * group["scale"]
         optimizer.step()
     return network.state_dict()
 
