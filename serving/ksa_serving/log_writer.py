@@ -53,7 +53,8 @@ class LogWriter:
         self._connection = connection
         self._entries = entries
         self._group_size = group_size
-        self._waiting: queue.Queue[_Call[Any] | None] = queue.Queue(waiting_calls)
+        self._waiting_calls = waiting_calls
+        self._waiting: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._write_calls, name="event-log", daemon=True)
@@ -77,10 +78,9 @@ class LogWriter:
         with self._closing:
             if self._closed:
                 raise EventLogError("event log: expected an open log, got a closed one. The service is stopping.")
-            try:
-                self._waiting.put_nowait(call)
-            except queue.Full:
-                raise OverloadedError("event log: too many calls wait to be written. Try again in a second.") from None
+            if self._waiting.qsize() >= self._waiting_calls:
+                raise OverloadedError("event log: too many calls wait to be written. Try again in a second.")
+            self._waiting.put(call)
         return call.future
 
     def probe(self) -> None:
