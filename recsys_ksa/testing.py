@@ -1,4 +1,4 @@
-"""Synthetic lifelong logs for tests and benchmarks, and a prepared data set of one. numpy and pyarrow only."""
+"""Synthetic lifelong logs for tests and benchmarks, a prepared data set of one, a run on it. No torch, no polars."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys_ksa.cli import call_verb
+from recsys_ksa.commands.config_files import config_file
 from recsys_ksa.data.dataset import Dataset, open_dataset
 
 DAY = 86_400
@@ -127,6 +128,22 @@ def prepared_dataset(
         command += ["--config", str(directory / "prepare.toml")]
     call_verb("prepare", command)
     return open_dataset(directory / "ds")
+
+
+def trained_run(run: Path, data: Path, changes: Sequence[str] = (), *, steps: int = 0) -> Path:
+    """Run `ksa train` with configs/smoke.toml for a few steps, and return the run directory it made.
+
+    Args:
+        run: the run directory to make.
+        data: a prepared data set.
+        changes: keys of the config as `--set` takes them, such as `model.attention=window`.
+        steps: 0 writes a random model.
+    """
+    sets = [word for change in changes for word in ("--set", change)]
+    call_verb(
+        "train", [str(config_file("smoke.toml")), "--data", str(data), "--out", str(run), "--steps", str(steps), *sets]
+    )
+    return run
 
 
 def _session_times(random: np.random.Generator, length: int, days: int, events_per_session: float) -> NDArray[np.int64]:

@@ -48,9 +48,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained for a few steps on `tiny_data`; tests must not write into it."""
-    from recsys_ksa.cli import call_verb
+    from recsys_ksa.testing import trained_run
 
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    config = str(Path(__file__).resolve().parents[1] / "configs" / "smoke.toml")
-    call_verb("train", [config, "--data", str(tiny_data), "--out", str(run), "--steps", "4"])
-    return run
+    return trained_run(tmp_path_factory.mktemp("runs") / "tiny", tiny_data, steps=4)

@@ -21,8 +21,7 @@ from ksa_serving.server import ReadyServer, server_config
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
 from ksa_serving.testing import toy_release
-from recsys_ksa.cli import call_verb
-from recsys_ksa.testing import lifelong_log, prepared_dataset
+from recsys_ksa.testing import lifelong_log, prepared_dataset, trained_run
 
 NOW = 1_700_000_000
 
@@ -82,10 +81,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of 50 items, written by `ksa train --steps 0`."""
     folder = tmp_path_factory.mktemp("tiny")
     log = lifelong_log(0, 20, 50, event_types=True)
-    prepared_dataset(folder, log, arguments=["--tie", "arrival"])
-    smoke = Path(__file__).parents[2] / "configs" / "smoke.toml"
-    call_verb("train", [str(smoke), "--data", str(folder / "ds"), "--out", str(folder / "run"), "--steps", "0"])
-    return folder / "run"
+    return trained_run(folder / "run", prepared_dataset(folder, log, arguments=["--tie", "arrival"]).path)
 
 
 @pytest.fixture

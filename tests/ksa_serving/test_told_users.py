@@ -23,7 +23,7 @@ from ksa_serving.messages import EventMessage, RecommendRequest
 from ksa_serving.release import Release, load_release
 from ksa_serving.service import Service
 from recsys_ksa.cli import call_verb, main
-from recsys_ksa.testing import lifelong_log, prepared_dataset
+from recsys_ksa.testing import lifelong_log, prepared_dataset, trained_run
 
 AT = 1_700_000_000
 HISTORY = [("i1", AT - 100), ("i2", AT - 50), ("i1", AT)]
@@ -44,10 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(pa.table(USERS), folder / "users.parquet")
     told = ["--users", str(folder / "users.parquet")]
     data = prepared_dataset(folder, lifelong_log(2, 30, 50), arguments=told, config=PREPARE).path
-    config = str(Path(__file__).resolve().parents[2] / "configs" / "smoke.toml")
-    sets = [word for change in MODEL for word in ("--set", f"model.{change}")]
-    call_verb("train", [config, "--data", str(data), "--out", str(folder / "run"), "--steps", "2", *sets])
-    return folder / "run"
+    return trained_run(folder / "run", data, [f"model.{change}" for change in MODEL], steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -17,31 +17,24 @@ from recsys_ksa.evaluate.ksa_scorer import run_scorers
 from recsys_ksa.evaluate.owned import Ownership
 from recsys_ksa.evaluate.protocol import ask
 from recsys_ksa.run import load_network, open_run
+from recsys_ksa.testing import trained_run
 from recsys_ksa.train.validation import Validation
-
-SMOKE = str(Path(__file__).resolve().parents[2] / "configs" / "smoke.toml")
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("popular") / "run"
     changes = [
         "model.item_bias=popularity-7d",
         "model.own_item_bias=true",
         "loss.targets=next-set",
         "data.split=global",
     ]
-    call_verb("train", [SMOKE, "--data", str(tiny_data), "--out", str(run), "--steps", "3", *sets(changes)])
-    return run
+    return trained_run(tmp_path_factory.mktemp("popular") / "run", tiny_data, changes, steps=3)
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def sets(changes: list[str]) -> list[str]:
-    return [part for change in changes for part in ("--set", change)]
 
 
 def state_of(rec: Recommender, dataset: Dataset, user: int, cut: int):

@@ -14,6 +14,7 @@ from recsys_ksa import OutOfOrderError, Recommender
 from recsys_ksa.cli import call_verb
 from recsys_ksa.errors import DataError, RunError, StateError
 from recsys_ksa.model.state import kv_bytes
+from recsys_ksa.testing import trained_run
 
 START = 1_600_000_000
 
@@ -204,9 +205,7 @@ def test_replaced_weights_and_stale_indexes_are_refused(tiny_run: Path, tmp_path
 
 
 def test_an_index_of_another_run_is_refused(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    config = str(Path(__file__).resolve().parents[2] / "configs" / "smoke.toml")
-    other, run = tmp_path / "other", tmp_path / "run"
-    call_verb("train", [config, "--data", str(tiny_data), "--out", str(other), "--steps", "0", "--set", "seed=5"])
+    other, run = trained_run(tmp_path / "other", tiny_data, ["seed=5"]), tmp_path / "run"
     call_verb("index", [str(other)])
     shutil.copytree(tiny_run, run)
     shutil.copytree(other / "index", run / "index")

@@ -1,6 +1,5 @@
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,18 +11,14 @@ from recsys_ksa.errors import MissingPackageError, ProtocolError, RunError, Usag
 from recsys_ksa.evaluate.baselines import NAMES
 from recsys_ksa.evaluate.lists import LIST_METRICS
 from recsys_ksa.evaluate.protocol import ask
-from recsys_ksa.testing import lifelong_log, prepared_dataset
+from recsys_ksa.testing import lifelong_log, prepared_dataset, trained_run
 
-CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "smoke.toml")
 FIELDS = ["model", "protocol", "request_time", "slice", "metric", "value", "low", "high", "num_users"]
 
 
 @pytest.fixture(scope="module")
 def window_run(tiny_data, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "window-run"
-    call_verb("train", [CONFIG, "--data", str(tiny_data), "--out", str(run), "--steps", "0", "--set",
-                        "model.attention=window"])  # fmt: skip
-    return run
+    return trained_run(tmp_path_factory.mktemp("runs") / "window-run", tiny_data, ["model.attention=window"])
 
 
 def evaluate(run, data, out, *arguments: str) -> list[dict]:
@@ -122,9 +117,7 @@ def test_runs_of_other_data_or_spans_are_refused(tiny_run, tiny_data, tmp_path, 
     other = prepared_dataset(tmp_path, lifelong_log(5, users=20, items=30))
     with pytest.raises(RunError, match="data hash"):
         evaluate(tiny_run, other.path, tmp_path)
-    run = tmp_path / "loo-run"
-    call_verb("train", [CONFIG, "--data", str(tiny_data), "--out", str(run), "--steps", "0", "--set",
-                        'data.split="loo"'])  # fmt: skip
+    run = trained_run(tmp_path / "loo-run", tiny_data, ['data.split="loo"'])
     with pytest.raises(ProtocolError, match=r"trained on validation or test events.*'loo'"):
         evaluate(run, tiny_data, tmp_path, "--protocol", "global")
     with pytest.raises(ProtocolError, match="trained on"):

@@ -10,15 +10,11 @@ import pytest
 from recsys_ksa.cli import call_verb, main
 from recsys_ksa.errors import DataError, RunError
 from recsys_ksa.evaluate.intervals import holm, sign_flip_p
-from recsys_ksa.testing import lifelong_log, prepared_dataset
-
-CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "smoke.toml")
+from recsys_ksa.testing import lifelong_log, prepared_dataset, trained_run
 
 
-def train(data, run, *arguments: str) -> Path:
-    command = [CONFIG, "--data", str(data), "--out", str(run), "--steps", "0", "--set", f"name={run.name}"]
-    call_verb("train", [*command, *arguments])
-    return run
+def train(data, run, *changes: str) -> Path:
+    return trained_run(run, data, [f"name={run.name}", *changes])
 
 
 def evaluate(run, data, *arguments: str) -> None:
@@ -32,7 +28,7 @@ def runs(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     found = [
         train(tiny_data, folder / "first"),
-        train(tiny_data, folder / "second", "--set", "seed=1", "--set", "model.attention=window"),
+        train(tiny_data, folder / "second", "seed=1", "model.attention=window"),
     ]
     for run in found:
         evaluate(run, tiny_data)
@@ -78,7 +74,7 @@ def test_pairs_are_tested_user_by_user(runs, tiny_data, tmp_path):
 
 def test_runs_that_differ_in_their_seed_alone_are_also_one_line(runs, tiny_data, tmp_path):
     """Mean, lowest and highest; a run of another config is no part of it."""
-    more = [train(tiny_data, tmp_path / f"more-{seed}", "--set", f"seed={seed}") for seed in (1, 2)]
+    more = [train(tiny_data, tmp_path / f"more-{seed}", f"seed={seed}") for seed in (1, 2)]
     for run in more:
         evaluate(run, tiny_data)
     page, text = report([runs[0], *more, runs[1]], tmp_path / "report")

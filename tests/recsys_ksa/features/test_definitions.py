@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ksa.cli import call_verb
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.data.dataset import open_dataset
 from recsys_ksa.errors import RunError
 from recsys_ksa.evaluate.evaluation import check_run
 from recsys_ksa.features.definitions import feature_hashes
 from recsys_ksa.run import open_run
+from recsys_ksa.testing import trained_run
 
 VOCABULARIES = {"event_type": [None, "view", "buy"], "brand": [None, "a", "b"]}
 ON: dict[str, Any] = {
@@ -53,11 +53,8 @@ def test_a_change_of_meaning_changes_that_hash_alone(name: str, changes: dict[st
 
 @pytest.fixture(scope="module")
 def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("features") / "run"
-    config = str(Path(__file__).resolve().parents[3] / "configs" / "smoke.toml")
-    sets = ["--set", 'model.side_features=["category"]', "--set", "model.session_gap=1800"]
-    call_verb("train", [config, "--data", str(tiny_data), "--out", str(path), "--steps", "0", *sets])
-    return path
+    changes = ['model.side_features=["category"]', "model.session_gap=1800"]
+    return trained_run(tmp_path_factory.mktemp("features") / "run", tiny_data, changes)
 
 
 def test_a_run_whose_vocabulary_was_renumbered_is_refused(run: Path, tmp_path: Path) -> None:

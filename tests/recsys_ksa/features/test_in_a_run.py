@@ -13,7 +13,7 @@ from recsys_ksa.data.dataset import Dataset, open_dataset
 from recsys_ksa.errors import DataError
 from recsys_ksa.evaluate.ksa_scorer import user_vectors
 from recsys_ksa.features import EventFeatures
-from recsys_ksa.testing import item_table, lifelong_log, prepared_dataset
+from recsys_ksa.testing import item_table, lifelong_log, prepared_dataset, trained_run
 
 PREPARE = """
 [columns]
@@ -47,11 +47,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("features") / "run"
-    config = str(Path(__file__).resolve().parents[3] / "configs" / "smoke.toml")
-    sets = [word for feature in FEATURES for word in ("--set", feature)]
-    call_verb("train", [config, "--data", str(dataset.path), "--out", str(path), "--steps", "3", *sets])
-    return path
+    return trained_run(tmp_path_factory.mktemp("features") / "run", dataset.path, FEATURES, steps=3)
 
 
 def test_appending_raw_events_equals_the_batch_that_evaluation_reads(

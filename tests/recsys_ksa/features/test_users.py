@@ -10,6 +10,7 @@ import pytest
 
 from recsys_ksa import Recommender
 from recsys_ksa.cli import call_verb
+from recsys_ksa.commands.config_files import config_file
 from recsys_ksa.config import ModelConfig, RunConfig, load_config, parse_config
 from recsys_ksa.data.batches import questions_batch
 from recsys_ksa.data.dataset import Dataset
@@ -18,7 +19,7 @@ from recsys_ksa.evaluate.ksa_scorer import user_vectors
 from recsys_ksa.features import EventFeatures, QuestionFeatures, WeightedRows, told_users
 from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
 from recsys_ksa.model.network import Network
-from recsys_ksa.testing import lifelong_log, prepared_dataset
+from recsys_ksa.testing import lifelong_log, prepared_dataset, trained_run
 from recsys_ksa.train.run_files import feature_schema
 
 PREPARE = """
@@ -74,11 +75,7 @@ def dataset(table: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def run(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("users") / "run"
-    config = str(Path(__file__).resolve().parents[3] / "configs" / "smoke.toml")
-    sets = [word for change in MODEL for word in ("--set", change)]
-    call_verb("train", [config, "--data", str(dataset.path), "--out", str(path), "--steps", "3", *sets])
-    return path
+    return trained_run(tmp_path_factory.mktemp("users") / "run", dataset.path, MODEL, steps=3)
 
 
 def told_of(table: list[dict[str, Any]], user_id: str) -> dict[str, Any] | None:
@@ -262,7 +259,7 @@ def test_keys_that_contradict_each_other_are_refused(changes: dict[str, Any], sa
 def test_features_that_the_data_set_does_not_have_are_refused(
     changes: list[str], said: str, dataset: Dataset, tmp_path: Path
 ) -> None:
-    config = load_config(RunConfig, Path(__file__).resolve().parents[3] / "configs" / "smoke.toml", changes)
+    config = load_config(RunConfig, config_file("smoke.toml"), changes)
     schema = feature_schema(dataset, config)
     with pytest.raises(ConfigError, match=said):
         Network(config.model, schema)
