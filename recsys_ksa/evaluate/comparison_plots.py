@@ -1,13 +1,12 @@
-"""The plots of a comparison, as SVG. matplotlib is imported when something is drawn."""
+"""The plots of a comparison, as SVG."""
 
-import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recsys_ksa.errors import MissingPackageError
 from recsys_ksa.evaluate.comparison import METRIC, Comparison
+from recsys_ksa.evaluate.painting import painted
 from recsys_ksa.evaluate.protocol import REQUEST_TIMES
 from recsys_ksa.evaluate.rows import Row
 
@@ -51,25 +50,7 @@ def draw(comparison: Comparison, curves: dict[str, list[dict[str, float]]]) -> d
         ),
         ("Training: validation NDCG@10 by step", bool(_validations(curves)), lambda axes: _training(axes, curves)),
     ]
-    return {title: _svg(paint) for title, shown, paint in wanted if shown}
-
-
-def _svg(paint: "Callable[[Axes], None]") -> bytes:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            f"report: expected the package matplotlib, got: {error}. "
-            'Install it with `pip install "recsys-ksa[evaluate]"`.'
-        ) from error
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    paint(figure.subplots())
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+    return {title: painted(paint, "svg") for title, shown, paint in wanted if shown}
 
 
 def _drawn(comparison: Comparison) -> list[str]:

@@ -1,13 +1,13 @@
-"""The plots of an evaluation, as PNG. matplotlib is imported when something is drawn."""
+"""The plots of an evaluation, as PNG."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recsys_ksa.errors import MissingPackageError
+from recsys_ksa.evaluate.painting import painted
 from recsys_ksa.evaluate.protocol import usefulness
 from recsys_ksa.evaluate.rows import MAIN, Row
 from recsys_ksa.model.state import full_kv_bytes, kv_bytes
@@ -53,21 +53,8 @@ def read_curves(path: Path) -> list[dict[str, float]]:
     return points
 
 
-def _save(path: Path, paint: Any) -> Path:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            f"plots: expected the package matplotlib, got: {error}. "
-            'Install it with `pip install "recsys-ksa[evaluate]"`, or pass --tracking none to go without plots.'
-        ) from error
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    paint(axes)
-    figure.savefig(path, dpi=120)
+def _save(path: Path, paint: "Callable[[Axes], None]") -> Path:
+    path.write_bytes(painted(paint, "png"))
     return path
 
 
