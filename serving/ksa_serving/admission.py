@@ -31,9 +31,7 @@ def check_num_events(num_events: int, limits: Limits) -> None:
     Raises:
         InvalidRequestError: code `too-many-events`.
     """
-    if num_events > limits.events_per_call:
-        expected = f"expected at most {limits.events_per_call} in one call, got {num_events}"
-        raise InvalidRequestError(f"events: {expected}. Send them in several calls.", "too-many-events")
+    _check_at_most(num_events, limits.events_per_call, "events")
 
 
 def event_fault(event: EventMessage, limits: Limits, clock: Clock, now: float) -> str | None:
@@ -102,9 +100,7 @@ def check_candidates(name: str, item_ids: Sequence[str], limits: Limits) -> None
     Raises:
         InvalidRequestError: code `too-many-items`.
     """
-    if len(item_ids) > limits.candidates:
-        expected = f"expected at most {limits.candidates} items, got {len(item_ids)}"
-        raise InvalidRequestError(f"{name}: {expected}. Send fewer.", "too-many-items")
+    _check_at_most(len(item_ids), limits.candidates, "items", name)
 
 
 def check_num_users(num_users: int, limits: Limits) -> None:
@@ -113,9 +109,7 @@ def check_num_users(num_users: int, limits: Limits) -> None:
     Raises:
         InvalidRequestError: code `too-many-users`.
     """
-    if num_users > limits.users_per_call:
-        expected = f"expected at most {limits.users_per_call} in one call, got {num_users}"
-        raise InvalidRequestError(f"users: {expected}. Send several calls.", "too-many-users")
+    _check_at_most(num_users, limits.users_per_call, "users")
 
 
 def check_told_users(told: Sequence[object], num_users: int) -> None:
@@ -138,6 +132,12 @@ def check_explain(request: ExplainRequest, limits: Limits) -> None:
     if not 1 <= request.chunks <= limits.explained_chunks:
         expected = f"expected 1 to {limits.explained_chunks}, got {request.chunks}"
         raise InvalidRequestError(f"chunks: {expected}.", "invalid-chunks")
+
+
+def _check_at_most(count: int, most: int, what: str, field: str | None = None) -> None:
+    if count > most:
+        expected = f"expected at most {most} {what} in one call, got {count}"
+        raise InvalidRequestError(f"{field or what}: {expected}. Send fewer.", f"too-many-{what}")
 
 
 def _is_plain(text: str) -> bool:
