@@ -3,8 +3,12 @@
 Keys are the record's 24 bytes and the part's name. The oldest written records make room for new ones. LMDB does not
 overwrite what is removed, so `remove` of a user is followed by a compacting copy (`compact`): the service runs it in
 the background after deletions.
+
+LMDB trusts its file: one that was cut or flipped may end the process that reads it. States are a cache, so a file that
+is found damaged is started anew, and so is one that several processes in a row did not live to close.
 """
 
+import logging
 import os
 import struct
 import threading
@@ -21,35 +25,75 @@ OWED = b"z"
 """Written with a removal: a compaction is owed, also after a crash."""
 FULL_SHARE = 0.8
 """Of the size, beyond which the oldest records are removed."""
+MOST_UNCLOSED = 3
+"""Processes in a row that may end without closing the file, before it is taken for what ended them."""
+DAMAGE = (
+    *(lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError),
+    *(lmdb.BadTxnError, lmdb.CursorFullError, lmdb.PageFullError, lmdb.ProblemError, SystemError, struct.error),
+)
+"""What a damaged file makes of a call, where it does not end the process."""
+
+logger = logging.getLogger(__name__)
 
 
 class LmdbEngine(BytesEngine):
-    """Records in `directory`/cold.lmdb, at most `max_bytes` large.
+    """Records in `directory`/cold.lmdb, at most `max_bytes` large; `cold.unclosed` counts who did not live to close it.
 
     Raises:
-        EngineError: the file cannot be opened, or is no LMDB file.
+        EngineError: the file cannot be opened.
     """
 
     def __init__(self, directory: Path, max_bytes: int):
         self._path = Path(directory) / "cold.lmdb"
+        self._unclosed = Path(directory) / "cold.unclosed"
         self._max_bytes = max_bytes
         self._readers = self._writers = 0
-        self._compacting = False
+        self._compacting = self._damaged = False
         self._idle = threading.Condition(threading.RLock())
-        self._open()
-
-    def _open(self) -> None:
         try:
-            self._env = lmdb.open(
-                str(self._path), map_size=self._max_bytes, subdir=False, max_dbs=2, mode=0o600, max_spare_txns=8
-            )
-            self._env.reader_check()
-            self._parts = self._env.open_db(b"parts")
-            self._written = self._env.open_db(b"written")
-            with self._env.begin() as txn:
-                self.needs_compaction = txn.get(OWED, db=self._written) is not None
+            unclosed = len(self._unclosed.read_bytes()) if self._unclosed.exists() else 0
+            self._unclosed.write_bytes(b"x" * (unclosed + 1))
+            if unclosed >= MOST_UNCLOSED:
+                self._start_anew(f"{unclosed} processes in a row did not close it")
+                return
+            try:
+                self._open()
+            except DAMAGE as error:
+                self._start_anew(error)
         except (lmdb.Error, OSError) as error:
             raise EngineError(f"{self._path}: {error}") from error
+
+    def _open(self) -> None:
+        self._env = lmdb.open(
+            str(self._path), map_size=self._max_bytes, subdir=False, max_dbs=2, mode=0o600, max_spare_txns=8
+        )
+        used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        has = self._path.stat().st_size
+        if 0 < has < used:  # reading past the end would end the process
+            raise lmdb.CorruptedError(f"expected {used} bytes, got {has}")
+        self._env.reader_check()
+        self._parts = self._env.open_db(b"parts")
+        self._written = self._env.open_db(b"written")
+        with self._env.begin() as txn:
+            self.needs_compaction = txn.get(OWED, db=self._written) is not None
+
+    def _start_anew(self, why: object) -> None:
+        """Put an empty file in place of one that cannot be trusted. Nobody reads or writes."""
+        logger.warning("cold store: %s is damaged, and started anew: %s", self._path.name, why)
+        self._close()
+        for path in (self._path, self._lock_path):
+            path.unlink(missing_ok=True)
+        self._open()
+        self._unclosed.write_bytes(b"x")
+        self._damaged = False
+
+    def _close(self) -> None:
+        if hasattr(self, "_env"):
+            self._env.close()
+
+    @property
+    def _lock_path(self) -> Path:
+        return self._path.with_name(self._path.name + "-lock")
 
     def read(self, key: bytes) -> dict[bytes, bytes]:
         """Return all parts of a record, of one instant."""
@@ -128,16 +172,21 @@ class LmdbEngine(BytesEngine):
         try:
             new.unlink(missing_ok=True)
             self._env.copy(str(new), compact=True)
+            _sync(new)
             with self._idle:
                 self._idle.wait_for(lambda: not self._readers)
+                self._damaged = True  # until it is open again
                 self._env.close()
                 os.replace(new, self._path)
-                self._path.with_name(self._path.name + "-lock").unlink(missing_ok=True)
+                _sync(self._path.parent)
+                self._lock_path.unlink(missing_ok=True)
                 self._open()
+                self._damaged = False
                 with self._env.begin(write=True) as txn:
                     txn.delete(OWED, db=self._written)
                 self.needs_compaction = False
-        except (lmdb.Error, OSError) as error:
+        except (lmdb.Error, OSError, *DAMAGE) as error:
+            self._damaged |= isinstance(error, DAMAGE)
             raise EngineError(f"{self._path}: {error}") from error
         finally:
             self._compacting = False
@@ -147,10 +196,13 @@ class LmdbEngine(BytesEngine):
         with self._idle:
             self._idle.wait_for(lambda: not self._readers and not self._writers)
             self._env.close()
+            self._unclosed.unlink(missing_ok=True)
 
     @contextmanager
     def _transaction(self, write: bool) -> Iterator[lmdb.Transaction]:
         with self._idle:
+            if self._damaged:
+                self._mend()
             if write and self._compacting:
                 raise EngineError(f"{self._path}: it is being compacted")
             self._writers += write
@@ -158,13 +210,22 @@ class LmdbEngine(BytesEngine):
         try:
             with self._env.begin(write=write) as txn:
                 yield txn
-        except lmdb.Error as error:
+        except (lmdb.Error, *DAMAGE) as error:
+            self._damaged |= isinstance(error, DAMAGE)
             raise EngineError(f"{self._path}: {error}") from error
         finally:
             with self._idle:
                 self._writers -= write
                 self._readers -= not write
                 self._idle.notify_all()
+
+    def _mend(self) -> None:
+        if self._readers or self._writers or self._compacting:
+            raise EngineError(f"{self._path}: it is damaged")
+        try:
+            self._start_anew("it could not be read or written")
+        except (lmdb.Error, OSError) as error:
+            raise EngineError(f"{self._path}: {error}") from error
 
     def _used(self, txn: lmdb.Transaction) -> int:
         """Bytes of the pages that hold something."""
@@ -210,3 +271,12 @@ class LmdbEngine(BytesEngine):
         if number is not None:
             txn.delete(b"n" + number, db=self._written)
             txn.delete(b"r" + key, db=self._written)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -12,7 +12,7 @@ import pytest
 
 from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineError
 from ksa_serving.events import Owner, StoredEvent
-from ksa_serving.lmdb_engine import LmdbEngine
+from ksa_serving.lmdb_engine import MOST_UNCLOSED, LmdbEngine
 from ksa_serving.models import Vocabulary
 from ksa_serving.redis_engine import RedisEngine
 from ksa_serving.state_store import StateRecord
@@ -210,10 +210,29 @@ def test_lmdb_compaction_leaves_no_bytes_of_a_dropped_user(tmp_path: Path):
     again.close()
 
 
-def test_a_file_that_is_no_lmdb_is_refused(tmp_path: Path):
+def test_a_file_that_is_no_lmdb_is_started_anew(tmp_path: Path):
     (tmp_path / "cold.lmdb").write_bytes(b"not a database" * 1000)
-    with pytest.raises(EngineError, match=r"cold\.lmdb"):
-        LmdbEngine(tmp_path, 10**6)
+    store = ColdStateStore(LmdbEngine(tmp_path, 10**6), MODELS, SALT)
+    store.put(record())
+    assert same(store.get(ANN, "f"), record())
+    store.close()
+
+
+def test_a_file_that_several_processes_did_not_live_to_close_is_started_anew(tmp_path: Path):
+    for turn in range(MOST_UNCLOSED):
+        store = ColdStateStore(LmdbEngine(tmp_path, 10**6), MODELS, SALT)
+        if turn == 0:
+            store.put(record())
+        assert store.get(ANN, "f") is not None
+        store._engine._env.close()  # type: ignore[attr-defined] # the process ends here
+    store = ColdStateStore(LmdbEngine(tmp_path, 10**6), MODELS, SALT)
+    assert store.get(ANN, "f") is None
+    store.put(record())
+    store.close()
+    for _ in range(2 * MOST_UNCLOSED):
+        store = ColdStateStore(LmdbEngine(tmp_path, 10**6), MODELS, SALT)
+        assert store.get(ANN, "f") is not None
+        store.close()
 
 
 def test_a_server_that_is_gone_is_a_quick_miss():
