@@ -64,6 +64,7 @@ class Disk:
         self.fault_share = 0.0
         self.cut_at: int | None = None
         self.sync_seconds = 0.0
+        self.syncing = False
         self.operations = 0
         self.cut_in: str | None = None
         self.off = False
@@ -124,8 +125,10 @@ class Disk:
         """Bring to the disk what waits, or fail."""
         self._doing = f"sync {file.name}"
         fault = self._begin("sync-error", "write-error")
+        self.syncing = True
         if self.sync_seconds:
             time.sleep(self.sync_seconds)
+        self.syncing = False
         if fault is not None:
             file.waiting[:] = [write for write in file.waiting if self.draw.random() < 0.5]
             raise failure(apsw.SQLITE_IOERR_FSYNC, fault)

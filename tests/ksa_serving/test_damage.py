@@ -160,9 +160,15 @@ def check(store, truth):
 folder, seed, first, last = Path(sys.argv[1]), *map(int, sys.argv[2:])
 (folder / "whole").mkdir(exist_ok=True)
 store = open_store(folder / "whole")
-truth = {owner: [put(store, owner, n + 40 * again) for again in range(2)] for n, owner in enumerate(OWNERS, start=20)}
+sizes = {owner: (n, n + 40) for n, owner in enumerate(OWNERS, start=20)}
+truth = {owner: [put(store, owner, size) for size in sizes[owner]] for owner in OWNERS}
 store.close()
 whole = (folder / "whole" / "cold.lmdb").read_bytes()
+(folder / "later").mkdir(exist_ok=True)
+store = open_store(folder / "later")
+for owner in OWNERS:  # what a turn puts
+    truth[owner] += [put(store, owner, size) for size in (160, 170)]
+store.close()
 for turn in range(first, last):
     draw = random.Random(seed + turn)
     if not (folder / str(turn)).exists():
@@ -176,13 +182,17 @@ for turn in range(first, last):
     print(turn, flush=True)
     store = open_store(folder / str(turn))
     check(store, truth)
-    now = {owner: [*truth[owner], put(store, owner, 160)] for owner in OWNERS}
-    check(store, now)
+    for owner in OWNERS:
+        put(store, owner, 160)
+    check(store, truth)
     store.drop(OWNERS[3])
     len(store), store.nbytes, store.retire("other"), store.purge()
-    check(store, now)
+    check(store, truth)
     store.close()
-    assert put(open_store(folder / str(turn)), OWNERS[0], 170), "and again"
+    store = open_store(folder / str(turn))
+    put(store, OWNERS[0], 170)
+    check(store, truth)
+    store.close()
 """
 
 
