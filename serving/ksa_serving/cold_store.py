@@ -62,6 +62,11 @@ class BytesEngine(ABC):
     def nbytes(self) -> int:
         """Return the bytes in use."""
 
+    @property
+    def is_available(self) -> bool:
+        """Whether calls go to the disk or server; False while they are refused because it failed."""
+        return True
+
     def purge(self) -> None:  # noqa: B027 - most engines overwrite what is removed
         """Make what was removed unreadable."""
 
@@ -72,6 +77,10 @@ class BytesEngine(ABC):
 
 class EngineError(Exception):
     """The disk or server behind a cold store failed."""
+
+
+class EngineAwayError(EngineError):
+    """It failed a moment ago, and was not asked again."""
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
@@ -116,7 +125,7 @@ class ColdStateStore(StateStore):
         try:
             parts = self._engine.read(key)
         except EngineError as error:
-            logger.warning("cold store: cannot be read: %s", error)
+            _tell("read", error)
             self._misses["unavailable"] += 1
             return None
         if not parts:
@@ -161,7 +170,7 @@ class ColdStateStore(StateStore):
                 new = {name: parts.segments[name] for name in names if name not in had}
                 self._engine.write(key, {HEAD: seal_head(head), **new}, had.difference(names))
         except EngineError as error:
-            logger.warning("cold store: cannot be written: %s", error)
+            _tell("written", error)
             self._misses["unwritten"] += 1
 
     @property
@@ -178,7 +187,7 @@ class ColdStateStore(StateStore):
         try:
             self._engine.remove_ending(_fingerprint_key(fingerprint))
         except EngineError as error:
-            logger.warning("cold store: cannot be written: %s", error)
+            _tell("written", error)
 
     def purge(self) -> bool:
         """Remove what could not be removed before, and have the engine overwrite it."""
@@ -187,9 +196,14 @@ class ColdStateStore(StateStore):
         try:
             self._engine.purge()
         except EngineError as error:
-            logger.warning("cold store: cannot be purged: %s", error)
+            _tell("purged", error)
             return False
         return not self._owed
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the engine is."""
+        return self._engine.is_available
 
     def close(self) -> None:
         """Let go of the engine."""
@@ -219,7 +233,7 @@ class ColdStateStore(StateStore):
             self._owed.discard(key)
         except EngineError as error:
             self._owed.add(key)
-            logger.warning("cold store: cannot be written: %s", error)
+            _tell("written", error)
 
     def _head(self, record: StateRecord, owner: bytes, segments: list[bytes], about: bytes, parity: Parity) -> Head:
         order = record.last_order
@@ -267,6 +281,12 @@ class ColdStateStore(StateStore):
             cold=True,
             parity=head.parity,
         )
+
+
+def _tell(what: str, error: EngineError) -> None:
+    """Log a failure; not again for every call that is refused after it."""
+    if not isinstance(error, EngineAwayError):
+        logger.warning("cold store: cannot be %s: %s", what, error)
 
 
 def segment_name(content: bytes) -> bytes:

@@ -58,7 +58,7 @@ class LmdbEngine(BytesEngine):
                 return
             try:
                 self._open()
-            except DAMAGE as error:
+            except (lmdb.Error, *DAMAGE) as error:
                 self._start_anew(error)
         except (lmdb.Error, OSError) as error:
             raise EngineError(f"{self._path}: {error}") from error

@@ -58,6 +58,7 @@ class _ServiceCollector:
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "states_held": ("States in memory", lambda: len(store)),
             "state_bytes": ("Bytes of states in memory", lambda: store.nbytes),
+            "cold_store_available": ("0 while the cold store fails and is not asked", lambda: store.is_available),
             "log_waiting_calls": ("Calls that wait for the event log", lambda: service.log.writer.num_waiting),
             "waiting_questions": ("Questions that wait for the model", lambda: service.served.num_waiting),
             "settling_users": (

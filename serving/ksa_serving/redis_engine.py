@@ -1,18 +1,21 @@
 """Cold states in Redis (or Valkey): one hash a record, written in one transaction, gone after a time without use.
 
-Redis is a cache here: what it forgets is rebuilt from the event log. While it fails, calls are refused at once for a
-second, so that answers wait for it once and not each. Calls are synchronous, in worker threads: a cancelled request
-never leaves half a reply on a connection that another user's request would then read. And every record says whose
-it is, and is verified.
+Redis is a cache here: what it forgets is rebuilt from the event log. While it fails, calls are refused at once
+(`circuit.py`), so that answers wait for it once and not each. Calls are synchronous, in worker threads: a cancelled
+request never leaves half a reply on a connection that another user's request would then read. And every record says
+whose it is, and is verified.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import redis
 
-from ksa_serving.cold_store import BytesEngine, EngineError
+from ksa_serving.circuit import Circuit, CircuitOpenError
+from ksa_serving.cold_store import BytesEngine, EngineAwayError, EngineError
 
 T = TypeVar("T")
 
@@ -23,17 +26,28 @@ class RedisEngine(BytesEngine):
     Args:
         url: `redis://host:port/db`, `rediss://` for TLS, or `unix://path`.
         seconds: after which an unused record is forgotten.
-        timeout: of one call, in seconds.
+        timeout: in seconds, of a connection and of every piece of an answer.
+        whole_timeout: of a whole call; a server that sends a byte now and then is hanging too.
         retry_after: how long calls are refused at once after one failed.
     """
 
-    def __init__(self, url: str, seconds: int = 30 * 86_400, timeout: float = 0.25, retry_after: float = 1.0):
+    def __init__(
+        self,
+        url: str,
+        seconds: int = 30 * 86_400,
+        timeout: float = 0.25,
+        whole_timeout: float = 0.75,
+        retry_after: float = 1.0,
+    ):
         self._client = redis.Redis.from_url(
             url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=None, health_check_interval=0
         )
         self._seconds = seconds
-        self._retry_after = retry_after
-        self._closed_until = 0.0
+        self._whole_timeout = whole_timeout
+        self._circuit = Circuit(retry_after)
+        self._began: dict[int, float] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._end_hanging, name="redis-watch", daemon=True).start()
 
     def read(self, key: bytes) -> dict[bytes, bytes]:
         """Return all parts of a record; it is kept for longer."""
@@ -91,28 +105,45 @@ class RedisEngine(BytesEngine):
         """Return the server's bytes in use."""
         return int(self._call(lambda: self._client.info("memory"))["used_memory"])  # type: ignore[index]
 
+    @property
+    def is_available(self) -> bool:
+        """Whether the last call succeeded."""
+        return not self._circuit.is_open
+
     def close(self) -> None:
         """Close all connections."""
+        self._closed.set()
         self._client.close()
 
     def _remove_matching(self, pattern: bytes) -> None:
-        def work() -> None:
-            for name in self._client.scan_iter(match=pattern, count=1000):
-                self._client.delete(name)
-
-        self._call(work)
+        """Remove records a page at a time: all of them may take longer than one call may."""
+        cursor = None
+        while cursor != 0:
+            cursor, names = self._call(partial(self._client.scan, cursor or 0, pattern, 1000))  # type: ignore[misc]
+            if names:
+                self._call(partial(self._client.delete, *names))
 
     def _call(self, work: Callable[[], T]) -> T:
-        if time.monotonic() < self._closed_until:
-            raise EngineError("redis: it failed within the last second")
+        me = threading.get_ident()
         try:
-            return work()
+            with self._circuit.call():
+                self._began[me] = time.monotonic()
+                return work()
+        except CircuitOpenError as error:
+            raise EngineAwayError("redis: it failed a moment ago") from error
         except Exception as error:  # a server that answers nonsense makes the client raise anything
-            self._closed_until = time.monotonic() + self._retry_after
-            self._client.connection_pool.disconnect(
-                inuse_connections=False
-            )  # what is still to come on it is not for whoever asks next
+            # What is still to come on a connection is not for whoever asks next.
+            self._client.connection_pool.disconnect(inuse_connections=False)
             raise EngineError(f"redis: {error}") from error
+        finally:
+            self._began.pop(me, None)
+
+    def _end_hanging(self) -> None:
+        """Close connections under calls that take too long in all."""
+        while not self._closed.wait(self._whole_timeout / 4):
+            oldest = min(list(self._began.values()), default=None)
+            if oldest is not None and time.monotonic() - oldest > self._whole_timeout:
+                self._client.connection_pool.disconnect(inuse_connections=True)  # its reader is told at once
 
 
 def _name(key: bytes) -> bytes:

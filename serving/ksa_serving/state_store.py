@@ -92,6 +92,11 @@ class StateStore(ABC):
         """Make what was dropped unreadable on disk too; return whether nothing of it is left."""
         return True
 
+    @property
+    def is_available(self) -> bool:
+        """Whether the disk or server behind is asked; while it fails, everything there is a miss at once."""
+        return True
+
     def close(self) -> None:  # noqa: B027
         """Flush and let go of files and connections."""
 

@@ -104,6 +104,11 @@ class TieredStateStore(StateStore):
         """Purge the cold tier."""
         return self.cold.purge()
 
+    @property
+    def is_available(self) -> bool:
+        """Whether the cold tier is."""
+        return self.cold.is_available
+
     def close(self) -> None:
         """Flush, then close the cold tier."""
         self.flush()
