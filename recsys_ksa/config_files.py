@@ -15,9 +15,9 @@ from recsys_ksa.errors import ConfigError
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and documents each field by the string under it."""
+    """A frozen model that refuses unknown keys; the string under a field says what it is, to who reads the source."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 Config = TypeVar("Config", bound=Strict)

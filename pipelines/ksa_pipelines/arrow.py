@@ -1,5 +1,6 @@
 """Between Polars and Arrow: the types that every Arrow reader knows (no string views), codes for strings."""
 
+from io import FileIO
 from pathlib import Path
 from typing import overload
 
@@ -50,10 +51,22 @@ def write_texts(texts: pa.LargeStringArray, path: Path) -> None:
 
 def read_texts(path: Path, total: int, first: int, last: int) -> pa.LargeStringArray:
     """Return texts `first` to `last`, without, of the `total` that `write_texts` wrote; an Arrow file opens slower."""
-    ends = np.fromfile(path, dtype=np.int64, offset=8 * first, count=last - first + 1)
-    begin, size = 8 * (total + 1) + int(ends[0]), int(ends[-1] - ends[0])
-    values = np.fromfile(path, dtype=np.uint8, offset=begin, count=size)
+    ends = np.empty(last - first + 1, dtype=np.int64)
+    with path.open("rb", buffering=0) as file:
+        read_into(file, 8 * first, ends)
+        values = np.empty(ends[-1] - ends[0], dtype=np.uint8)
+        read_into(file, 8 * (total + 1) + int(ends[0]), values)
     return pa.LargeStringArray.from_buffers(last - first, pa.py_buffer(ends - ends[0]), pa.py_buffer(values))
+
+
+def read_into(file: FileIO, at: int, values: NDArray) -> None:
+    """Read what lies at a place of a file into an array, whole."""
+    file.seek(at)
+    left = values.view(np.uint8).data
+    while left:
+        count = file.readinto(left)
+        assert count, "the file is shorter than what was written"
+        left = left[count:]
 
 
 def read_column(path: Path, name: str, first: int = 0, count: int | None = None) -> pa.Array:

@@ -22,7 +22,7 @@ from ksa_pipelines.clean import drop_duplicates
 from ksa_pipelines.known import Known
 from ksa_pipelines.names import Names
 from ksa_pipelines.spill import Chunk, read_bucket
-from ksa_pipelines.stored import StoredBucket
+from ksa_pipelines.stored import UNKNOWN, StoredBucket
 from ksa_pipelines.ties import TiedPairs, count_tied_pairs, order_by_time
 
 EVENTS, USERS, ITEMS = "events.arrow", "users.arrow", "items.arrow"
@@ -118,13 +118,14 @@ def _in_order(events: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, 
     user, timestamp = events["user"].to_numpy(), events["timestamp"].to_numpy()
     first_seen = np.full(users.height, np.iinfo(np.int64).max)
     np.minimum.at(first_seen, user, timestamp)
-    keys = ["user_index", pl.Series("first_seen", first_seen), pl.col("user_id").cast(pl.Binary)]
-    order = users.select(pl.arg_sort_by(keys, nulls_last=[True, False, False])).to_series().to_numpy()
+    user_index = users["user_index"].to_numpy()
+    by_id = users["user_id"].arg_sort().to_numpy()  # strings compare as their bytes
+    order = by_id[np.lexsort((first_seen[by_id], user_index[by_id], user_index[by_id] == UNKNOWN))]
     place = np.empty(len(order), dtype=np.int32)
     place[order] = np.arange(len(order))
     user = place[user]
     events = take_rows(events.with_columns(user=pl.Series(user)), order_by_time(user, timestamp))
-    return events, users[order]
+    return events, take_rows(users, order)
 
 
 def _settle(
@@ -152,21 +153,22 @@ def _settle(
 
 def _old_events(known: Known, stored: StoredBucket, users: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame | None:
     """Return what the data set has of these users and could be the same as a new event, in the codes of the log."""
-    met = users.with_row_index("user").drop_nulls("row")
+    row = users["row"].to_numpy()
+    met = np.flatnonzero(row != UNKNOWN)
     if "event_id" not in new.columns:  # then only events of one time can be the same, and most histories ended before
-        ended = stored.last_times(met["row"].to_numpy()) < new["timestamp"].to_numpy().min()
-        met = met.filter(pl.Series(~ended))
-    if met.is_empty():
+        met = met[stored.last_times(row[met]) >= new["timestamp"].to_numpy().min()]
+    if not len(met):
         return None
-    old = stored.events(met["row"].to_numpy())
+    names = ["item_index", "timestamp", *(name for name in ("event_type", "event_id") if name in new.columns)]
+    old, offsets = stored.events(row[met], names)
     item_codes = np.asarray(np.memmap(known.item_codes, dtype=np.int32, mode="r"))
     columns = {
-        "user": met["user"].to_numpy().astype(np.int32)[old["user"].to_numpy()],
-        "item": item_codes[old["item_index"].to_numpy()],
-        "timestamp": old["timestamp"],
+        "user": np.repeat(met.astype(np.int32), np.diff(offsets)),
+        "item": item_codes.take(old["item_index"].to_numpy()),
+        "timestamp": old["timestamp"].to_numpy(),
     }
     if known.event_types is not None:
         columns["event_type"] = np.array(known.event_types, dtype=np.int32)[old["event_type"].to_numpy()]
     if "event_id" in new.columns:
-        columns["event_id"] = old["event_id"]
+        columns["event_id"] = pl.Series(old["event_id"])
     return pl.DataFrame(columns)

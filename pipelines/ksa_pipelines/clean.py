@@ -5,7 +5,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from ksa_pipelines.arrow import take_rows
+from ksa_pipelines.insert import find_times
 from ksa_pipelines.report import tally
+from recsys_ksa.data.jagged_arrays import ragged_arange
 
 _COLUMNS = ("user", "item", "timestamp", "event_type", "event_id")
 _ORDER = "order"
@@ -25,7 +27,7 @@ def drop_duplicates(events: pl.DataFrame, old: pl.DataFrame | None = None) -> tu
     Args:
         events: user, item, timestamp, arrival and, where the log has them, event_type (-1: none) and event_id; by
             user, time and arrival.
-        old: the same without arrival, in the data set already.
+        old: the same without arrival, in the data set already; by user and time.
     """
     if "event_id" in events.columns:
         marks = _marks(events, old)
@@ -72,11 +74,19 @@ def _repeats(events: pl.DataFrame) -> NDArray[np.int64]:
     if "event_type" in events.columns:
         kind = events["event_type"].to_numpy()
         key = key * (int(kind.max(initial=0)) + 2) + kind[suspects] + 1
-    return suspects[~pl.Series(key).is_first_distinct().to_numpy()]
+    order = np.argsort(key, kind="stable")  # nearly in order, so that this is quicker than hashing
+    key = key[order]
+    return np.sort(suspects[order[1:][key[1:] == key[:-1]]])
 
 
 def _known(events: pl.DataFrame, old: pl.DataFrame) -> NDArray[np.int64]:
     """Return the rows that are the same as an old event by user, item, time and type."""
     columns = [name for name in _COLUMNS if name in events.columns]
-    met = events.select(columns).with_row_index("row").join(old.select(columns), on=columns, how="semi")
-    return met["row"].to_numpy().astype(np.int64)
+    new_times, old_times = ((each["user"].to_numpy(), each["timestamp"].to_numpy()) for each in (events, old))
+    begins, ends = find_times(*old_times, *new_times)
+    rows = np.flatnonzero(begins < ends)
+    if not len(rows):
+        return rows
+    there = np.unique(ragged_arange(begins[rows], (ends - begins)[rows]))
+    new = take_rows(events.select(columns), rows).with_columns(row=pl.Series(rows))
+    return new.join(take_rows(old.select(columns), there), on=columns, how="semi")["row"].to_numpy()

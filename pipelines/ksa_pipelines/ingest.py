@@ -16,7 +16,7 @@ from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.engine import Engine, LocalEngine
 from ksa_pipelines.known import KnownNames
 from ksa_pipelines.memory import Memory
-from ksa_pipelines.names import Names, audit_ranks, number_names
+from ksa_pipelines.names import NameCollector, Names, audit_ranks
 from ksa_pipelines.report import Report, listed
 from ksa_pipelines.sources import find_files, source_files
 from ksa_pipelines.spill import Chunk, Spilled, SpillTask, refuse_mixed_columns, spill
@@ -112,7 +112,14 @@ def ingest(
         SpillTask(file, files_format, position, log, config, forgotten, chunk_rows, folder)
         for position, file in enumerate(files)
     ]
-    spilled = list(resources.engine.map(spill, tasks))
+    spilled, collectors = list[Spilled](), dict[str, NameCollector]()
+    for file in resources.engine.map(spill, tasks):
+        spilled.append(file)
+        for chunk in file.chunks:
+            for column in chunk.num_names:
+                if column not in collectors:
+                    collectors[column] = NameCollector(column, folder)
+                collectors[column].add(chunk)
     refuse_mixed_columns(spilled, [Path(file).name for file in files], log)
     if known is not None:
         _refuse_other_columns(known, spilled[0], log)
@@ -125,7 +132,7 @@ def ingest(
     )
 
     chunks = _with_arrivals(spilled, first_arrival)
-    names = {column: number_names(chunks, column, folder) for column in chunks[0].num_names}
+    names = {column: collector.names() for column, collector in collectors.items()}
     if "event_type" in names:
         refuse_many_event_types(names["event_type"].count)
     ranks = folder / "audit_ranks"

@@ -31,22 +31,41 @@ def insert_events(
 
 def _places(old: Lists, old_offsets: Offsets, new: Lists, new_offsets: Offsets, *, by_tie: bool) -> NDArray[np.int64]:
     """Return how many of all old events come before each new one."""
-    old_time, new_time = old["timestamp"].to_numpy(), new["timestamp"].to_numpy()
-    first = int(min(old_time.min(initial=new_time[0]), new_time.min()))
-    span = int(max(old_time.max(initial=new_time[0]), new_time.max())) - first + 1
-    if span * (len(old_offsets) + 1) >= 1 << 63:  # times from another world: their ranks do as well
-        times, ranks = np.unique(np.concatenate([old_time, new_time]), return_inverse=True)
-        old_time, new_time, first, span = ranks[: len(old_time)], ranks[len(old_time) :], 0, len(times)
-    users = np.arange(len(old_offsets) - 1) * span
-    old_key = np.repeat(users, np.diff(old_offsets)) + (old_time - first)
-    new_key = np.repeat(users, np.diff(new_offsets)) + (new_time - first)
-    places = np.searchsorted(old_key, new_key, side="right")
+    users = np.arange(len(old_offsets) - 1)
+    begins, places = find_times(
+        np.repeat(users, np.diff(old_offsets)),
+        old["timestamp"].to_numpy(),
+        np.repeat(users, np.diff(new_offsets)),
+        new["timestamp"].to_numpy(),
+    )
     if by_tie:
-        begins = np.searchsorted(old_key, new_key, side="left")
         for row in np.flatnonzero(begins < places).tolist():
             ties = old["tie"].slice(begins[row], places[row] - begins[row]).to_pylist()
             places[row] = begins[row] + bisect_right(ties, new["tie"][row].as_py())
     return places
+
+
+def find_times(
+    old_user: NDArray[np.integer],
+    old_time: NDArray[np.int64],
+    new_user: NDArray[np.integer],
+    new_time: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where among old events those of a new event's user and time begin and end, int64 [new events] each.
+
+    Args:
+        old_user, old_time: of the old events, by user and time; users not negative.
+        new_user, new_time: of the new ones, of which there is at least one.
+    """
+    first = int(min(old_time.min(initial=new_time[0]), new_time.min()))
+    span = int(max(old_time.max(initial=new_time[0]), new_time.max())) - first + 1
+    num_users = int(max(old_user.max(initial=0), new_user.max())) + 1
+    if span * (num_users + 1) >= 1 << 63:  # times from another world: their ranks do as well
+        times, ranks = np.unique(np.concatenate([old_time, new_time]), return_inverse=True)
+        old_time, new_time, first, span = ranks[: len(old_time)], ranks[len(old_time) :], 0, len(times)
+    old_key = old_user.astype(np.int64) * span + (old_time - first)
+    new_key = new_user.astype(np.int64) * span + (new_time - first)
+    return np.searchsorted(old_key, new_key, side="left"), np.searchsorted(old_key, new_key, side="right")
 
 
 def _inserted(old: pa.Array, new: pa.Array, places: NDArray[np.int64]) -> pa.Array:

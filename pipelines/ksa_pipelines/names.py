@@ -1,9 +1,9 @@
 """The item ids and event types of a whole log, numbered by their bytes; each chunk's own numbers are put into these.
 
-Between the first pass and the second: rows hold numbers, so that names are compared once a chunk and not once a row.
+Beside the first pass, chunk after chunk as they come: rows hold numbers, so that names are compared once a chunk and
+not once a row.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ksa_pipelines.arrow import read_column, to_arrow, write_table
+from ksa_pipelines.arrow import encode, read_column, to_arrow, write_table
 from ksa_pipelines.spill import Chunk
-from recsys_ksa.data.ahead import map_ahead
 
-GROUP = 1 << 20
+GROUP = 1 << 18
 """Names of chunks that are worked on together, at least."""
 
 
@@ -46,58 +44,55 @@ class Names:
         return [codes[first:last] for first, last in pairwise(self.starts)]
 
 
-def number_names(chunks: Sequence[Chunk], column: str, folder: Path) -> Names:
-    """Number the names of all chunks, and write them and each chunk's codes into `folder`.
+class NameCollector:
+    """Numbers the names of chunks that come one after the other, in memory for the different ones.
 
     Args:
-        chunks: of the log.
         column: `item` or `event_type`.
         folder: to write into.
     """
-    names = to_arrow(_different(chunks, column))
-    path, codes = folder / f"{column}.names.arrow", folder / f"{column}.codes"
-    write_table(pa.table({"name": names}), path)
-    options = pc.SetLookupOptions(names)
 
-    def codes_of(group: Sequence[Chunk]) -> list[NDArray[np.int32]]:
-        found = pc.call_function("index_in", [_names(group, column)], options).to_numpy().astype(np.int32, copy=False)
-        return np.split(found, np.cumsum([chunk.num_names[column] for chunk in group])[:-1])
+    def __init__(self, column: str, folder: Path) -> None:
+        self._column = column
+        self._path, self._codes = folder / f"{column}.names.arrow", folder / f"{column}.codes"
+        self._codes.write_bytes(b"")
+        self._different = pl.Series("name", [], dtype=pl.String)
+        """In order of first sight; the file counts these."""
+        self._waiting: list[Chunk] = []
+        self._starts = [0]
 
-    with codes.open("wb") as file:
-        for group in map_ahead(codes_of, _groups(chunks, column, max(GROUP, 2 * len(names)))):
-            for chunk in group:
-                np.append(chunk, np.int32(-1)).tofile(file)
-    starts = np.append(0, np.cumsum([chunk.num_names[column] + 1 for chunk in chunks]))
-    return Names(path, codes, tuple(starts.tolist()), len(names))
+    def add(self, chunk: Chunk) -> None:
+        """Take the names of the next chunk."""
+        self._waiting.append(chunk)
+        waiting = sum(chunk.num_names[self._column] for chunk in self._waiting)
+        if waiting >= max(GROUP, 2 * len(self._different)):
+            self._number_waiting()
 
+    def names(self) -> Names:
+        """Return the names of all chunks, numbered by their bytes."""
+        if self._waiting:
+            self._number_waiting()
+        order = self._different.arg_sort().to_numpy()  # strings compare as their bytes
+        code = np.full(len(order) + 1, -1, dtype=np.int32)
+        code[order] = np.arange(len(order))
+        codes = np.memmap(self._codes, dtype=np.int32, mode="r+")
+        for first, last in pairwise(self._starts):
+            codes[first:last] = code.take(codes[first:last])
+        write_table(pa.table({"name": to_arrow(self._different.gather(order))}), self._path)
+        return Names(self._path, self._codes, tuple(self._starts), len(order))
 
-def _different(chunks: Sequence[Chunk], column: str) -> pl.Series:
-    """Return the different names of all chunks by their bytes, in bounded memory."""
-
-    def of_group(group: Sequence[Chunk]) -> pl.Series:
-        return pl.Series("name", _names(group, column), dtype=pl.String).unique()
-
-    different = pl.Series("name", [], dtype=pl.String)
-    for more in map_ahead(of_group, _groups(chunks, column, GROUP)):
-        different = pl.concat([different, more]).unique()
-    return different.sort()  # strings compare as their bytes
-
-
-def _groups(chunks: Sequence[Chunk], column: str, size: int) -> Iterator[list[Chunk]]:
-    """Yield chunk after chunk, as many at a time as have about `size` names."""
-    pending, height = list[Chunk](), 0
-    for chunk in chunks:
-        pending.append(chunk)
-        height += chunk.num_names[column]
-        if height >= size:
-            yield pending
-            pending, height = [], 0
-    if pending:
-        yield pending
-
-
-def _names(chunks: Sequence[Chunk], column: str) -> pa.ChunkedArray:
-    return pa.chunked_array([read_column(chunk.path(column), "name") for chunk in chunks])
+    def _number_waiting(self) -> None:
+        names = [read_column(chunk.path(self._column), "name") for chunk in self._waiting]
+        known = len(self._different)
+        # What is known comes first, so that it keeps its numbers.
+        together = pa.chunked_array([to_arrow(self._different), *names])
+        codes, self._different = encode(pl.Series("name", together, dtype=pl.String))
+        ends = np.cumsum([known, *map(len, names)])
+        with self._codes.open("ab") as file:
+            for first, last in pairwise(ends.tolist()):
+                np.append(codes[first:last], np.int32(-1)).tofile(file)
+                self._starts.append(self._starts[-1] + last - first + 1)
+        self._waiting = []
 
 
 def audit_ranks(names: pl.Series) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from ksa_pipelines.histories import LISTS, group_by_user, lists_of, user_offsets
 from ksa_pipelines.ingest import Ingested
 from ksa_pipelines.insert import insert_events
 from ksa_pipelines.split import Split, split_positions
-from ksa_pipelines.stored import Stored
+from ksa_pipelines.stored import UNKNOWN, Stored
 from ksa_pipelines.ties import sort_by_order
 from ksa_pipelines.vocab import item_hashes
 from ksa_pipelines.write import WORK, begin_sync, write_part
@@ -57,7 +57,8 @@ def write_bucket(task: PartTask) -> tuple[int, str]:
     user_index, offsets = user_offsets(events["user_index"].to_numpy())
     ordered, ties = sort_by_order(_as_indices(task, events), task.tie)
     lists = {name: to_arrow(ordered[name]) for name in LISTS if name in ordered.columns} | {"tie": ties}
-    old = users["row"].drop_nulls().to_numpy()
+    old = users["row"].to_numpy()
+    old = old[old != UNKNOWN]
     if task.stored is not None and len(old):
         before, old_offsets = lists_of(task.stored.bucket(task.bucket).read(old))
         old_offsets = np.append(old_offsets, np.repeat(old_offsets[-1], users.height - len(old)))
@@ -129,12 +130,11 @@ def _numbered(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> tupl
     New users: bucket + num_buckets * n, n counting on by (first time, id bytes).
     """
     code, offsets = user_offsets(events["user"].to_numpy())
-    first_seen = pl.Series("first_seen", events["timestamp"].to_numpy()[offsets[:-1]])
-    users = users[code].with_columns(first_seen)
-    known = users["user_index"].is_not_null().to_numpy()
-    new = users.select(pl.arg_sort_by("first_seen", pl.col("user_id").cast(pl.Binary))).to_series().to_numpy()
-    new = new[~known[new]]
-    user_index = users["user_index"].fill_null(0).to_numpy().copy()
+    users = take_rows(users, code)
+    first_seen, user_index = events["timestamp"].to_numpy()[offsets[:-1]], users["user_index"].to_numpy().copy()
+    by_id = users["user_id"].arg_sort().to_numpy()  # strings compare as their bytes
+    by_time = by_id[np.argsort(first_seen[by_id], kind="stable")]
+    new = by_time[user_index[by_time] == UNKNOWN]
     user_index[new] = task.bucket + task.num_buckets * (task.numbered + np.arange(len(new)))
     # As they were gathered, unless the first events of a user were dropped since.
     order = np.argsort(user_index, kind="stable")
@@ -142,7 +142,7 @@ def _numbered(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> tupl
         events = take_rows(events, ragged_arange(offsets[:-1][order], np.diff(offsets)[order]))
     lengths = np.diff(offsets)[order]
     events = events.with_columns(user_index=pl.Series(np.repeat(user_index[order], lengths))).drop("user")
-    return events, users.with_columns(user_index=pl.Series(user_index))[order]
+    return events, take_rows(users.with_columns(user_index=pl.Series(user_index)), order)
 
 
 def _as_indices(task: PartTask, events: pl.DataFrame) -> pl.DataFrame:

@@ -3,8 +3,8 @@
 A chunk of rows writes each user, item and event type once; its rows hold their places. `names.py` makes these places
 the same for all chunks, `read_bucket` reads a bucket of them without touching the others:
 
-    <stem>.rows          records of all numbers: row, user (counted within its bucket), item, timestamp and, where the
-                         log has them, event types; sorted by bucket
+    <stem>.rows          column after column of numbers: user (counted within its bucket), row, item, timestamp and,
+                         where the log has them, event types and values; sorted by bucket
     <stem>.texts.arrow   what is text in each row, in the same order: event_id, where the log has it
     <stem>.users         the chunk's different user ids (`arrow.write_texts`), sorted by bucket
     <stem>.item.arrow, <stem>.event_type.arrow   the names that item and event_type count
@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ksa_pipelines.arrow import encode, read_column, read_texts, to_arrow, write_table, write_texts
+from ksa_pipelines.arrow import encode, read_column, read_into, read_texts, to_arrow, write_table, write_texts
 from ksa_pipelines.checks import FORGOTTEN, REASON, mark_rejected, refuse_milliseconds
 from ksa_pipelines.columns import column_kinds, map_columns
 from ksa_pipelines.config import PrepareConfig
@@ -65,8 +65,8 @@ class Chunk:
     """[num_buckets + 1] the same of its users."""
     num_names: dict[str, int]
     """Different names in it, by number column."""
-    numbers: np.dtype
-    """Of a record."""
+    numbers: dict[str, np.dtype]
+    """Columns of numbers, as they follow one another in the file."""
     texts: tuple[str, ...]
     """Columns of text."""
     first_arrival: int = 0
@@ -76,11 +76,13 @@ class Chunk:
         """Return the Arrow file of `texts`, `item` or `event_type`."""
         return Path(f"{self.stem}.{name}.arrow")
 
-    def rows(self, bucket: int) -> NDArray[np.void]:
-        """Return the records of a bucket."""
-        first, last = self.row_ends[bucket : bucket + 2].tolist()
-        at = first * self.numbers.itemsize
-        return np.fromfile(f"{self.stem}.rows", dtype=self.numbers, count=last - first, offset=at)
+    def read_numbers(self, bucket: int, columns: Mapping[str, NDArray]) -> None:
+        """Read a bucket's numbers into arrays of as many rows, by name."""
+        first, begin = int(self.row_ends[bucket]), 0
+        with open(f"{self.stem}.rows", "rb", buffering=0) as file:
+            for name, kind in self.numbers.items():
+                read_into(file, begin + first * kind.itemsize, columns[name])
+                begin += int(self.row_ends[-1]) * kind.itemsize
 
     def text(self, name: str, bucket: int) -> pa.Array:
         """Return a bucket's rows of a column of text."""
@@ -183,15 +185,14 @@ def write_chunk(rows: pl.DataFrame, num_buckets: int, stem: Path) -> Chunk:
             numbers[name] = rows[name].to_numpy()
         elif name != "user_id":
             texts[name] = to_arrow(rows[name]).take(pa.array(order))
-    kind = np.dtype([(name, values.dtype) for name, values in numbers.items()])
-    records = np.empty(rows.height, dtype=kind)
-    for name, values in numbers.items():
-        records[name] = values.take(order)
-    records.tofile(f"{stem}.rows")
+    with open(f"{stem}.rows", "wb", buffering=0) as file:
+        for values in numbers.values():
+            values.take(order).tofile(file)
+    kinds = {name: values.dtype for name, values in numbers.items()}
     if texts:
         write_table(pa.table(texts), Path(f"{stem}.texts.arrow"))
     write_texts(to_arrow(users).take(pa.array(by_bucket)), Path(f"{stem}.users"))
-    return Chunk(str(stem), _ends(bucket, num_buckets), user_ends, num_names, kind, tuple(texts))
+    return Chunk(str(stem), _ends(bucket, num_buckets), user_ends, num_names, kinds, tuple(texts))
 
 
 def _ends(bucket: NDArray[np.uint16], num_buckets: int) -> NDArray[np.int64]:
@@ -217,19 +218,21 @@ def read_bucket(
     ]
     if not there:
         return pl.DataFrame(), pl.Series("user_id", dtype=pl.String)
-    pieces, users = list[dict[str, NDArray]](), list[pa.Array]()
-    num_users = 0
-    for number, chunk in there:
-        rows = chunk.rows(bucket)
-        piece = {name: rows[name] for name in chunk.numbers.names or ()}
-        piece["user"] = piece["user"] + np.int32(num_users)
-        piece["arrival"] = piece.pop(ROW) + np.uint64(chunk.first_arrival)
-        pieces.append(piece | {name: codes[name][number].take(piece[name]) for name in codes})
+    heights = [int(chunk.row_ends[bucket + 1] - chunk.row_ends[bucket]) for _, chunk in there]
+    columns = {name: np.empty(sum(heights), dtype=kind) for name, kind in there[0][1].numbers.items()}
+    users, num_users, first = list[pa.Array](), 0, 0
+    for (number, chunk), height in zip(there, heights):
+        piece = {name: values[first : first + height] for name, values in columns.items()}
+        chunk.read_numbers(bucket, piece)
+        for name in codes:
+            piece[name][:] = codes[name][number].take(piece[name])
+        piece["user"] += np.int32(num_users)
+        piece[ROW] += np.uint64(chunk.first_arrival)
         users.append(chunk.users(bucket))
-        num_users += len(users[-1])
-    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        num_users, first = num_users + len(users[-1]), first + height
     place, different = encode(pl.Series("user_id", pa.chunked_array(users), dtype=pl.String))
     columns["user"] = place.take(columns["user"])
+    columns["arrival"] = columns.pop(ROW)
     texts = {name: pa.concat_arrays([chunk.text(name, bucket) for _, chunk in there]) for name in there[0][1].texts}
     return pl.DataFrame(columns | {name: pl.Series(text, dtype=pl.String) for name, text in texts.items()}), different
 

@@ -15,6 +15,9 @@ from ksa_pipelines.histories import lists_of
 from recsys_ksa.data.parts import mark_newest
 from recsys_ksa.data.rows import DIGEST, Rows, check_digests, rows_name
 
+UNKNOWN = -1
+"""user_index and row of a user whom the data set does not know."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -43,12 +46,12 @@ class StoredBucket:
         self._file = np.repeat(np.arange(len(files)), [len(each) for each in rows])[order]
 
     def recognise(self, user_ids: pl.Series) -> pl.DataFrame:
-        """Return user_id, user_index and row of some users; nulls where the data set does not know the user."""
+        """Return user_id, user_index and row of some users; -1 twice where the data set does not know the user."""
         known = self._take(np.arange(len(self._row)), ["user_id", "user_index"])
         options = pc.SetLookupOptions(known.column("user_id").cast(pa.large_string()))
-        row = pc.call_function("index_in", [to_arrow(user_ids)], options).cast(pa.int64())
-        user_index = known.column("user_index").combine_chunks().take(row)
-        return pl.DataFrame({"user_id": user_ids, "user_index": pl.Series(user_index), "row": pl.Series(row)})
+        row = pc.call_function("index_in", [to_arrow(user_ids)], options).fill_null(-1).to_numpy().astype(np.int64)
+        user_index = np.append(known.column("user_index").to_numpy(), UNKNOWN)[row]
+        return pl.DataFrame({"user_id": user_ids, "user_index": user_index, "row": row})
 
     def last_times(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the time of the last event of some users."""
@@ -60,11 +63,14 @@ class StoredBucket:
             file.release()
         return found
 
-    def events(self, rows: NDArray[np.int64]) -> pl.DataFrame:
-        """Return the events of some users, rows ascending: user (place in `rows`), item_index, timestamp and so on."""
-        lists, offsets = lists_of(self.read(rows))
-        user = np.repeat(np.arange(len(rows)), np.diff(offsets))
-        return pl.DataFrame(pa.table({"user": pa.array(user)} | {name: lists[name] for name in lists if name != "tie"}))
+    def events(self, rows: NDArray[np.int64], names: Sequence[str]) -> tuple[dict[str, pa.Array], NDArray[np.int64]]:
+        """Return some lists of some users, rows ascending, and their offsets; compared with nothing: `read` does that.
+
+        Args:
+            rows: of the users.
+            names: of the lists, item_index among them.
+        """
+        return lists_of(self._take(rows, ["user_index", *names]))
 
     def read(self, rows: NDArray[np.int64]) -> pa.Table:
         """Return the histories of some users, rows ascending, compared with their digests.

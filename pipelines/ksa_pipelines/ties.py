@@ -90,7 +90,7 @@ def count_tied_pairs(events: pl.DataFrame, ranks: NDArray[np.int64]) -> TiedPair
     same_user = user[1:] == user[:-1]
     tied = same_user & (timestamp[1:] == timestamp[:-1])
     last = np.append(~same_user, True)[1:]
-    first, second = ranks[item[:-1][tied]], ranks[item[1:][tied]]
+    first, second = (ranks.take(each.compress(tied)) for each in (item[:-1], item[1:]))
     return TiedPairs(
         order=order,
         users=int((~same_user).sum()) + (len(user) > 0),

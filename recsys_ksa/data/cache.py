@@ -25,7 +25,7 @@ from recsys_ksa.data.hashes import content_hash, file_hash, row_digests
 from recsys_ksa.data.jagged_arrays import offsets_of
 from recsys_ksa.data.manifest import Manifest, versioned
 from recsys_ksa.data.parts import blocks, checked_parts, with_global_split
-from recsys_ksa.data.rows import Overview, Rows, altered, open_rows
+from recsys_ksa.data.rows import Overview, Rows, altered, hash_content, open_rows
 from recsys_ksa.errors import DataError
 from recsys_ksa.schema import SPLIT_COLUMNS
 
@@ -92,8 +92,8 @@ def map_cache(directory: Path, manifest: Manifest, *, checked: bool = False) -> 
     return reader.get_batch(0)
 
 
-def checked_rows(directory: Path, manifest: Manifest) -> tuple[list[Rows], Overview]:
-    """Return the rows of a data set and their overview; the digests are those of the content hash.
+def checked_rows(directory: Path, manifest: Manifest) -> list[Rows]:
+    """Return the rows of a data set; the digests beside them are those of the content hash.
 
     Whoever reads a row compares it with its digest.
 
@@ -103,9 +103,8 @@ def checked_rows(directory: Path, manifest: Manifest) -> tuple[list[Rows], Overv
     rows = open_rows(directory, manifest.files)
     if not rows:
         raise DataError(f"{directory}: expected histories/part-*.parquet in the manifest, got none. Prepare it again.")
-    overview = Overview.of(rows, manifest.split)
-    _check_content(directory, manifest, overview.content_hash)
-    return rows, overview
+    _check_content(directory, manifest, hash_content(rows))
+    return rows
 
 
 def read_parts(directory: Path, manifest: Manifest) -> pa.Table:
@@ -133,11 +132,11 @@ def _sealed(path: Path, manifest: Manifest) -> str | None:
 
 
 def _build(directory: Path, manifest: Manifest) -> None:
-    rows, overview = checked_rows(directory, manifest)
+    rows = checked_rows(directory, manifest)
     for _ in map_ahead(Rows.check, rows):
         pass
     try:
-        write_cache(directory, rows, overview, manifest.version)
+        write_cache(directory, rows, Overview.of(rows, manifest.split), manifest.version)
     except OSError as error:
         raise DataError(
             f"{directory / 'cache'}: expected to write the cache, got: {error.strerror}. Make the folder writable once."

@@ -7,7 +7,6 @@ Each user's row has a digest, and `content_hash` is over these: a change hashes 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +87,7 @@ class _Cells:
 
     def pieces(self) -> Iterator[memoryview]:
         """Yield the bytes of user after user."""
-        return (self._values[first:last] for first, last in pairwise(self._ends))
+        return map(self._values.__getitem__, map(slice, self._ends, self._ends[1:]))
 
     @classmethod
     def of_strings(cls, array: pa.Array) -> "_Cells":

@@ -204,7 +204,7 @@ class Overview:
     @classmethod
     def of(cls, rows: Sequence[Rows], split: Split) -> "Overview":
         """Look at the newest rows of all files; positions are by these cuts."""
-        order = np.argsort(np.concatenate([each.users[each.newest] for each in rows]))
+        order = _by_index(rows)
         found = [each.positions(split) for each in rows]
         positions = {
             name: np.concatenate([columns[name][each.newest] for columns, each in zip(found, rows)])[order]
@@ -212,13 +212,17 @@ class Overview:
         }
         user_index = np.concatenate([each.users[each.newest] for each in rows])[order]
         lengths = np.concatenate([np.diff(each.offsets)[each.newest] for each in rows])[order]
-        digests = np.concatenate([each.digests[each.newest] for each in rows])[order]
-        for each in rows:
-            each.release()
-        return cls(
-            user_index,
-            lengths,
-            positions,
-            content_hash(rows[0].names, digests),
-            split_hash(split, user_index, positions),
-        )
+        return cls(user_index, lengths, positions, hash_content(rows), split_hash(split, user_index, positions))
+
+
+def hash_content(rows: Sequence[Rows]) -> str:
+    """Return the content hash of the newest rows of all files, by the digests beside them."""
+    digests = np.concatenate([each.digests[each.newest] for each in rows])[_by_index(rows)]
+    for each in rows:
+        each.release()
+    return content_hash(rows[0].names, digests)
+
+
+def _by_index(rows: Sequence[Rows]) -> NDArray[np.int64]:
+    """Return the order of the newest rows of all files by user_index."""
+    return np.argsort(np.concatenate([each.users[each.newest] for each in rows]))

@@ -3,7 +3,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksa_pipelines import names
-from ksa_pipelines.names import number_names
+from ksa_pipelines.names import NameCollector
 from ksa_pipelines.spill import read_bucket, write_chunk
 from ksa_pipelines.vocab import user_bucket
 
@@ -26,7 +26,12 @@ def test_chunks_hold_what_was_spilled_under_numbers_of_the_whole_log(tmp_path_fa
         frame = frame.with_row_index("__row").cast({"__row": pl.UInt64})
         chunks.append(write_chunk(frame.with_columns(event_id="user_id"), 3, folder / f"chunk-{number}"))
 
-    found = {column: number_names(chunks, column, folder) for column in ("item", "event_type")}
+    found = {}
+    for column in ("item", "event_type"):
+        collector = NameCollector(column, folder)
+        for chunk in chunks:
+            collector.add(chunk)
+        found[column] = collector.names()
     codes = {column: each.of_chunks() for column, each in found.items()}
     items, types = found["item"].values.to_list(), [*found["event_type"].values, None]
 

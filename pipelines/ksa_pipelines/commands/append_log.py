@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ksa_pipelines.commands.arguments import add_resources, resources_of, share_cores, step_report
+from ksa_pipelines.commands.arguments import add_resources, loading, resources_of, step_report
 from recsys_ksa.cli import Verb
 
 
@@ -17,10 +17,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    share_cores()
-    from ksa_pipelines.append import append_log
-    from ksa_pipelines.config import PrepareConfig
-    from recsys_ksa.config_files import load_config
+    with loading():
+        from ksa_pipelines.append import append_log
+        from ksa_pipelines.config import PrepareConfig
+        from recsys_ksa.config_files import load_config
 
     mapping = load_config(PrepareConfig, args.config) if args.config else None
     after = append_log(

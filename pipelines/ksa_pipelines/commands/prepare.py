@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ksa_pipelines.commands.arguments import add_resources, resources_of, share_cores, step_report
+from ksa_pipelines.commands.arguments import add_resources, loading, resources_of, step_report
 from recsys_ksa.cli import Verb
 
 
@@ -28,9 +28,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    share_cores()
-    from ksa_pipelines.config import resolve_config
-    from ksa_pipelines.prepare import prepare
+    with loading():
+        from ksa_pipelines.config import resolve_config
+        from ksa_pipelines.prepare import prepare
 
     names = ("tie", "clock", "num_buckets", "k_core")
     said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

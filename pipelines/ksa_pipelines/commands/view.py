@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ksa_pipelines.commands.arguments import add_resources, resources_of, share_cores, step_report
+from ksa_pipelines.commands.arguments import add_resources, loading, resources_of, step_report
 from recsys_ksa.cli import Verb
 
 
@@ -20,10 +20,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    share_cores()
-    from ksa_pipelines.bots import BotRule
-    from ksa_pipelines.view import Limits, view
-    from recsys_ksa.errors import UsageError
+    with loading():
+        from ksa_pipelines.bots import BotRule
+        from ksa_pipelines.view import Limits, view
+        from recsys_ksa.errors import UsageError
 
     for name, value in (("user", args.max_user_events), ("item", args.max_item_events)):
         if value is not None and value < 1:
