@@ -40,5 +40,9 @@ class OutOfOrderError(StateError):
     """The first event to append, after sorting, lies before the state's last event."""
 
 
+class PoolFullError(RecsysKsaError):
+    """An accelerator's pool of pages has no room for what was asked to be held."""
+
+
 class MissingPackageError(RecsysKsaError):
     """An optional package is needed for what was asked and is not installed."""

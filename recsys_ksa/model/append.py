@@ -15,12 +15,21 @@ from torch import Tensor
 
 from recsys_ksa.config import LayerKind, ModelConfig
 from recsys_ksa.errors import StateError
-from recsys_ksa.model import few_events
+from recsys_ksa.model import few_events, paged_append
 from recsys_ksa.model.array_block import ArrayNetwork
 from recsys_ksa.model.network import EarlierRows, Network, Rows
+from recsys_ksa.model.pages import PagePool
 from recsys_ksa.model.place import Place, chunk_layout, num_summaries, place_arrivals
 from recsys_ksa.model.rotary import rotary_table
-from recsys_ksa.model.state import LayerState, Memory, SharedRows, first_visible_chunk, grown, window_start
+from recsys_ksa.model.state import (
+    LayerState,
+    Memory,
+    SharedRows,
+    UserMemory,
+    first_visible_chunk,
+    grown,
+    window_start,
+)
 from recsys_ksa.model.threads import fitting_threads
 
 if TYPE_CHECKING:
@@ -55,18 +64,38 @@ def empty_memory(network: Network) -> Memory:
 
 @torch.inference_mode()
 def append_events(
-    network: Network, memories: Sequence[Memory], arrivals: Arrivals, attention_impl: str = "auto"
-) -> list[Memory]:
+    network: Network,
+    memories: Sequence[UserMemory],
+    arrivals: Arrivals,
+    attention_impl: str = "auto",
+    pool: PagePool | None = None,
+) -> list[UserMemory]:
     """Return each user's memory after its new events; the old ones stay valid. `network` is in eval mode.
 
     Args:
         attention_impl: of `summary_attention`; `auto` picks by device and number of events, and may pick NumPy.
+        pool: whose pages are to hold the memories; None: each has tensors of its own.
+
+    Raises:
+        PoolFullError: the pool has no room.
     """
+    if pool is None:
+        return [*_append(network, memories, arrivals, attention_impl)]
+    if max(arrivals.counts) > paged_append.MOST_EVENTS:
+        return [pool.hold(memory) for memory in _append(network, memories, arrivals, attention_impl)]
+    with network.arithmetic():
+        inputs = _inputs(network, arrivals)
+        return [*paged_append.append_in_pages(network, pool, memories, arrivals.counts, inputs, attention_impl)]
+
+
+def _append(network: Network, memories: Sequence[UserMemory], arrivals: Arrivals, attention_impl: str) -> list[Memory]:
+    """Return `append_events` in tensors of each memory's own."""
     config = network.config
     if max(arrivals.counts) <= few_events.MOST_EVENTS and (arrays := _arrays(network, attention_impl)):
         ids = network.embedding.ids(arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.features)
         return few_events.append_few(config, arrays, memories, arrivals.counts, ids)
     had = [memory.num_events for memory in memories]
+    layers = [memory.layers for memory in memories]
     key_start: dict[LayerKind, list[int]] = {
         kind: [window_start(config, kind, count) for count in had] for kind in dict.fromkeys(config.layer_kinds)
     }
@@ -74,22 +103,21 @@ def append_events(
     unseen = [_unseen_summaries(config, count) for count in had]
     earlier = [
         EarlierRows(
-            [memory.layers[depth].events.parts() for memory in memories],
-            [memory.layers[depth].summaries.parts(skip) for memory, skip in zip(memories, unseen)],
+            [own[depth].events.parts() for own in layers],
+            [own[depth].summaries.parts(skip) for own, skip in zip(layers, unseen)],
         )
         for depth in range(len(config.layer_kinds))
     ]
     with network.arithmetic(), fitting_threads(sum(arrivals.counts)):
         inputs = _inputs(network, arrivals)
         encoded = network.encode(inputs, place, attention_impl, earlier)
-    layers = [
-        _grown(config, [memory.layers[depth] for memory in memories], rows, place)
-        for depth, rows in enumerate(encoded.rows)
+    grown_layers = [
+        _grown(config, [own[depth] for own in layers], rows, place) for depth, rows in enumerate(encoded.rows)
     ]
     last_inputs = [inputs[-1].clone() for inputs in _by_user(encoded.last_input, arrivals.counts)]
     return [
         Memory(count + new, own_layers, last_input)
-        for count, new, own_layers, last_input in zip(had, arrivals.counts, zip(*layers), last_inputs)
+        for count, new, own_layers, last_input in zip(had, arrivals.counts, zip(*grown_layers), last_inputs)
     ]
 
 
@@ -110,15 +138,17 @@ def _grown(config: ModelConfig, layers: Sequence[LayerState], rows: Rows, place:
 @torch.inference_mode()
 def ask(
     network: Network,
-    memories: Sequence[Memory],
+    memories: Sequence[UserMemory],
     request_bucket: Sequence[int],
     attention_impl: str = "auto",
     told: "QuestionRows | None" = None,
+    pool: PagePool | None = None,
 ) -> Tensor:
     """Return user vectors, [U, E (+ 1)]. Nothing is appended. A user without events gets the learned start.
 
     Args:
         told: what is told beside the history, of each user; None for a network that is told nothing.
+        pool: whose pages hold the memories; one that is elsewhere is brought there to be asked.
     """
     device = network.start.device
     known = [user for user, memory in enumerate(memories) if memory.num_events]
@@ -130,7 +160,9 @@ def ask(
         extra = extra[torch.tensor(known, device=device)]
     asked, buckets = [memories[user] for user in known], [request_bucket[user] for user in known]
     with network.arithmetic(), fitting_threads(len(asked)):
-        if arrays := _arrays(network, attention_impl):
+        if pool is not None:
+            hidden = paged_append.answer_in_pages(network, pool, asked, buckets, attention_impl, extra)
+        elif arrays := _arrays(network, attention_impl):
             hidden = few_events.answer_few(network.config, arrays, asked, buckets, extra)
         else:
             hidden = _answer(network, asked, buckets, attention_impl, extra)
@@ -143,7 +175,7 @@ def ask(
 
 def _answer(
     network: Network,
-    memories: Sequence[Memory],
+    memories: Sequence[UserMemory],
     request_bucket: Sequence[int],
     attention_impl: str,
     told: Tensor | None,
@@ -154,9 +186,9 @@ def _answer(
     last = [count - 1 for count in counts]
     key_start = [window_start(config, kind, count) for count in counts]
     layout = chunk_layout(config, kind, [0, *accumulate(counts)], last, key_start).to(device)
+    layers = [memory.layers[-1] for memory in memories]
     rows = Rows(
-        _joined([memory.layers[-1].events.parts() for memory in memories]),
-        _joined([memory.layers[-1].summaries.parts() for memory in memories]),
+        _joined([layer.events.parts() for layer in layers]), _joined([layer.summaries.parts() for layer in layers])
     )
     table_dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
     return network.answer(
@@ -177,7 +209,7 @@ def replay_start(config: ModelConfig, num_events: int) -> int:
 
 
 @torch.inference_mode()
-def replay(network: Network, stored: Memory, arrivals: Arrivals, attention_impl: str = "auto") -> Memory:
+def replay(network: Network, stored: UserMemory, arrivals: Arrivals, attention_impl: str = "auto") -> Memory:
     """Rebuild a user's memory exactly from its stored summaries (and full layers' rows) and its newest events.
 
     Args:

@@ -16,7 +16,7 @@ from recsys_ksa.model.array_block import Array, ArrayNetwork, ArrayProjection, A
 from recsys_ksa.model.place import num_summaries
 from recsys_ksa.model.rotary import summary_position
 from recsys_ksa.model.sight import HeldRows, Sight, event_sight, summary_sight
-from recsys_ksa.model.state import LayerState, Memory, grown
+from recsys_ksa.model.state import LayerState, Memory, UserMemory, grown
 
 MOST_EVENTS = 8
 """New events of a user up to which this way is the faster one."""
@@ -25,7 +25,7 @@ MOST_EVENTS = 8
 def append_few(
     config: ModelConfig,
     network: ArrayNetwork,
-    memories: Sequence[Memory],
+    memories: Sequence[UserMemory],
     counts: Sequence[int],
     ids: Mapping[str, Tensor],
 ) -> list[Memory]:
@@ -67,7 +67,7 @@ def append_few(
 def answer_few(
     config: ModelConfig,
     network: ArrayNetwork,
-    memories: Sequence[Memory],
+    memories: Sequence[UserMemory],
     request_bucket: Sequence[int],
     told: Tensor | None = None,
 ) -> Tensor:

@@ -7,10 +7,10 @@ depends on them. Passes over a few events take the same
 parameters through NumPy (`few_events`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,28 @@ if TYPE_CHECKING:
 # Shapes: U users, T events, S summaries, Q questions, I items, E model dim, D head dim.
 
 
+class SeenRows(Protocol):
+    """Keys and values of one layer, wherever they are kept."""
+
+    def attend(self, query: Tensor, summary_query: Tensor, layout: "ChunkLayout", impl: str) -> tuple[Tensor, Tensor]:
+        """Return what queries [Tq, H, D] and [Sq, H, D] see in them, of the same shapes."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rows:
     """Keys and values of one layer: events [T, 2, H_kv, D] and summaries [S, 2, H_kv, D], jagged by user."""
 
     events: Tensor
     summaries: Tensor
+
+    def attend(self, query: Tensor, summary_query: Tensor, layout: "ChunkLayout", impl: str) -> tuple[Tensor, Tensor]:
+        """Return what the queries see in them: see `SeenRows`."""
+        return attend(query, self.events, summary_query, self.summaries, layout, impl)
+
+
+Keep = Callable[[int, LayerKind, Rows], SeenRows]
+"""Given a layer's number, its kind and its new rows, returns all that its queries may see."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,8 @@ class Encoded:
     """What a pass leaves.
 
     last_input: the last block's input of each new event, [T, E].
-    rows: every layer's rows as its queries see them: each user's earlier ones, then its new ones.
+    rows: every layer's rows as its queries see them: each user's earlier ones, then its new ones; none where something
+        else keeps them.
     """
 
     last_input: Tensor
@@ -105,6 +122,7 @@ class Network(ScoringNetwork):
         attention_impl: str = "auto",
         earlier: Sequence[EarlierRows] | None = None,
         fixed: Sequence[Rows | None] | None = None,
+        keep: Keep | None = None,
     ) -> Encoded:
         """Run all blocks but the last one's queries.
 
@@ -114,10 +132,18 @@ class Network(ScoringNetwork):
             earlier: each layer's rows of earlier events and summaries; none in training.
             fixed: each layer's rows known beforehand, in the layout's order, used in place of those computed here:
                 summaries of a `summary` layer, events of a `full` one (replay of a stored state).
+            keep: what keeps the rows of earlier events and takes the new ones, in place of the two above.
         """
         summaries = self.summary_input[place.summary_slot]
         closing = len(summaries) > 0  # most arrivals close no chunk
         rows: list[Rows] = []
+
+        def seen_rows(depth: int, kind: LayerKind, new: Rows) -> SeenRows:
+            if keep is not None:
+                return keep(depth, kind, new)
+            rows.append(_merge(new, kind, depth, place, earlier, fixed))
+            return rows[-1]
+
         *blocks, last = (self._block(module) for module in self.blocks)
         for depth, block in enumerate(blocks):
             query, gate, event_rows = block.event(events, place.event_rotary, attention_impl)
@@ -126,25 +152,23 @@ class Network(ScoringNetwork):
                 summary_query, summary_gate, summary_rows = block.summary(
                     summaries, place.summary_rotary, attention_impl
                 )
-            known = _merge(Rows(event_rows, summary_rows), block.kind, depth, place, earlier, fixed)
-            layout = place.layouts[block.kind]
-            seen, summary_seen = attend(query, known.events, summary_query, known.summaries, layout, attention_impl)
+            known = seen_rows(depth, block.kind, Rows(event_rows, summary_rows))
+            seen, summary_seen = known.attend(query, summary_query, place.layouts[block.kind], attention_impl)
             events = block.finish(events, seen, gate, attention_impl)
             if closing and block.summary is not None:
                 summaries = block.finish(summaries, summary_seen, summary_gate, attention_impl)
-            rows.append(known)
         event_rows = last.event.keys_values(events, place.event_rotary, attention_impl)
         summary_rows = event_rows[:0]
         if closing and last.summary is not None:
             summary_rows = last.summary.keys_values(summaries, place.summary_rotary, attention_impl)
-        rows.append(_merge(Rows(event_rows, summary_rows), last.kind, len(blocks), place, earlier, fixed))
+        seen_rows(len(blocks), last.kind, Rows(event_rows, summary_rows))
         return Encoded(events, rows)
 
     def answer(
         self,
         last_input: Tensor,
         request_bucket: Tensor,
-        rows: Rows,
+        rows: SeenRows,
         layout: "ChunkLayout",
         rotary: Rotary,
         select: Tensor | None = None,
@@ -166,7 +190,7 @@ class Network(ScoringNetwork):
         asked = asked if told is None else asked + told
         query, gate = block.event.queries(asked, rotary, attention_impl)
         unused = query.new_zeros(layout.num_query_summaries, *query.shape[1:])
-        seen, _ = attend(query, rows.events, unused, rows.summaries, layout, attention_impl)
+        seen, _ = rows.attend(query, unused, layout, attention_impl)
         if select is not None:
             asked, seen, gate = asked[select], seen[select], gate[select]
         return block.finish(asked, seen, gate, attention_impl)

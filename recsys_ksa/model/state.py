@@ -7,6 +7,7 @@ chunk: a chunk leaves the window when the next event arrives, not when it closes
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -104,6 +105,35 @@ class Memory:
     layers: tuple[LayerState, ...]
     last_input: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """K/V bytes over all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+class UserMemory(Protocol):
+    """What a memory tells, wherever its rows are."""
+
+    @property
+    def num_events(self) -> int:
+        """Events appended so far."""
+        ...
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        """Rows of every layer."""
+        ...
+
+    @property
+    def last_input(self) -> Tensor:
+        """The last event's input to the last block, [E]."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """K/V bytes over all layers."""
+        ...
+
 
 @dataclass(frozen=True)
 class UserState:
@@ -116,7 +146,7 @@ class UserState:
     session_place: of the last event in its session (`recsys_ksa.features.sessions`); 0 where sessions are off.
     """
 
-    memory: Memory
+    memory: UserMemory
     last_key: OrderKey | None
     seen: SeenItems
     num_unknown: int
@@ -137,7 +167,7 @@ class UserState:
     @property
     def nbytes(self) -> int:
         """K/V bytes over all layers."""
-        return sum(layer.nbytes for layer in self.memory.layers)
+        return self.memory.nbytes
 
     @property
     def seen_nbytes(self) -> int:

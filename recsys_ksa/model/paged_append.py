@@ -1,0 +1,128 @@
+"""Append to memories in pages, and ask them: `append.py`'s pass, earlier rows read where they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ksa_kernels import ChunkLayout
+from ksa_kernels.summary_append import PagedCache, summary_append
+from recsys_ksa.config import LayerKind
+from recsys_ksa.model.network import Network, Rows
+from recsys_ksa.model.pages import PagedMemory, PagePool, Run
+from recsys_ksa.model.place import chunk_layout, place_arrivals
+from recsys_ksa.model.rotary import rotary_table
+from recsys_ksa.model.state import UserMemory, window_start
+
+MOST_EVENTS = 256
+"""New events of a user up to which this way is taken: the kernel is made for few queries a user."""
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """Some users' rows of one layer, in pages."""
+
+    cache: PagedCache
+
+    def attend(self, query: Tensor, summary_query: Tensor, layout: ChunkLayout, impl: str) -> tuple[Tensor, Tensor]:
+        """Return what the queries see in them: see `SeenRows`."""
+        dtype, device = self.cache.events.key.dtype, query.device.type
+        with torch.autocast(device, enabled=False):
+            seen = summary_append(query.to(dtype), summary_query.to(dtype), self.cache, layout, impl=impl)
+        return seen.events, seen.summaries
+
+
+def append_in_pages(
+    network: Network,
+    pool: PagePool,
+    memories: Sequence[UserMemory],
+    counts: Sequence[int],
+    inputs: Tensor,
+    attention_impl: str = "auto",
+) -> list[PagedMemory]:
+    """Return each user's memory after its new events; the old ones stay valid.
+
+    Args:
+        memories: one that is not in the pool's pages is brought there.
+        counts: new events of each user, at least 1.
+        inputs: of all users' new events, [n, E].
+
+    Raises:
+        PoolFullError: there is no room.
+    """
+    config, device = network.config, network.start.device
+    held = [pool.hold(memory) for memory in memories]
+    had = [memory.num_events for memory in held]
+    totals = [before + new for before, new in zip(had, counts, strict=True)]
+    key_start: dict[LayerKind, list[int]] = {"summary": [window_start(config, "summary", count) for count in had]}
+    place = place_arrivals(config, had, counts, key_start, device, network.dtype)
+    spans = place.layouts["summary"].spans
+    m = place.layouts["summary"].summaries_per_chunk
+    growths = pool.grow(held, totals)
+    tables = [_table([getattr(growth, kind) for growth in growths]) for kind in ("events", "summaries")]
+    new_rows = [
+        np.concatenate([growth.events.rows(*span) for growth, span in zip(growths, zip(had, totals))]),
+        np.concatenate(
+            [
+                growth.summaries.rows(m * span.first_query_chunk, m * span.num_summarised)
+                for growth, span in zip(growths, spans)
+            ]
+        ),
+    ]
+    event_table, summary_table, event_rows, summary_rows = (
+        torch.from_numpy(part).to(device) for part in (*tables, *new_rows)
+    )
+
+    def keep(depth: int, _kind: LayerKind, rows: Rows) -> PagedRows:
+        pool.write(depth, event_rows, rows.events)
+        if len(summary_rows):
+            pool.write(depth, summary_rows, rows.summaries)
+        return PagedRows(PagedCache(pool.pages(depth, event_table), pool.pages(depth, summary_table)))
+
+    encoded = network.encode(inputs, place, attention_impl, keep=keep)
+    after = [growth.memory for growth in growths]
+    last = torch.tensor([*accumulate(counts)], device=device) - 1
+    pool.put_last_inputs(after, encoded.last_input[last])
+    return after
+
+
+def answer_in_pages(
+    network: Network,
+    pool: PagePool,
+    memories: Sequence[UserMemory],
+    request_bucket: Sequence[int],
+    attention_impl: str = "auto",
+    told: Tensor | None = None,
+) -> Tensor:
+    """Return the last block's output for each user's last event, [U, E]; every user has events."""
+    config, device = network.config, network.start.device
+    held = [pool.hold(memory) for memory in memories]
+    counts = [memory.num_events for memory in held]
+    last = [count - 1 for count in counts]
+    key_start = [window_start(config, "summary", count) for count in counts]
+    layout = chunk_layout(config, "summary", [0, *accumulate(counts)], last, key_start).to(device)
+    tables = [_table([getattr(memory, kind) for memory in held]) for kind in ("events", "summaries")]
+    pages = [pool.pages(len(config.layer_kinds) - 1, torch.from_numpy(table).to(device)) for table in tables]
+    table_dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
+    return network.answer(
+        pool.last_inputs(held),
+        torch.tensor(request_bucket, device=device),
+        PagedRows(PagedCache(*pages)),
+        layout,
+        rotary_table(torch.tensor(last, device=device), config.head_dim, table_dtype),
+        attention_impl=attention_impl,
+        told=told,
+    )
+
+
+def _table(runs: Sequence[Run]) -> NDArray[np.int32]:
+    """Return int32 [U, ring]: where page number n of each user is, at n % ring."""
+    ring = max(len(run.places) for run in runs) + 1  # a cache wants a page more than it may need
+    table = np.zeros((len(runs), ring), np.int32)
+    for row, run in zip(table, runs):
+        row[np.arange(run.first, run.stop) % ring] = run.places
+    return table
