@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import resource
 import socket
 import stat
 import sys
@@ -186,6 +187,10 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
 
     sys.setswitchinterval(SWITCH_SECONDS)
     settings = load_config(ServeSettings, args.config or Path(os.devnull), args.set)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (most, most)
+    )  # each connection is a file; often 1,024 are allowed at first
     tokens = None if args.tokens is None else Tokens(args.tokens)
     # Also before torch: two passes at once are the rule, so each gets its half of the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
@@ -219,7 +224,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
         if ports[1:]:
             ready += f"  admin: http://127.0.0.1:{ports[1]}"
         app = create_app(service, args.host, tokens, ports[1] if ports[1:] else None)
-        server = ReadyServer(server_config(app, settings), service, ready)
+        server = ReadyServer(server_config(app, service), service, ready)
         server.run(sockets=listeners)
     finally:
         log.close()

@@ -74,15 +74,15 @@ class EventCalls:
 
         Raises:
             InvalidRequestError: the user id or the number of events is out of its limits.
-            OverloadedError, EventLogError: nothing was kept; the call can be sent again.
+            OverloadedError, DeadlineError, EventLogError: nothing was kept; the call can be sent again.
         """
         owner = context.owner(user_id, self._limits)
         admission.check_num_events(len(request.events), self._limits)
-        context.work_until(self._deadline_seconds)
+        deadline = context.work_until(self._deadline_seconds)
         results = [self._rejection(event) for event in request.events]
         kept = [place for place, rejection in enumerate(results) if rejection is None]
         if kept:
-            future = self._log.submit(owner, [new_event(request.events[place]) for place in kept])
+            future = self._log.submit(owner, [new_event(request.events[place]) for place in kept], deadline)
             appended = await self._workers.wait_for(future)
             for place, outcome in zip(kept, appended.outcomes):
                 results[place] = RESULTS[outcome]

@@ -19,10 +19,12 @@ What it promises:
 """
 
 import contextlib
+import math
 import queue
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -91,14 +93,19 @@ class EventLog:
 
     # -- writing ----------------------------------------------------------------------------------------------
 
-    def submit(self, owner: Owner, events: Sequence[NewEvent]) -> "Future[AppendResult]":
+    def submit(self, owner: Owner, events: Sequence[NewEvent], deadline: float = math.inf) -> "Future[AppendResult]":
         """Ask for `events` to be kept; the future resolves when they are on disk.
+
+        Args:
+            deadline: on `time.monotonic`'s clock; they are kept in a transaction that begins before it, or not at all.
 
         Raises:
             OverloadedError: too many calls wait already.
             EventLogError: the log is closed. From the future: it could not be written; nothing of it was kept.
+            DeadlineError: from the future: it passed; nothing of it was kept.
         """
-        return self.writer.submit(lambda: self._entries.insert(owner, events), len(events), (owner, events))
+        insert = partial(self._entries.insert, owner, events)
+        return self.writer.submit(insert, len(events), (owner, events), deadline)
 
     def retract(self, owner: Owner, event_id: str) -> "Future[AppendResult]":
         """Ask for the event of this id to be taken back: accepted, duplicate (it was already) or unknown."""

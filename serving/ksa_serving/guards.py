@@ -1,6 +1,7 @@
-"""What stands before the routes: counting, header size, foreign pages, who may do what, rates, room, deadlines."""
+"""What stands before the routes: counting, header size, foreign pages, who may do what, rates, deadlines, bodies."""
 
 import time
+from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -10,7 +11,8 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from ksa_serving.auth import Caller, RateLimit, Tokens, open_door
 from ksa_serving.context import Context
 from ksa_serving.errors import InvalidRequestError
-from ksa_serving.problems import problem, send_response
+from ksa_serving.problems import no_room, problem, send_response
+from ksa_serving.room import ENTERED, Room
 from ksa_serving.service import Service
 from ksa_serving.shards import Edge
 
@@ -48,7 +50,8 @@ def guard(app: ASGIApp, service: Service, host: str, tokens: Tokens | None, admi
                 metrics.seconds.labels(route).observe(time.perf_counter() - began)
             await send(message)
 
-        await gate(scope, receive, counting)
+        with suppress(ConnectionAbortedError):
+            await gate(scope, receive, counting)
 
     return counted
 
@@ -86,14 +89,22 @@ class _Gate:
         self._tokens = tokens
         self._admin_port = admin_port
         self._header_bytes = service.settings.limits.header_bytes
-        self._most = service.settings.concurrent_requests
+        self._body_bytes = service.settings.limits.body_bytes
+        self._rooms = service.rooms
         self._refused = service.metrics.refused
         rate = service.settings.requests_per_second
         self._rate = RateLimit(rate) if rate else None
         self._log = service.log
-        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        room = cast(dict[str, Any], scope).get(ENTERED)
+        try:
+            await self._checked(scope, receive, send, room)
+        finally:
+            if room is not None:
+                room.leave()
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send, entered: Room | None) -> None:
         headers = dict(scope["headers"])
         refusal = self._stranger(scope, headers)
         if refusal is not None:
@@ -120,16 +131,23 @@ class _Gate:
         scope = cast(Scope, {**scope, "ksa": context})
         if not path.startswith("/v1/"):
             await self._app(scope, receive, send)
-        elif self._under_way >= self._most:
-            self._refused.labels("overloaded").inc()
-            detail = f"requests: at most {self._most} are answered at once. Try again in a second."
-            await send_response(problem(503, "overloaded", detail, {"retry-after": "1"}), send)
+            return
+        body = await _read_body(receive, self._body_bytes)
+        if body is None:
+            detail = f"body: expected at most {self._body_bytes} bytes, got more. Send less in one call."
+            await send_response(problem(413, "body-too-large", detail), send)
+        elif entered is not None:
+            await self._app(scope, _read_already(body, receive), send)
         else:
-            self._under_way += 1
+            room = self._rooms.writing if context.writing else self._rooms.asking
+            if not room.enter():
+                self._refused.labels("overloaded").inc()
+                await send_response(no_room(), send)
+                return
             try:
-                await self._app(scope, receive, send)
+                await self._app(scope, _read_already(body, receive), send)
             finally:
-                self._under_way -= 1
+                room.leave()
 
     def _stranger(self, scope: Scope, headers: dict[bytes, bytes]) -> Response[bytes] | None:
         """Refuse too large headers, what a browser sends for a page of another site, and admin on the open port."""
@@ -162,6 +180,35 @@ class _Gate:
             self._refused.labels("rate-limited").inc()
             return problem(429, "rate-limited", "requests: too many from this client. Slow down.", {"retry-after": "1"})
         return None
+
+
+async def _read_body(receive: Receive, most: int) -> bytes | None:
+    """Return a request's body; None where it has more than `most` bytes, which are not all read then.
+
+    Raises:
+        ConnectionAbortedError: the caller has gone.
+    """
+    body = b""
+    while True:
+        message = cast(dict[str, Any], await receive())
+        if message["type"] == "http.disconnect":
+            raise ConnectionAbortedError("the caller has gone")
+        part = message.get("body", b"")
+        body = body + part if body else part
+        if len(body) > most:
+            return None
+        if not message.get("more_body", False):
+            return body
+
+
+def _read_already(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that has the whole body at once."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def received() -> Any:
+        return next(messages, None) or await receive()
+
+    return received
 
 
 def _deadline(headers: dict[bytes, bytes]) -> float | None:

@@ -10,8 +10,8 @@ import json
 import os
 import random
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -24,14 +24,17 @@ from recsys_ksa.errors import UsageError
 
 @dataclass
 class Outcome:
-    """What one kind of request met: latencies in seconds and counts by status; 0 is a broken connection."""
+    """What one kind of request met: seconds to each answer, by its status; 0 is a broken connection."""
 
-    seconds: list[float] = field(default_factory=list)
-    statuses: Counter[int] = field(default_factory=Counter)
+    seconds: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def percentile(self, share: float) -> float:
-        """Return the latency, in milliseconds, that this share of the requests stayed within."""
-        ordered = sorted(self.seconds)
+    def __len__(self) -> int:
+        """Return how many were sent."""
+        return sum(map(len, self.seconds.values()))
+
+    def percentile(self, share: float, status: int = 200) -> float:
+        """Return the latency, in milliseconds, that this share of the answers of one status stayed within."""
+        ordered = sorted(self.seconds.get(status, []))
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
@@ -134,7 +137,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to send. Rates a second; `items` ids i1..iN; users u0..uN-1, drawn by Zipf's law with this exponent."""
+    """What to send. Rates a second; `items` ids i1..iN; `users` ids from u`first_user` on, drawn by Zipf's law."""
 
     recommend_rate: float
     events_rate: float
@@ -145,6 +148,7 @@ class Plan:
     zipf: float = 1.0
     k: int = 10
     seed: int = 0
+    first_user: int = 0
 
 
 async def run_plan(url: str, token: str | None, plan: Plan) -> dict[str, Outcome]:
@@ -155,29 +159,25 @@ async def run_plan(url: str, token: str | None, plan: Plan) -> dict[str, Outcome
     """
     wire = Wire(url, token)
     await wire.open()
-    draw = random.Random(plan.seed)
-    weights = list(accumulate(1 / (rank + 1) ** plan.zipf for rank in range(plan.users)))
     outcomes = {"recommend": Outcome(), "events": Outcome()}
     due = [(n / plan.recommend_rate, "recommend") for n in range(int(plan.seconds * plan.recommend_rate))]
     calls = plan.events_rate / plan.events_per_call
     due += [(n / calls + 1e-4, "events") for n in range(int(plan.seconds * calls))]
     answered_all = asyncio.Event()
     under_way = len(due)
+    requests = _requests(plan, sorted(due))
     begin = time.perf_counter()
 
     def answered(kind: str, at: float, status: int) -> None:
         nonlocal under_way
-        outcomes[kind].seconds.append(time.perf_counter() - begin - at)
-        outcomes[kind].statuses[status] += 1
+        outcomes[kind].seconds[status].append(time.perf_counter() - begin - at)
         under_way -= 1
         if not under_way:
             answered_all.set()
 
-    for number, (at, kind) in enumerate(sorted(due)):
-        (user,) = draw.choices(range(plan.users), cum_weights=weights)
+    for at, kind, path, body in requests:
         await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))  # also where it is late: answers are read
-        body = _events(plan, draw, number) if kind == "events" else {"k": plan.k}
-        wire.post(f"/v1/users/u{user}/{kind}", json.dumps(body).encode(), partial(answered, kind, at))
+        wire.post(path, body, partial(answered, kind, at))
     if due:
         await answered_all.wait()
     wire.close()
@@ -196,27 +196,43 @@ def run_load(url: str, token: str | None, plan: Plan) -> dict[str, Outcome]:
         return runner.run(run_plan(url, token, plan))
 
 
-def _events(plan: Plan, draw: random.Random, number: int) -> dict[str, Any]:
+def _requests(plan: Plan, due: Sequence[tuple[float, str]]) -> list[tuple[float, str, str, bytes]]:
+    """Return when each request is due, its kind, path and body; made before the first is sent, to cost nothing then."""
+    draw = random.Random(plan.seed)
+    weights = list(accumulate(1 / (rank + 1) ** plan.zipf for rank in range(plan.users)))
+    users = draw.choices(range(plan.first_user, plan.first_user + plan.users), cum_weights=weights, k=len(due))
+    now = time.time()
+    question = json.dumps({"k": plan.k}).encode()
+    return [
+        (
+            at,
+            kind,
+            f"/v1/users/u{user}/{kind}",
+            _events(plan, draw, number, int(now + at)) if kind == "events" else question,
+        )
+        for number, ((at, kind), user) in enumerate(zip(due, users))
+    ]
+
+
+def _events(plan: Plan, draw: random.Random, number: int, timestamp: int) -> bytes:
     """Return the body of call `number`."""
-    now = int(time.time())
-    return {
-        "events": [
-            {
-                "item_id": f"i{draw.randint(1, plan.items)}",
-                "timestamp": now,
-                "event_id": f"{plan.seed}-{number:09}-{n}",
-            }
-            for n in range(plan.events_per_call)
-        ]
-    }
+    events = [
+        {
+            "item_id": f"i{draw.randint(1, plan.items)}",
+            "timestamp": timestamp,
+            "event_id": f"{plan.seed}-{number:09}-{n}",
+        }
+        for n in range(plan.events_per_call)
+    ]
+    return json.dumps({"events": events}).encode()
 
 
 def report(outcomes: dict[str, Outcome]) -> list[str]:
-    """Return one line a kind of request that was sent."""
+    """Return one line a kind of request that was sent: latencies of those answered 200, and how many were not."""
     return [
-        f"{kind:<10} {len(outcome.seconds):>7} requests  p50 {outcome.percentile(0.5):>8.2f} ms  "
+        f"{kind:<10} {len(outcome):>7} requests  p50 {outcome.percentile(0.5):>8.2f} ms  "
         f"p99 {outcome.percentile(0.99):>8.2f} ms  max {outcome.percentile(1.0):>8.2f} ms  "
-        + ", ".join(f"{status}: {count}" for status, count in sorted(outcome.statuses.items()))
+        + ", ".join(f"{status}: {len(seconds)}" for status, seconds in sorted(outcome.seconds.items()))
         for kind, outcome in outcomes.items()
         if outcome.seconds
     ]
@@ -236,8 +252,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     plan = Plan(
-        recommend_rate=args.recommend or 1e-9,
-        events_rate=args.events or 1e-9,
+        recommend_rate=args.recommend,
+        events_rate=args.events,
         events_per_call=args.events_per_call,
         users=args.users,
         items=args.items,

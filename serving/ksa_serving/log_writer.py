@@ -1,6 +1,7 @@
 """The event log's one writer: a thread that commits all calls that wait as one transaction (group commit)."""
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import apsw
 
-from ksa_serving.errors import EventLogError, OverloadedError, ServiceError
+from ksa_serving.errors import DeadlineError, EventLogError, OverloadedError, ServiceError
 from ksa_serving.events import NewEvent, Owner
 from ksa_serving.log_entries import LogEntries
 from ksa_serving.sqlite_file import FORMAT, transaction
@@ -23,12 +24,14 @@ T = TypeVar("T")
 class _Call(Generic[T]):
     """Work done inside the writer's transaction.
 
-    size: of the transaction, in events. inserts: what it will insert, to be looked up together with others'.
+    size: of the transaction, in events. inserts: what it will insert, to be looked up together with others'. deadline:
+    on `time.monotonic`'s clock; work begins before it or not at all.
     """
 
     work: Callable[[], T]
     size: int
     inserts: tuple[Owner, Sequence[NewEvent]] | None
+    deadline: float
     future: "Future[T]"
 
 
@@ -66,15 +69,20 @@ class LogWriter:
         return self._waiting.qsize()
 
     def submit(
-        self, work: Callable[[], T], size: int, inserts: tuple[Owner, Sequence[NewEvent]] | None = None
+        self,
+        work: Callable[[], T],
+        size: int,
+        inserts: tuple[Owner, Sequence[NewEvent]] | None = None,
+        deadline: float = math.inf,
     ) -> "Future[T]":
         """Ask for `work`; the future has what it returned once that is on disk.
 
         Raises:
             OverloadedError: too many calls wait already.
             EventLogError: the log is closed. From the future: it could not be written; nothing of it was kept.
+            DeadlineError: from the future: it passed; nothing of it was kept.
         """
-        call = _Call(work, size, inserts, Future())
+        call = _Call(work, size, inserts, deadline, Future())
         with self._closing:
             if self._closed:
                 raise EventLogError("event log: expected an open log, got a closed one. The service is stopping.")
@@ -122,7 +130,11 @@ class LogWriter:
         except queue.Empty:
             return group, True
         while call is not None:
-            if call.future.set_running_or_notify_cancel():
+            if not call.future.set_running_or_notify_cancel():
+                pass
+            elif call.deadline < time.monotonic():
+                call.future.set_exception(DeadlineError("deadline: it passed while the call waited to be written."))
+            else:
                 group.append(call)
                 size += call.size
             if size >= self._group_size:

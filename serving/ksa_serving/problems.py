@@ -25,6 +25,12 @@ def problem(status: int, code: str, detail: str, headers: dict[str, str] | None 
     )
 
 
+def no_room() -> Response[bytes]:
+    """Return the answer to a request that is one too many."""
+    detail = "requests: as many are under way as can be answered soon. Try again in a second."
+    return problem(503, OverloadedError.code, detail, {"retry-after": "1"})
+
+
 def on_service_error(request: Request[Any, Any, Any], error: ServiceError) -> Response[bytes]:
     """Answer one of the service's own errors; those that pass ask to come back.
 

@@ -9,23 +9,66 @@ import uvicorn
 from litestar.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ksa_serving.problems import no_room
+from ksa_serving.room import ENTERED
 from ksa_serving.service import Service
-from ksa_serving.settings import ServeSettings
 
 
-def bounded_http(head_bytes: int) -> type[HttpToolsProtocol]:
-    """Return uvicorn's fast HTTP protocol with a bound on all of a request that is no body; the app counts exactly.
+def crowding_call(data: bytes) -> str:
+    """Return `events` or `recommend` where `data` is one whole request of this kind, which come in crowds; else ""."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    line, _, headers = head.partition(b"\r\n")
+    method, _, path = line.removesuffix(b" HTTP/1.1").partition(b" ")
+    name = path.rpartition(b"/")[2]
+    if method != b"POST" or name not in (b"events", b"recommend") or not path.startswith(b"/v1/users/"):
+        return ""
+    fields = {key: value.strip() for key, _, value in (row.partition(b":") for row in headers.lower().split(b"\r\n"))}
+    kept = fields.get(b"connection", b"keep-alive") == b"keep-alive"
+    return name.decode() if kept and fields.get(b"content-length") == b"%d" % len(body) else ""
 
-    httptools itself lets a request line, headers and trailers grow without end. A request with more than `head_bytes`
-    of them, chunk marks included, is answered 400 and its connection closed.
+
+def bounded_http(service: Service) -> type[HttpToolsProtocol]:
+    """Return uvicorn's fast HTTP protocol with bounds.
+
+    - On all of a request that is no body; the app counts exactly. httptools itself lets a request line, headers and
+      trailers grow without end. A request with more than twice `header_bytes` of them, chunk marks included, is
+      answered 400 and its connection closed.
+    - On connections.
+    - On requests at once: where there is no room, one that came whole is refused before it is parsed, which costs a
+      tenth. All others, and all that asks for a token or a rate, are for `guards.py`.
     """
+    settings = service.settings
+    metrics = service.metrics
+    head_bytes = 2 * settings.limits.header_bytes
+    rooms = {"events": service.rooms.writing, "recommend": service.rooms.asking}
+    answer = no_room()
+    fields = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+    head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: {answer.media_type}\r\n{fields}"
+    refusal = f"{head}content-length: {len(answer.content)}\r\n\r\n".encode() + answer.content
 
     class BoundedHttp(HttpToolsProtocol):
         _no_body = 0
 
         def data_received(self, data: bytes) -> None:
+            """Refuse, or parse."""
+            if len(self.connections) > settings.connections:
+                self._refuse("other")
+                self.transport.close()
+                return
+            between = self._no_body == 0 and (self.cycle is None or self.cycle.response_complete)
+            call = crowding_call(data) if between else ""
+            room = rooms.get(call)
+            if room is not None and not room.enter():
+                self._refuse(call)
+                return
+            cycle = self.cycle
             self._no_body += len(data)
             super().data_received(data)
+            if room is not None:
+                if self.cycle is cycle:  # it was no request
+                    room.leave()
+                else:
+                    cast(dict[str, Any], self.cycle.scope)[ENTERED] = room
             if self._no_body > head_bytes and not self.transport.is_closing():
                 self.send_400_response("Headers too large.")
 
@@ -37,20 +80,25 @@ def bounded_http(head_bytes: int) -> type[HttpToolsProtocol]:
             self._no_body = 0
             super().on_message_complete()
 
+        def _refuse(self, route: str) -> None:
+            metrics.requests.labels(route, "503").inc()
+            metrics.refused.labels("overloaded").inc()
+            self.transport.write(refusal)
+            self.on_response_complete()
+
     return BoundedHttp
 
 
-def server_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
+def server_config(app: ASGIApp, service: Service) -> uvicorn.Config:
     """Return uvicorn's configuration: bounded, and without an access log, for paths hold user ids."""
+    settings = service.settings
     return uvicorn.Config(
         cast(Any, app),
         lifespan="on",
-        http=bounded_http(2 * settings.limits.header_bytes),
+        http=bounded_http(service),
         access_log=False,
         log_level="warning",
         server_header=False,
-        limit_concurrency=2
-        * settings.concurrent_requests,  # connections; the app bounds requests, with a better answer
         timeout_keep_alive=int(settings.keep_alive_seconds),
         timeout_graceful_shutdown=settings.graceful_seconds,
         ws="none",

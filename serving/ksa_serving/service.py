@@ -18,6 +18,7 @@ from ksa_serving.question_calls import QuestionCalls
 from ksa_serving.release import Release, load_release
 from ksa_serving.release_calls import ReleaseCalls
 from ksa_serving.releases import Releases, Served
+from ksa_serving.room import Room, Rooms
 from ksa_serving.settings import ServeSettings
 from ksa_serving.shard_calls import ShardCalls
 from ksa_serving.state_finder import StateFinder
@@ -56,6 +57,7 @@ class Service:
         self.store = store
         self.settings = settings = settings or ServeSettings()
         self.metrics = Metrics()
+        self.rooms = Rooms(Room(settings.concurrent_writes), Room(settings.concurrent_questions))
         self._models = {} if models is None else models
         self.workers = workers = Workers(settings.model_threads)
         self.releases = Releases(release, releases, self._prepare, load)

@@ -84,8 +84,13 @@ class ServeSettings(Strict):
     """Most events in one transaction of the event log."""
     waiting_calls: PositiveInt = 4096
     """Calls that may wait for the event log before others are refused."""
-    concurrent_requests: PositiveInt = 512
-    """Users' requests answered at once; beyond it: 503. Twice as many connections are kept."""
+    concurrent_questions: PositiveInt = 32
+    """Requests answered from states at once; beyond it: 503. More make all wait longer, and answer nobody sooner; where
+    an accelerator answers, some batches of questions are right."""
+    concurrent_writes: PositiveInt = 64
+    """Requests that change events at once; beyond it: 503."""
+    connections: PositiveInt = 4096
+    """Kept at once; on one beyond it a request is answered 503, and it is closed."""
     graceful_seconds: PositiveInt = 20
     """How long requests may take to finish after SIGTERM."""
     keep_alive_seconds: PositiveFloat = 15

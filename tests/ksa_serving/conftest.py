@@ -48,7 +48,7 @@ def make_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 def serving(service: Service, tokens: Tokens | None = None) -> Iterator[httpx.Client]:
     """A real uvicorn on a free loopback port, in a thread, and a client of it."""
     listener = listen("127.0.0.1", 0)
-    server = ReadyServer(server_config(create_app(service, tokens=tokens), service.settings), service, "ready")
+    server = ReadyServer(server_config(create_app(service, tokens=tokens), service), service, "ready")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

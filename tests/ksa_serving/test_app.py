@@ -331,7 +331,7 @@ def test_limits_follow_the_settings(make_service: Callable[..., Service], serve_
 
 
 def test_requests_beyond_the_bound_are_told_to_come_back(make_service: Callable[..., Service], serve_in_thread: Any):
-    service = make_service(settings=ServeSettings(concurrent_requests=2))
+    service = make_service(settings=ServeSettings(concurrent_questions=2))
     started, go_on = threading.Semaphore(0), threading.Event()
     current, run_alone = service.served.states.current, service.workers.run_alone
 

@@ -171,7 +171,7 @@ def test_releases_over_http_on_the_admin_listener(tiny_run: Path, tmp_path: Path
     listeners = [listen("127.0.0.1", 0), listen("127.0.0.1", 0)]
     ports = [listener.getsockname()[1] for listener in listeners]
     app = create_app(service, admin_port=ports[1])
-    server = ReadyServer(server_config(app, service.settings), service, "ready")
+    server = ReadyServer(server_config(app, service), service, "ready")
     thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     while not server.started:

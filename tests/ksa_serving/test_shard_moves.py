@@ -74,7 +74,7 @@ def pair(tmp_path: Path) -> Iterator[dict[str, tuple[Service, Process]]]:
             listeners = [stack.enter_context(listen("127.0.0.1", 0)) for _ in range(2)]
             ports = [listener.getsockname()[1] for listener in listeners]
             app = create_app(service, admin_port=ports[1])
-            server = ReadyServer(server_config(app, service.settings), service, "ready")
+            server = ReadyServer(server_config(app, service), service, "ready")
             thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
             thread.start()
             stack.callback(thread.join)

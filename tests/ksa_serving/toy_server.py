@@ -22,7 +22,7 @@ def main(state_dir: Path, port: int, admin_port: int) -> None:
     listeners = [listen("127.0.0.1", port), listen("127.0.0.1", admin_port)]
     app = create_app(service, admin_port=listeners[1].getsockname()[1])
     ready = f"ready: http://127.0.0.1:{listeners[0].getsockname()[1]}"
-    ReadyServer(server_config(app, settings), service, ready).run(sockets=listeners)
+    ReadyServer(server_config(app, service), service, ready).run(sockets=listeners)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""A real service for benchmarks over HTTP: the reference model with an IVF index, on the same cores as its client.
+
+200 users, two of them (1%) with 100,000 events. A state directory given by `--state-dir` is filled once and used again.
+"""
+
+import argparse
+import contextlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from reference import history, reference_run
+
+from ksa_serving.client import Client
+from ksa_serving.messages import EventMessage
+
+LENGTHS = [100_000] * 2 + [10_000] * 2 + [1000] * 46 + [100] * 150
+random.Random(7).shuffle(LENGTHS)
+NUM_USERS = len(LENGTHS)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the arguments that such benchmarks share."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--state-dir", type=Path, help="kept and used again; a temporary one without it")
+    made.add_argument("--seconds", type=float, default=10.0, help="of each plan")
+    made.add_argument("--set", action="append", default=[], help="a setting of `ksa serve`")
+    return made
+
+
+@dataclass(frozen=True)
+class LiveService:
+    """A service that runs."""
+
+    url: str
+    process_id: int
+
+    def processor_seconds(self) -> float:
+        """Return what the process has used of the processors."""
+        fields = Path(f"/proc/{self.process_id}/stat").read_text().split()
+        return (int(fields[13]) + int(fields[14])) / 100
+
+
+@contextlib.contextmanager
+def live_service(args: argparse.Namespace) -> Iterator[LiveService]:
+    """Start a service, fill it where it is empty, have all states computed; end it at last."""
+    folder = args.state_dir or Path(tempfile.mkdtemp())
+    command = [str(Path(sys.executable).parent / "ksa"), "serve", str(reference_run()), "--index", "ivf"]
+    command += ["--port", "0", "--state-dir", str(folder), *(part for one in args.set for part in ("--set", one))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = process.stdout.readline().split()[1]
+    try:
+        with Client(url, timeout=300) as client:
+            if client.state("u0").num_events == 0:
+                _fill(client)
+            began = time.perf_counter()
+            while any(client.recommend(f"u{user}", k=1).degraded for user in range(NUM_USERS)):
+                time.sleep(1)
+            print(f"all states ready: {time.perf_counter() - began:.0f} s", flush=True)
+        yield LiveService(url, process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+        if args.state_dir is None:
+            shutil.rmtree(folder)
+
+
+def _fill(client: Client) -> None:
+    """Keep all users' histories."""
+    for user, length in enumerate(LENGTHS):
+        events = [EventMessage(event.item_id, event.timestamp) for event in history(length, user)]
+        for start in range(0, length, 1000):
+            client.keep(f"u{user}", events[start : start + 1000])

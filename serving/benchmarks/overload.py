@@ -1,0 +1,72 @@
+"""A real service beyond what it can do: `python serving/benchmarks/overload.py`, service and client on the same cores.
+
+An open loop of questions, then of events one a call. Capacity is found first: the rate is doubled until fewer than 95%
+are answered 200; how many a second are then. Then .5 to 5 times as much is sent. Latencies are those of requests
+answered 200, from when they were due.
+"""
+
+import time
+
+from live_service import NUM_USERS, LiveService, live_service, parser
+from reference import NUM_ITEMS, heading
+
+from ksa_serving.load import Outcome, Plan, run_load
+
+TIMES = (0.5, 0.8, 1, 2, 3, 5)
+
+
+def send(service: LiveService, kind: str, rate: float, seconds: float) -> tuple[float, Outcome]:
+    """Return answers of 200 a second, and what was met."""
+    rates = (rate, 0) if kind == "recommend" else (0, rate)
+    seed = time.time_ns()  # event ids begin with it: a directory used again knows the old ones
+    outcome = run_load(service.url, None, Plan(*rates, 1, NUM_USERS, NUM_ITEMS, seconds, seed=seed))[kind]
+    time.sleep(2)
+    return len(outcome.seconds[200]) / (seconds + outcome.percentile(1) / 1000), outcome
+
+
+def find_capacity(service: LiveService, kind: str, rate: float, seconds: float) -> float:
+    """Return the answers a second where more are asked for than can be had."""
+    while True:
+        answered, _ = send(service, kind, rate, seconds)
+        if answered < 0.95 * rate:
+            return answered
+        rate *= 2
+
+
+def measure(service: LiveService, kind: str, first_rate: float, seconds: float) -> None:
+    """Print what is met at each share of the capacity, and how far that is from what is asked."""
+    capacity = find_capacity(service, kind, first_rate, seconds)
+    print(f"{kind}: capacity {capacity:.0f}/s")
+    goodput: dict[float, float] = {}
+    p99: dict[float, float] = {}
+    for times in TIMES:
+        spent, own = service.processor_seconds(), time.process_time()
+        goodput[times], outcome = send(service, kind, times * capacity, seconds)
+        spent, own = service.processor_seconds() - spent, time.process_time() - own
+        p99[times] = outcome.percentile(0.99)
+        statuses = ", ".join(f"{status}: {len(met)}" for status, met in sorted(outcome.seconds.items()))
+        print(
+            f"  {times:>3} x: {times * capacity:>6.0f}/s sent, {goodput[times]:>6.0f}/s answered in "
+            f"p50 {outcome.percentile(0.5):.1f}, p99 {p99[times]:.1f} ms; "
+            f"refused in p50 {outcome.percentile(0.5, 503):.1f}, p99 {outcome.percentile(0.99, 503):.1f} ms; "
+            f"{statuses}; "
+            f"processors: service {spent / seconds:.2f}, client {own / seconds:.2f}",
+            flush=True,
+        )
+    print(
+        f"  at 3 x: {goodput[3] / max(goodput.values()):.0%} of the most answered (asked: 90%), "
+        f"p99 {p99[3] / p99[0.8]:.1f} times that at .8 (asked: 2)"
+    )
+
+
+def main() -> None:
+    """Start the service, measure."""
+    args = parser(__doc__).parse_args()
+    print(heading(), flush=True)
+    with live_service(args) as service:
+        measure(service, "recommend", 100, args.seconds)
+        measure(service, "events", 500, args.seconds)
+
+
+if __name__ == "__main__":
+    main()
