@@ -25,6 +25,7 @@ from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
 from recsys_ksa.model.fingerprint import state_fingerprint
 from recsys_ksa.model.network import Network
 from recsys_ksa.model.own_items import ArrayOwnItemBias
+from recsys_ksa.model.pages import PagePool
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import UserState
 from recsys_ksa.order import OrderKey, order_key
@@ -48,8 +49,11 @@ class Recommender:
         index: Index,
         attention_impl: str = "auto",
         popularity: PopularityColumn | None = None,
+        pool: PagePool | None = None,
     ) -> None:
         """Join the parts; use `Recommender.load`."""
+        self.pool = pool
+        """What holds the states' rows; None where each has tensors of its own."""
         self.run = run
         self.network = network
         self.index = index
@@ -73,6 +77,7 @@ class Recommender:
         run_or_bundle: str | Path,
         device: str = "cpu",
         precision: Literal["float32", "float64", "bf16"] = "float32",
+        pool_bytes: int | None = None,
     ) -> "Recommender":
         """Load a run or bundle.
 
@@ -81,8 +86,11 @@ class Recommender:
                 items are then as popular as at the last event of the data set the run was trained on.
             device: where the network runs.
             precision: of the network; `bf16` keeps parameters in float32 and states in bf16.
+            pool_bytes: keep the states' rows in pages of one pool of so many bytes on the device, for many users a call
+                on an accelerator; None: each state has tensors of its own.
 
         Raises:
+            ConfigError: the network's states cannot be kept in pages.
             RunError: something is missing or damaged, or index and run disagree.
         """
         run = open_run(run_or_bundle)
@@ -104,13 +112,17 @@ class Recommender:
         network = weights.to(torch.float64) if precision == "float64" else weights
         if precision == "bf16":
             network.precision = "bf16"
-        return Recommender(run, network, index, popularity=popularity)
+        pool = None
+        if pool_bytes is not None:
+            where = network.start.device
+            pool = PagePool(network.config, pool_bytes, network.state_dtype, network.dtype, where)
+        return Recommender(run, network, index, popularity=popularity, pool=pool)
 
     # --- states ---
 
     def new_state(self) -> UserState:
         """Return the state of a user without events."""
-        memory = empty_memory(self.network)
+        memory = empty_memory(self.network) if self.pool is None else self.pool.empty
         return UserState(memory, None, SeenItems.empty(), 0, bytes(32), self.fingerprint)
 
     def append(
@@ -134,6 +146,7 @@ class Recommender:
             DataError: lengths differ, or a value is of the wrong kind.
             OutOfOrderError: the first event, after sorting, lies before the state's last.
             StateError: the state belongs to another network.
+            PoolFullError: the states held leave no room in the pool.
         """
         self._own(state)
         reads_value = bool(self.event_features.value_edges)
@@ -167,7 +180,7 @@ class Recommender:
         events = [event for _, event in keyed]
         items, times = self.rows(events)
         arrivals, session_place = self.arrivals(events, items, times, state.last_timestamp, state.session_place)
-        memory = append_events(self.network, [state.memory], arrivals, self.attention_impl)[0]
+        memory = append_events(self.network, [state.memory], arrivals, self.attention_impl, self.pool)[0]
         return UserState(
             memory=memory,
             last_key=keyed[-1][0],
@@ -197,7 +210,7 @@ class Recommender:
         last = [state.last_timestamp for state in states]
         buckets = [request_bucket(*times) for times in zip(last, request_times)]
         told = self.told(last, request_times, users)
-        return ask(self.network, [state.memory for state in states], buckets, self.attention_impl, told)
+        return ask(self.network, [state.memory for state in states], buckets, self.attention_impl, told, self.pool)
 
     def told(
         self, last: Sequence[int | None], request_times: Sequence[int | None], users: Sequence[Told | None]

@@ -1,30 +1,33 @@
 """Many users at once, without HTTP: `python serving/benchmarks/batches.py [--device cuda] [--users 64 512]`.
 
 One event appended to each user's state, then the ten best of 200,000 items for each: what one batch of the service
-costs. Latency is a batch's, requests/s are users a batch over its median. Histories are eight distinct ones, repeated;
-states are on the device, items are searched there exactly. `new` leaves own items out, `all` scores them too.
+costs. Latency is a batch's, requests/s are users a batch over its median. Histories are eight distinct ones, repeated,
+each user's rows apart; states are on the device, in tensors of their own or (on an accelerator) in pages; items are
+searched there exactly. `new` leaves own items out, `all` scores them too. Every append goes on from the one before.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
 from reference import NUM_ITEMS, T0, build, heading, history, reference_run
 
 DISTINCT = 8
+POOL_BYTES = 8 * 1024**3
 
 
-def load_model(device: str) -> Any:
-    """Return the reference model on a device, its items there too."""
+def load_model(device: str, pool_bytes: int | None = None) -> Any:
+    """Return the reference model on a device, its items there too; states in pages of `pool_bytes`, or in tensors."""
     import torch
 
     from ksa_serving.library_model import LibraryModel
     from recsys_ksa.recommender import Recommender
     from recsys_ksa.retrieval.index import TorchIndex
 
-    recommender = Recommender.load(reference_run(), device=device)
+    recommender = Recommender.load(reference_run(), device=device, pool_bytes=pool_bytes)
     recommender.index = TorchIndex(torch.from_numpy(recommender.item_vectors).to(device))
     return LibraryModel(recommender)
 
@@ -44,6 +47,19 @@ def timed(work: Callable[[], object], times: int, device: str) -> list[float]:
     return sorted(taken)
 
 
+def apart(model: Any, state: Any) -> Any:
+    """Return a state that shares no row with the one given."""
+    from recsys_ksa.model.state import LayerState, Memory, SharedRows
+
+    def own(rows: SharedRows) -> SharedRows:
+        return SharedRows(tuple(segment.clone() for segment in rows.segments), rows.tail.clone())
+
+    memory, pool = state.memory, model.recommender.pool
+    layers = tuple(LayerState(layer.kind, own(layer.events), own(layer.summaries)) for layer in memory.layers)
+    copy = Memory(memory.num_events, layers, memory.last_input.clone())
+    return replace(state, memory=copy if pool is None else pool.hold(copy))
+
+
 def steps(model: Any, states: list[Any], length: int) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name."""
     from ksa_serving.events import StoredEvent
@@ -55,11 +71,15 @@ def steps(model: Any, states: list[Any], length: int) -> dict[str, Callable[[], 
     def ask(held: list[Any], exclude_seen: bool) -> object:
         return model.recommend([Question(state, 10, now + 60, exclude_seen=exclude_seen) for state in held])
 
+    def append() -> list[Any]:
+        states[:] = model.append_batch(states, new)
+        return states
+
     return {
-        "append": lambda: model.append_batch(states, new),
+        "append": append,
         "recommend new": lambda: ask(states, True),
         "recommend all": lambda: ask(states, False),
-        "append + recommend new": lambda: ask(model.append_batch(states, new), True),
+        "append + recommend new": lambda: ask(append(), True),
     }
 
 
@@ -71,17 +91,19 @@ def main() -> None:
     parser.add_argument("--events", type=int, nargs="+", default=[1000, 10_000], help="events of each history")
     parser.add_argument("--repeats", type=int, default=50, help="batches timed")
     args = parser.parse_args()
-    model = load_model(args.device)
     print(heading(args.device))
-    print("| events | users a batch | step | p50, ms | p99, ms | requests/s |\n|---|---|---|---|---|---|")
-    for length in args.events:
-        built = [build(model, history(length, seed)) for seed in range(DISTINCT)]
-        for users in args.users:
-            for name, work in steps(model, list(islice(cycle(built), users)), length).items():
-                taken = timed(work, args.repeats, args.device)
-                p50, p99 = taken[len(taken) // 2], taken[min(len(taken) - 1, int(0.99 * len(taken)))]
-                row = f"| {length:,} | {users} | {name} | {p50:,.2f} | {p99:,.2f} | {1000 * users / p50:,.0f} |"
-                print(row, flush=True)
+    print("| rows in | events | users a batch | step | p50, ms | p99, ms | requests/s |\n|---|---|---|---|---|---|---|")
+    for kept in ("tensors",) if args.device == "cpu" else ("tensors", "pages"):
+        model = load_model(args.device, POOL_BYTES if kept == "pages" else None)
+        for length in args.events:
+            built = [build(model, history(length, seed)) for seed in range(DISTINCT)]
+            for users in args.users:
+                states = [apart(model, state) for state in islice(cycle(built), users)]
+                for name, work in steps(model, states, length).items():
+                    taken = timed(work, args.repeats, args.device)
+                    p50, p99 = taken[len(taken) // 2], taken[min(len(taken) - 1, int(0.99 * len(taken)))]
+                    told = f"{p50:,.2f} | {p99:,.2f} | {1000 * users / p50:,.0f}"
+                    print(f"| {kept} | {length:,} | {users} | {name} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

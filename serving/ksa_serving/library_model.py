@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ksa_serving.attribution import explain
-from ksa_serving.errors import InvalidRequestError
+from ksa_serving.errors import InvalidRequestError, OverloadedError
 from ksa_serving.events import StoredEvent
 from ksa_serving.messages import Parity
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts, Vocabulary
 from ksa_serving.ranking import rank_items
 from ksa_serving.state_bytes import StateBytes, num_summary_rows
-from recsys_ksa.errors import DataError, OutOfOrderError, StateError
+from recsys_ksa.errors import DataError, OutOfOrderError, PoolFullError, StateError
 from recsys_ksa.events import Event, roll_history
 from recsys_ksa.features.sessions import NO_PLACE
 from recsys_ksa.model.append import Arrivals, append_events, replay, replay_start
 from recsys_ksa.model.fingerprint import appended_hash
 from recsys_ksa.model.seen import SeenItems
-from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserState, first_visible_chunk
+from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserMemory, UserState, first_visible_chunk
 from recsys_ksa.order import order_key
 from recsys_ksa.recommender import Recommender
 from recsys_ksa.schema import UNKNOWN_ITEM
@@ -53,14 +53,15 @@ class LibraryModel:
     def append(self, state: UserState, events: Sequence[StoredEvent]) -> UserState:
         """Return `state` with events appended."""
         types = [event.event_type for event in events]
-        return self.recommender.append(
-            state,
-            [event.item_id for event in events],
-            [event.timestamp for event in events],
-            types if any(kind is not None for kind in types) else None,
-            features={"value": [event.value for event in events]} if self._by_value else None,
-            event_ids=[event.event_id for event in events] if self._by_id else None,
-        )
+        with _full_pool_refused():
+            return self.recommender.append(
+                state,
+                [event.item_id for event in events],
+                [event.timestamp for event in events],
+                types if any(kind is not None for kind in types) else None,
+                features={"value": [event.value for event in events]} if self._by_value else None,
+                event_ids=[event.event_id for event in events] if self._by_id else None,
+            )
 
     def append_batch(self, states: Sequence[UserState], events: Sequence[Sequence[StoredEvent]]) -> list[UserState]:
         """Return each state with its events, in order and all after it, appended in one pass."""
@@ -76,8 +77,9 @@ class LibraryModel:
             torch.cat([part.gap_bucket for part in parts]),
             {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
         )
-        network, impl = self.recommender.network, self.recommender.attention_impl
-        memories = append_events(network, [state.memory for state in states], arrivals, impl)
+        network, impl, pool = self.recommender.network, self.recommender.attention_impl, self.recommender.pool
+        with _full_pool_refused():
+            memories = append_events(network, [state.memory for state in states], arrivals, impl, pool)
         return [
             self._after(state, memory, given, place)
             for state, memory, given, (_, place) in zip(states, memories, events, read)
@@ -102,8 +104,11 @@ class LibraryModel:
         given = events[start - first :]
         arrivals, session_place = self._arrivals(given, before, self._session_place(events[: start - first]))
         stored = Memory(num_events, tuple(self._cut(layer, num_events) for layer in state.memory.layers), _no_input)
-        network, impl = self.recommender.network, self.recommender.attention_impl
-        memory = replay(network, stored, arrivals, impl)
+        network, impl, pool = self.recommender.network, self.recommender.attention_impl, self.recommender.pool
+        memory: UserMemory = replay(network, stored, arrivals, impl)
+        if pool is not None:
+            with _full_pool_refused():
+                memory = pool.hold(memory)
         return UserState(
             memory=memory,
             last_key=self._key(events[-1], num_events - 1),
@@ -224,7 +229,7 @@ class LibraryModel:
             return ""
         return appended_hash(self.recommender.network, self._num_base_items, num_items)
 
-    def _after(self, state: UserState, memory: Memory, events: Sequence[StoredEvent], session_place: int) -> UserState:
+    def _after(self, state: UserState, memory: UserMemory, events: Sequence[StoredEvent], place: int) -> UserState:
         items, times = self._rows(events)
         last_key = self._key(events[-1], memory.num_events - 1)
         if state.last_key is not None and self._key(events[0], state.num_events) < state.last_key:
@@ -236,7 +241,7 @@ class LibraryModel:
             num_unknown=state.num_unknown + int((items == UNKNOWN_ITEM).sum()),
             history_hash=roll_history(state.history_hash, [self._hashed(event) for event in events]),
             fingerprint=state.fingerprint,
-            session_place=session_place,
+            session_place=place,
         )
 
     def _hashed(self, event: StoredEvent) -> Event:
@@ -275,6 +280,14 @@ class LibraryModel:
 
 
 _no_input = torch.zeros(0)
+
+
+@contextmanager
+def _full_pool_refused() -> Iterator[None]:
+    try:
+        yield
+    except PoolFullError as error:  # states in use fill it; those that are not leave memory before it is full
+        raise OverloadedError(str(error)) from error
 
 
 @contextmanager

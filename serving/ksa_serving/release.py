@@ -14,6 +14,7 @@ from recsys_ksa.order import TieKind
 
 if TYPE_CHECKING:
     from recsys_ksa.recommender import Recommender
+    from recsys_ksa.retrieval.index import TorchIndex
 
 Clock = Literal["unix", "relative", "ordinal"]
 
@@ -38,12 +39,20 @@ class Release:
     """The run's folder, for people."""
 
 
-def load_release(run: Path, index: Literal["exact", "ivf"] = "exact", cold_parity: Parity = "exact") -> Release:
+def load_release(
+    run: Path,
+    index: Literal["exact", "ivf"] = "exact",
+    cold_parity: Parity = "exact",
+    device: str = "cpu",
+    pool_bytes: int | None = None,
+) -> Release:
     """Load a run or bundle for serving.
 
     Args:
         index: how items are searched: as the run says, exactly, or by an approximate index that passes the recall gate.
         cold_parity: how its states are kept cold.
+        device: where the network runs, and the exact search; on another than the CPU states are kept in pages.
+        pool_bytes: of those pages.
 
     Raises:
         RunError: it is damaged, its index belongs to other weights, or misses too many items.
@@ -51,7 +60,9 @@ def load_release(run: Path, index: Literal["exact", "ivf"] = "exact", cold_parit
     from ksa_serving.library_model import LibraryModel  # imports torch
     from recsys_ksa.recommender import Recommender
 
-    recommender = Recommender.load(run)
+    recommender = Recommender.load(run, device=device, pool_bytes=pool_bytes)
+    if device != "cpu" and index == "exact":
+        recommender.index = _on_device(recommender, device)
     if index == "ivf":
         from ksa_serving.ivf_index import IvfIndex
 
@@ -69,6 +80,17 @@ def load_release(run: Path, index: Literal["exact", "ivf"] = "exact", cold_parit
         index_source=recommender.index.kind,
         name=run.name,
     )
+
+
+def _on_device(recommender: "Recommender", device: str) -> "TorchIndex":
+    """Return exact search on a device, by the vectors and under the version of the run's index."""
+    import torch
+
+    from recsys_ksa.retrieval.index import TorchIndex
+
+    index = TorchIndex(torch.from_numpy(recommender.item_vectors).to(device))
+    index.version = recommender.index.version
+    return index
 
 
 MIN_RECALL = 0.98

@@ -14,6 +14,7 @@ from ksa_serving.models import START, Mark, Question, StateParts
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import StateError
 from recsys_ksa.model.network import Network
+from recsys_ksa.model.pages import PagePool
 from recsys_ksa.model.state import SharedRows, UserState
 from recsys_ksa.recommender import Recommender
 from recsys_ksa.retrieval.index import TorchIndex
@@ -28,6 +29,9 @@ SHAPES: list[dict[str, Any]] = [
     {"layers": ["summary", "full"]},
     {"attention": "window"},
     {"num_kv_heads": 1},
+    {"in_pages": True},
+    {"in_pages": True, "chunk_size": 4, "summaries_per_chunk": 2, "window_chunks": 1},
+    {"in_pages": True, "attention": "window"},
     {"calendar": ["hour", "weekday"], "session_gap": 40, "value_edges": [0.5, 2.0], "window_chunks": 0},
 ]
 
@@ -37,11 +41,12 @@ def run(tiny_run: Path) -> Any:
     return open_run(tiny_run)
 
 
-def make_model(run: Any, seed: int, **shape: Any) -> LibraryModel:
+def make_model(run: Any, seed: int, in_pages: bool = False, **shape: Any) -> LibraryModel:
     torch.manual_seed(seed)
     config = ModelConfig.model_validate({**run.config.model.model_dump(), **shape})
     network = Network(config, run.features).to(torch.float64).eval().requires_grad_(False)
-    return LibraryModel(Recommender(run, network, TorchIndex(network.item_vectors())))
+    pool = PagePool(config, 1 << 26, torch.float64, torch.float64, torch.device("cpu")) if in_pages else None
+    return LibraryModel(Recommender(run, network, TorchIndex(network.item_vectors()), pool=pool))
 
 
 def make_history(rng: np.random.Generator, length: int) -> list[StoredEvent]:
