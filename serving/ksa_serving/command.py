@@ -196,7 +196,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
 
     def load(run: Path) -> Release:
-        return load_release(run, args.index, settings.cold_parity)
+        return load_release(run, args.index, settings.cold_parity, settings.device, settings.pool_bytes)
 
     release = load(args.run)
     gc.collect()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ksa_serving.messages import Parity
 from ksa_serving.models import Model
-from recsys_ksa.errors import RunError
+from recsys_ksa.errors import ConfigError, RunError
 from recsys_ksa.order import TieKind
 
 if TYPE_CHECKING:
@@ -56,10 +56,17 @@ def load_release(
 
     Raises:
         RunError: it is damaged, its index belongs to other weights, or misses too many items.
+        ConfigError: the device is not there, or the run's states cannot be kept in pages.
     """
-    from ksa_serving.library_model import LibraryModel  # imports torch
+    import torch
+
+    from ksa_serving.library_model import LibraryModel
     from recsys_ksa.recommender import Recommender
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: expected a GPU that PyTorch can use, got none. Set device to cpu, or see `ksa doctor`."
+        )
     recommender = Recommender.load(run, device=device, pool_bytes=pool_bytes)
     if device != "cpu" and index == "exact":
         recommender.index = _on_device(recommender, device)

@@ -40,8 +40,11 @@ class ServeSettings(Strict):
     """How one process serves."""
 
     limits: Limits = Limits()
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the network, the exact search and the states that are held are; on cuda the states' rows are in pages."""
     state_bytes: PositiveInt = 2 * 1024**3
-    """User states held in memory; the least recently used are written to the cold store and dropped beyond it."""
+    """User states held in memory (on cuda: the accelerator's); the least recently used are written to the cold store and
+    dropped beyond it."""
     cold_bytes: PositiveInt = 32 * 1024**3
     """Largest size of the embedded cold store's file; a sparse file, it takes what is used."""
     cold_parity: Literal["exact", "int8"] = "exact"
@@ -95,3 +98,8 @@ class ServeSettings(Strict):
     """How long requests may take to finish after SIGTERM."""
     keep_alive_seconds: PositiveFloat = 15
     """How long an idle connection is kept."""
+
+    @property
+    def pool_bytes(self) -> int | None:
+        """Of the pages for states: a quarter more than are held, for those in use; None: each has tensors of its own."""
+        return None if self.device == "cpu" else self.state_bytes + self.state_bytes // 4

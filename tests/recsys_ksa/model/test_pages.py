@@ -11,7 +11,7 @@ from memories import EXACT, all_rows, arrive, build, draw_history, relative, sma
 
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import ConfigError, PoolFullError, StateError
-from recsys_ksa.model.append import append_events, ask, empty_memory
+from recsys_ksa.model.append import Arrivals, append_events, ask, empty_memory
 from recsys_ksa.model.network import Network
 from recsys_ksa.model.pages import PAGE_ROWS, PagePool
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserMemory
@@ -71,6 +71,34 @@ def test_what_is_held_is_what_was_given(config: ModelConfig, length: int, seed: 
     more = arrive(draw_history(rng, int(rng.integers(1, 300))))  # beyond 256 the other way is taken
     grown, expected = append_events(network, [held], more, pool=pool), append_events(network, [plain], more)
     assert relative(all_rows(grown[0]), all_rows(expected[0])) <= EXACT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_pages_on_a_gpu_equal_tensors(dtype: torch.dtype, bound: float, seed: int, rng: np.random.Generator) -> None:
+    """The kernel on pages against the blocked reference on tensors, for users of 1 to 3,000 events, twice appended to."""
+    config = ModelConfig(dim=64, num_heads=2, num_kv_heads=2, head_dim=32, feed_forward_dim=128, chunk_size=8,
+                         window_chunks=4, layers=("summary",) * 3, dropout=0.0)  # fmt: skip
+    network = build(config, seed % 2**31).float().cuda()
+    network.precision = "bf16" if dtype is torch.bfloat16 else "float32"
+    pool = PagePool(config, 1 << 28, network.state_dtype, network.dtype, network.start.device)
+    lengths = [1, 7, 8, 9, 3000, *rng.integers(1, 500, 20).tolist()]
+
+    def arrivals(counts: list[int]) -> Arrivals:
+        part = arrive(*[draw_history(rng, count) for count in counts])
+        columns = (part.item_index, part.event_type, part.gap_bucket)
+        return Arrivals(part.counts, *(None if column is None else column.cuda() for column in columns))
+
+    plain = append_events(network, [empty_memory(network)] * len(lengths), arrivals(lengths), "torch")
+    paged: list[UserMemory] = [pool.hold(memory) for memory in plain]
+    for most in (2, 40):
+        more = arrivals(rng.integers(1, most, len(lengths)).tolist())
+        plain = append_events(network, plain, more, "torch")
+        paged = append_events(network, paged, more, "triton", pool)
+    buckets = rng.integers(0, 40, len(lengths)).tolist()
+    assert relative(ask(network, paged, buckets, "triton", pool=pool), ask(network, plain, buckets, "torch")) < bound
+    for one, other in zip(plain, paged):
+        assert relative(all_rows(other).float(), all_rows(one).float()) < bound
 
 
 def test_pages_come_back_and_a_full_pool_refuses(rng: np.random.Generator) -> None:
