@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 
 from recsys_ksa.errors import RecsysKsaError, UsageError
 
@@ -102,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"recsys-ksa {version('recsys-ksa')}")
         return 0
     try:
         call_verb(arguments[0], arguments[1:])

@@ -5,6 +5,7 @@ Unknown keys are refused by their path. Code receives these objects and never re
 
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -48,6 +49,12 @@ def parse_config(kind: type[Config], values: dict[str, Any], source: str) -> Con
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        if first["type"] == "extra_forbidden":
+            *parents, key = first["loc"]
+            keys = _keys(kind, parents)
+            near = get_close_matches(str(key), keys, 1)
+            advice = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(keys) or 'none'}."
+            raise ConfigError(f"{source}: {where}: expected a key that there is, got {key!r}. {advice}") from error
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ConfigError(f"{source}: {where}: {first['msg']}{got}{more}. Mend this key.") from error
 
@@ -55,6 +62,17 @@ def parse_config(kind: type[Config], values: dict[str, Any], source: str) -> Con
 def dump_config(config: Strict) -> str:
     """Return the config as TOML; unset (None) values are left out."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _keys(kind: type[BaseModel], parents: Sequence[int | str]) -> list[str]:
+    """Return the keys of the table that `parents` lead to; none where it is of no one kind."""
+    for parent in parents:
+        field = kind.model_fields.get(str(parent))
+        inner = None if field is None else field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

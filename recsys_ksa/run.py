@@ -274,7 +274,9 @@ def _read_info(path: Path) -> RunInfo:
     try:
         return RunInfo.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise RunError(f"{path}: expected a run directory with {INFO_FILE}, got {error.strerror}.") from error
+        raise RunError(
+            f"{path}: expected a run directory with {INFO_FILE}, got {error.strerror}. Check the path."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{file}: expected JSON, got: {error}. Copy the run again, whole.") from error
     except ValidationError as error:

@@ -105,6 +105,12 @@ def item_table(items: int, *, seed: int = 0, categories: int = 8) -> pa.Table:
     )
 
 
+def renamed(log: pa.Table, column: str) -> pa.Table:
+    """Return a log whose ids of `column` are others, in the same order: numbers stay, names do not."""
+    names = [f"x{name}" for name in log[column].to_pylist()]
+    return log.set_column(log.column_names.index(column), column, pa.array(names))
+
+
 def prepared_dataset(
     directory: Path, log: pa.Table, *, items: pa.Table | None = None, arguments: Sequence[str] = (), config: str = ""
 ) -> Dataset:

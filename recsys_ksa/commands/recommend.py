@@ -95,7 +95,9 @@ def read_events(file: Path) -> Columns:
                 reader = csv.DictReader(lines)
                 rows = list(reader)
             columns = {name: [row[name] or "" for row in rows] for name in reader.fieldnames or ()}
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+    except OSError as error:
+        raise DataError(f"{file}: expected a file of events, got: {error.strerror}. Check the path.") from error
+    except (UnicodeDecodeError, ValueError, csv.Error) as error:
         raise DataError(f"{file}: expected a .csv or .parquet file of events, got: {error}.") from error
     for name in ("item_id", "timestamp"):
         if name not in columns:
@@ -107,10 +109,10 @@ def read_events(file: Path) -> Columns:
 
 
 def _whole_numbers(file: Path, values: list[str]) -> list[int]:
-    try:
-        return [int(value) for value in values]
-    except ValueError as error:
-        raise SchemaError(f"{file}: timestamp: expected whole Unix seconds, got: {error}.") from error
+    for value in values:
+        if not value.strip().lstrip("-").isdecimal():
+            raise SchemaError(f"{file}: timestamp: expected whole Unix seconds, got {value!r}. Mend the file.")
+    return [int(value) for value in values]
 
 
 def _optional(columns: Columns, name: str) -> list[str | None] | None:

@@ -102,7 +102,7 @@ def _print_end(config: "RunConfig", dataset: "Dataset", run: Path, trained: "Tra
 
 
 verb = Verb(
-    summary="Train a network on a prepared data set.",
+    summary="train a network on a prepared data set",
     example="ksa train configs/smoke.toml --data data/smoke --out runs/smoke",
     configure=_configure,
     run=_run,

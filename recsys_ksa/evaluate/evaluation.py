@@ -89,10 +89,10 @@ def check_run(run: "Run", dataset: "Dataset") -> None:
                 f"{run.path}: expected a run with the {what} hash of {dataset.path} ({expected[:12]}), got "
                 f"{found[:12]}: figures of different {what} cannot be compared. Train it on this data set."
             )
-    if run.info.num_items != dataset.num_items:
+    if run.items.item_id != dataset.items.item_id:
         raise RunError(
-            f"{run.path}: expected {dataset.num_items} item rows as {dataset.path} has, got {run.info.num_items}. "
-            "Train the run on this data set."
+            f"{run.path}: expected the {dataset.num_items - 1} items of {dataset.path}, in their order, got "
+            f"{run.info.num_items - 1} others. Train it on this data set."
         )
     check_features(run.path, run.config, run.info, dataset.vocab, f"{dataset.path} and this version")
 

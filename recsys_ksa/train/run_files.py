@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
 from safetensors.torch import save_file
 
 from recsys_ksa import __version__
@@ -66,18 +67,14 @@ def begin_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
         raise RunError(
             f"{run}: expected no such directory, found one. Name another --out, or go on with it by --resume."
         )
-    vocabulary = run / VOCAB_FOLDER
     try:
-        vocabulary.mkdir(parents=True, exist_ok=True)
+        (run / VOCAB_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(
             f"{run}: expected a directory that can be written, got: {error.strerror}. Name another."
         ) from error
-    tables = dataset.manifest
-    shutil.copyfile(dataset.path / tables.table_file(ITEMS_FILE), run / ITEMS_FILE)
-    for name in dataset.vocab:
-        file = f"{VOCAB_FOLDER}/{name}.parquet"
-        shutil.copyfile(dataset.path / tables.table_file(file), run / file)
+    for name, source in _tables(dataset).items():
+        shutil.copyfile(source, run / name)
     if config.model.item_bias == "popularity-7d":
         _write(run / POPULARITY_FILE, DayCounts.of_histories(dataset.histories).save)
     _write_text(run / DATA_FILE, json.dumps(_data_hashes(dataset)))
@@ -94,7 +91,8 @@ def reopen_run(run: Path, config: RunConfig, dataset: "Dataset") -> None:
         began = json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{run}: expected a run to resume, found none. Leave --resume out to begin one.") from error
-    if began != _data_hashes(dataset):
+    same = all(pq.read_table(run / name).equals(pq.read_table(source)) for name, source in _tables(dataset).items())
+    if began != _data_hashes(dataset) or not same:
         raise RunError(f"{run}: expected the data set it was begun on, got another ({dataset.path}). Train anew.")
     before = load_config(RunConfig, run / CONFIG_FILE)
     for key in ("seed", "model", "data", "loss"):
@@ -145,6 +143,12 @@ def finish_run(
 
 def _data_hashes(dataset: "Dataset") -> dict[str, str]:
     return {"data_hash": dataset.manifest.content_hash, "split_hash": dataset.manifest.split_hash}
+
+
+def _tables(dataset: "Dataset") -> dict[str, Path]:
+    """Return the data set's tables that a run keeps a copy of, by their names in the run."""
+    names = [ITEMS_FILE, *(f"{VOCAB_FOLDER}/{name}.parquet" for name in dataset.vocab)]
+    return {name: dataset.path / dataset.manifest.table_file(name) for name in names}
 
 
 def _write_text(path: Path, text: str) -> None:

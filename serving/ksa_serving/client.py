@@ -128,7 +128,7 @@ class Client:
             try:
                 response = self._http.request(method, path, content=content)
             except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {error}. Is a service there? Start it, or name another URL."
                 continue
             if response.status_code == 200:
                 return msgspec.json.decode(response.content, type=kind)

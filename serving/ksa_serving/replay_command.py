@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from recsys_ksa.cli import Verb
-from recsys_ksa.errors import StateError
+from recsys_ksa.errors import StateError, UsageError
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    if not args.state_dir.is_dir():
+        raise UsageError(f"--state-dir: expected a stopped service's directory, found none at {args.state_dir}.")
     from ksa_serving.command import open_store, prepare_state_dir
     from ksa_serving.event_log import EventLog
     from ksa_serving.memory_store import MemoryStateStore

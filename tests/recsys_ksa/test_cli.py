@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from recsys_ksa import __version__
 from recsys_ksa.cli import main, verb_entry_points
+from recsys_ksa.commands.config_files import config_file
+
+SMOKE = str(config_file("smoke.toml"))
 
 
 @pytest.mark.parametrize(
@@ -22,6 +26,11 @@ from recsys_ksa.cli import main, verb_entry_points
         (["evaluate", "/nowhere", "--data", "/nodata", "--tracking", "none"], "/no"),
         (["serve", "/nowhere", "--port", "0", "--state-dir", "/tmp/never-made"], "/nowhere"),
         (["demo", "--steps", "0"], "--steps"),
+        (["train", SMOKE, "--data", "x", "--out", "y", "--set", "trian.max_steps=3"], "Did you mean 'train'?"),
+        (["train", SMOKE, "--data", "x", "--out", "y", "--set", "train.max_stepz=3"], "Did you mean 'max_steps'?"),
+        (["train", SMOKE, "--data", "x", "--out", "y", "--set", "model.zzz=3"], "got 'zzz'. There are architecture,"),
+        (["ask", "ann", "--url", "http://127.0.0.1:9"], "Is a service there?"),
+        (["replay", "x", "--state-dir", "/nowhere"], "expected a stopped service's directory"),
     ],
 )
 def test_mistakes_end_as_one_line(
@@ -32,6 +41,19 @@ def test_mistakes_end_as_one_line(
     assert expected in error
     assert len(error.strip().splitlines()) == 1
     assert "Traceback" not in error
+
+
+def test_times_that_are_no_whole_numbers_are_one_line(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.csv").write_text("item_id,timestamp\ni1,5\ni2,6.5\n", encoding="utf-8")
+    assert main(["recommend", str(tiny_run), "--events", str(tmp_path / "log.csv")]) == 2
+    assert "timestamp: expected whole Unix seconds, got '6.5'" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"recsys-ksa {__version__}\n"
 
 
 def test_help_shows_one_example_a_verb(capsys: pytest.CaptureFixture[str]) -> None:

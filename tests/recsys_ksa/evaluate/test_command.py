@@ -11,7 +11,7 @@ from recsys_ksa.errors import MissingPackageError, ProtocolError, RunError, Usag
 from recsys_ksa.evaluate.baselines import NAMES
 from recsys_ksa.evaluate.lists import LIST_METRICS
 from recsys_ksa.evaluate.protocol import ask
-from recsys_ksa.testing import lifelong_log, prepared_dataset, trained_run
+from recsys_ksa.testing import lifelong_log, prepared_dataset, renamed, trained_run
 
 FIELDS = ["model", "protocol", "request_time", "slice", "metric", "value", "low", "high", "num_users"]
 
@@ -117,6 +117,11 @@ def test_runs_of_other_data_or_spans_are_refused(tiny_run, tiny_data, tmp_path, 
     other = prepared_dataset(tmp_path, lifelong_log(5, users=20, items=30))
     with pytest.raises(RunError, match="data hash"):
         evaluate(tiny_run, other.path, tmp_path)
+    (tmp_path / "renamed").mkdir()
+    twin = prepared_dataset(tmp_path / "renamed", renamed(lifelong_log(5, users=20, items=30), "item_id"))
+    assert twin.manifest.content_hash == other.manifest.content_hash  # of numbers alone
+    with pytest.raises(RunError, match=r"expected the 30 items of .*, in their order, got 30 others"):
+        evaluate(trained_run(tmp_path / "other", other.path), twin.path, tmp_path)
     run = trained_run(tmp_path / "loo-run", tiny_data, ['data.split="loo"'])
     with pytest.raises(ProtocolError, match=r"trained on validation or test events.*'loo'"):
         evaluate(run, tiny_data, tmp_path, "--protocol", "global")

@@ -14,7 +14,7 @@ from recsys_ksa.data.negatives import training_counts
 from recsys_ksa.data.spans import training_end
 from recsys_ksa.errors import ConfigError, RunError
 from recsys_ksa.run import load_network, open_run
-from recsys_ksa.testing import lifelong_log, prepared_dataset
+from recsys_ksa.testing import lifelong_log, prepared_dataset, renamed
 from recsys_ksa.train.loop import Report, Trained, resolve_config, train
 from recsys_ksa.train.validation import Validation
 
@@ -130,6 +130,11 @@ def test_resuming_needs_a_run_of_the_same_config_and_data(
     other = prepared_dataset(tmp_path, lifelong_log(2, 20, 30))
     with pytest.raises(RunError, match="expected the data set it was begun on"):
         go(make_config(model={"side_features": ()}), other, tmp_path / "run", resume=True)
+    (tmp_path / "renamed").mkdir()
+    twin = prepared_dataset(tmp_path / "renamed", renamed(lifelong_log(2, 20, 30), "item_id"))
+    go(make_config(model={"side_features": ()}), other, tmp_path / "other", stop_at=0)
+    with pytest.raises(RunError, match="expected the data set it was begun on"):
+        go(make_config(model={"side_features": ()}), twin, tmp_path / "other", resume=True)
     (tmp_path / "run" / "checkpoint" / "optimizer.safetensors").write_bytes(b"broken")
     with pytest.raises(RunError, match="expected a checkpoint of this config"):
         go(make_config(), dataset, tmp_path / "run", resume=True)
