@@ -62,7 +62,11 @@ def test_prepare_runs_where_torch_is_not(log, tmp_path):
         "import sys\n"
         "for name in ('torch', 'torchrec', 'faiss', 'mlflow'): sys.modules[name] = None\n"
         "from recsys_ksa.cli import main\n"
-        f"sys.exit(main(['prepare', {log!r}, '--out', {str(tmp_path / 'ds')!r}]))\n"
+        f"code = main(['prepare', {log!r}, '--out', {str(tmp_path / 'ds')!r}])\n"
+        "assert 'pandas' not in sys.modules, 'Arrow loaded pandas'\n"
+        "from importlib.util import find_spec\n"
+        "if find_spec('pandas'): import pandas\n"  # who asks for it still gets it
+        "sys.exit(code)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

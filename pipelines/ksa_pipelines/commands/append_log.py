@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ksa_pipelines.commands.arguments import add_resources, loading, resources_of, step_report
+from ksa_pipelines.commands.arguments import add_resources, resources_of, step_report
+from ksa_pipelines.commands.loading import loading
 from recsys_ksa.cli import Verb
 
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import gc
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,22 +43,6 @@ def resources_of(args: argparse.Namespace) -> Resources:
     if args.ray_address:
         raise UsageError("--ray-address: expected --engine ray beside it, got the local engine.")
     return Resources(LocalEngine(), memory)
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Load what works on buckets: a worker a core, so that Polars gets half the cores; nothing loaded is garbage.
-
-    On two cores `prepare` of 10 million events took 17.8 s of processor time so, and 21.6 s with Polars on both
-    (commit 3d73e89).
-    """
-    os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
-    gc.disable()  # a tenth of the time to load would go into looking for garbage, and later looks would go through it
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def step_report() -> Report:
