@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 verb = Verb(
-    summary="Keep users' events and answer what comes next, over HTTP",
+    summary="keep users' events and answer what comes next, over HTTP",
     example="ksa serve runs/demo --port 8000 --state-dir state/",
     configure=configure,
     run=run,

@@ -9,15 +9,16 @@ class ServiceError(RecsysKsaError):
     status = 500
     code = "internal-error"
 
+    def __init__(self, detail: str, code: str | None = None):
+        super().__init__(detail)
+        self.code = code or self.code
+
 
 class InvalidRequestError(ServiceError):
     """The caller's request is malformed or out of its limits."""
 
     status = 400
-
-    def __init__(self, detail: str, code: str = "invalid-request"):
-        super().__init__(detail)
-        self.code = code
+    code = "invalid-request"
 
 
 class OverloadedError(ServiceError):
@@ -52,10 +53,7 @@ class NotOwnerError(ServiceError):
     """The user is another process's, or on the way there; nothing was kept. The caller tries again."""
 
     status = 503
-
-    def __init__(self, detail: str, code: str):
-        super().__init__(detail)
-        self.code = code
+    code = "user-elsewhere"
 
 
 class ShardError(ServiceError):
