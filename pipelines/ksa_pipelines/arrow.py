@@ -24,8 +24,7 @@ def encode(values: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:
     if values.dtype == pl.String and values.null_count() == 0:
         # Hashes compare faster than texts; two texts of one hash are found by comparing once at the end.
         codes = to_arrow(values.hash()).dictionary_encode().indices.to_numpy()
-        first = np.empty(codes.max(initial=-1) + 1, dtype=np.int64)
-        first[codes[::-1]] = np.arange(len(codes))[::-1]
+        first = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))  # codes count by first sight
         distinct = values.gather(first)
         if (distinct.gather(codes) == values).all():
             return codes, distinct

@@ -1,6 +1,7 @@
 """The whole way from a log to a prepared data set, read top to bottom."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ksa_pipelines.catalogue import extend_catalogue, write_catalogue
@@ -62,10 +63,12 @@ def prepare(
         gather_quarantine(work, directory / quarantine_name(0))
         rows = open_rows(directory, files)
         overview = Overview.of(rows, split)
-        write_cache(directory, rows, overview, 0)
+        with ThreadPoolExecutor(1) as pool:
+            removed = pool.submit(shutil.rmtree, work)
+            write_cache(directory, rows, overview, 0)
+            removed.result()
         user_table = extend_users(numbered_users(rows), None, directory, users, config.users, report)
         write_users(user_table, directory, 0)
-        shutil.rmtree(work)
         others = [path for path in directory.rglob("*.parquet") if path.relative_to(directory).as_posix() not in files]
         files |= hash_files(directory, others)
         manifest = Manifest(

@@ -8,6 +8,7 @@
 bounded memory: it is laid out first (all sizes are known), then each block of users is written into its place.
 """
 
+import io
 import json
 import logging
 import mmap
@@ -15,6 +16,7 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,8 @@ from recsys_ksa.schema import SPLIT_COLUMNS
 CACHE = "cache/histories.arrow"
 BLOCK_EVENTS = 1 << 20
 """Events that are put in order at a time, about."""
+_LARGE = 1 << 16
+"""Bytes of what is no metadata."""
 _log = logging.getLogger(__name__)
 
 
@@ -238,7 +242,7 @@ def _put(descriptor: int, place: int, index: int, values: np.ndarray) -> None:
 
 
 def _write_zeros(path: Path, schema: pa.Schema, num_users: int, num_events: int, id_bytes: int) -> None:
-    """Write the record batch with zeros for values; an untouched anonymous map of zeros takes no memory."""
+    """Write the record batch with zeros or holes for values; an untouched anonymous map of zeros takes no memory."""
     zeros = pa.py_buffer(_untouched(max(8 * num_users, 8 * num_events, id_bytes, 1)))
 
     def column(kind: pa.DataType) -> pa.Array:
@@ -252,8 +256,31 @@ def _write_zeros(path: Path, schema: pa.Schema, num_users: int, num_events: int,
         return pa.Array.from_buffers(kind, num_users, [None, zeros])
 
     batch = pa.RecordBatch.from_arrays([column(kind) for kind in schema.types], schema=schema)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(batch)
+    with path.open("wb", buffering=0) as file:
+        with pa.PythonFile(_Holes(file), "w") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(batch)
+        file.truncate(file.tell())
+
+
+class _Holes(io.RawIOBase):
+    """Writes to a file what is small, and leaves holes for what is large: the values, which come later."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if size > _LARGE:
+            self._file.seek(size, os.SEEK_CUR)
+        else:
+            self._file.write(data)
+        return size
 
 
 def _ends(num_users: int, last: int, kind: str) -> pa.Buffer:
