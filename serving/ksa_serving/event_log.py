@@ -228,13 +228,15 @@ class EventLog:
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[apsw.Connection]:
+        connection: apsw.Connection | None = None
         try:
-            connection = self._readers.get_nowait()
-        except queue.Empty:
-            connection = connect(self._path, apsw.SQLITE_OPEN_READONLY)
-        try:
+            try:
+                connection = self._readers.get_nowait()
+            except queue.Empty:
+                connection = connect(self._path, apsw.SQLITE_OPEN_READONLY)
             yield connection
         except DAMAGE as error:
             raise EventLogError(f"event log: cannot be read: {error}. See the service's log.") from error
         finally:
-            self._readers.put(connection)
+            if connection is not None:
+                self._readers.put(connection)

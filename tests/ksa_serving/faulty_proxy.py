@@ -19,7 +19,7 @@ class FaultyProxy:
 
     mode: what happens to replies from now on. `pass`: nothing. `refuse`: connections are refused, those there cut.
     `cut`: the connection ends in place of the reply. `reset`: a part of the reply, then a reset. `hang`: it comes after
-    10 s. `slow`: after a quarter of a second at most. `trickle`: one byte at a time. `garbage`: other bytes.
+    10 s. `slow`: after a twentieth of a second at most. `trickle`: one byte at a time. `garbage`: other bytes.
     `swap`: it goes to another connection, and that one's comes here. `repeat`: the last reply comes in its place.
     share: of replies to which it happens. done: how often it has.
     """
@@ -114,7 +114,7 @@ class FaultyProxy:
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 return
             if mode in ("hang", "slow"):
-                await asyncio.sleep(HANGS if mode == "hang" else self._draw.random() / 4)
+                await asyncio.sleep(HANGS if mode == "hang" else self._draw.random() / 20)
             if mode == "trickle":
                 for at in range(len(data)):
                     writer.write(data[at : at + 1])

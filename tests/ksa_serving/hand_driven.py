@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -30,12 +30,22 @@ class NoThread:
         self._target()
 
 
+class NoWaiting:
+    """The module `time`, but for sleep."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def hand_driven_logs(draw: random.Random) -> Iterator[None]:
     """Logs opened here have no thread, nothing waits, and what is secret is drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log_writer, "threading", SimpleNamespace(Thread=NoThread, Lock=threading.Lock))
-        patch.setattr(log_writer, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None))
+        patch.setattr(log_writer, "time", NoWaiting())
         patch.setattr(sqlite_file, "secrets", SimpleNamespace(token_bytes=draw.randbytes))
         yield
 

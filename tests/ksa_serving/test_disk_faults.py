@@ -19,6 +19,7 @@ import httpx
 import pytest
 from faulty_disk import FAULTS, Disk, Fault, FaultyVfs, faulty_disks
 
+from ksa_serving.errors import EventLogError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import Owner
 from ksa_serving.memory_store import MemoryStateStore
@@ -137,6 +138,19 @@ def assert_kept(vfs: FaultyVfs, disk: Disk, folder: Path, sender: Sender) -> Non
     log.close()
     assert set(kept.values()) == {1}
     assert sender.acknowledged <= kept.keys() <= set(range(sender.sent))
+
+
+def test_a_log_that_cannot_be_opened_for_reading_is_told_as_one_that_cannot_be_read(
+    vfs: FaultyVfs, tmp_path: Path, seed: int
+):
+    disk = new_disk(vfs, tmp_path / "log", seed)
+    log = EventLog(disk.folder, "arrival")
+    disk.off = True
+    with pytest.raises(EventLogError, match="cannot be read"):
+        log.head(Owner("ann"))
+    disk.off = False
+    assert log.head(Owner("ann")).num_events == 0
+    log.close()
 
 
 def test_events_wait_for_a_slow_disk_and_questions_do_not(

@@ -27,7 +27,7 @@ NUM_CANCELLED = int(os.environ.get("KSA_CANCELLED", "1000"))
 FAULTS: tuple[Mode, ...] = tuple(mode for mode in get_args(Mode) if mode != "pass")
 CLOSING: tuple[Mode, ...] = ("refuse", "cut", "reset", "hang", "trickle")
 """Faults after which a server is not asked for a while."""
-USERS = [f"u{number}" for number in range(12)]
+USERS = [f"u{number}" for number in range(8)]
 ASKED = RecommendRequest(k=3, request_time=None)
 
 
@@ -88,7 +88,7 @@ def test_answers_come_from_the_log_while_redis_fails_and_from_redis_once_it_is_b
         assert sources["store"] > 0, "memory is too small for all"
         proxy.set(mode)
         began, opened = time.monotonic(), None
-        for _ in range(6):
+        for _ in range(4):
             await ask_everyone(service, truth, draw)
             if opened is None and not service.store.is_available:
                 opened = time.monotonic() - began
