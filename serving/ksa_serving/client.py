@@ -43,9 +43,14 @@ class Client:
         token: sent as a bearer token.
         timeout: of one try, in seconds.
         tries: of one call.
+
+    Raises:
+        ClientError: the url is none.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, tries: int = 5):
+        if not url.startswith(("http://", "https://")):
+            raise ClientError(f"url: expected one as http://127.0.0.1:8000, got {url!r}.", refused=True)
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
         self._tries = tries
@@ -128,7 +133,7 @@ class Client:
             try:
                 response = self._http.request(method, path, content=content)
             except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}. Is a service there? Start it, or name another URL."
+                reason = f"{type(error).__name__}: {error}. Is a service there? Start it, or name another url."
                 continue
             if response.status_code == 200:
                 return msgspec.json.decode(response.content, type=kind)
