@@ -9,6 +9,7 @@ Imports without polars, mlflow and faiss.
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -179,7 +180,8 @@ class Recommender:
             )
         events = [event for _, event in keyed]
         items, times = self.rows(events)
-        arrivals, session_place = self.arrivals(events, items, times, state.last_timestamp, state.session_place)
+        before = ([len(events)], [state.last_timestamp], [state.session_place])
+        arrivals, session_places = self.arrivals(events, items, times, *before)
         memory = append_events(self.network, [state.memory], arrivals, self.attention_impl, self.pool)[0]
         return UserState(
             memory=memory,
@@ -188,7 +190,7 @@ class Recommender:
             num_unknown=state.num_unknown + int((items == UNKNOWN_ITEM).sum()),
             history_hash=roll_history(state.history_hash, events),
             fingerprint=self.fingerprint,
-            session_place=session_place,
+            session_place=int(session_places[0]),
         )
 
     # --- answers ---
@@ -341,35 +343,40 @@ class Recommender:
         events: Sequence[EventLike],
         items: NDArray[np.int64],
         times: NDArray[np.int64],
-        last_timestamp: int | None,
-        session_place: int,
-    ) -> tuple[Arrivals, int]:
-        """Return one user's next events as the network reads them, and the place in its session after them.
+        counts: Sequence[int],
+        last_timestamps: Sequence[int | None],
+        session_places: Sequence[int],
+    ) -> tuple[Arrivals, NDArray[np.int64]]:
+        """Return users' next events as the network reads them, and the places in their sessions after them, int64 [U].
 
         Args:
-            events: at least one, in order.
+            events: user by user, in order.
             items, times: as `rows` gives them.
-            last_timestamp: of the event before the first; None at a history's start.
-            session_place: of that event.
+            counts: events of each user, at least one.
+            last_timestamps: of the event before each user's first; None at a history's start.
+            session_places: of that event.
         """
-        gaps = gap_buckets(np.diff(times, prepend=times[0] if last_timestamp is None else last_timestamp))
-        if last_timestamp is None:
-            gaps[0] = NO_GAP
+        offsets = np.array([0, *accumulate(counts)], dtype=np.int64)
+        starts = offsets[:-1]
+        before = np.roll(times, 1)
+        before[starts] = [time or 0 for time in last_timestamps]
+        gaps = gap_buckets(times - before)
+        gaps[starts[[time is None for time in last_timestamps]]] = NO_GAP
         device = self.network.start.device
         event_type = None
         if self.network.features.num_event_types:
             known = self.run.event_types
             event_type = torch.tensor([known.get(event.event_type or "", 0) for event in events], device=device)
         values = [event.value for event in events] if self.event_features.value_edges else None
-        columns, place = self.event_features.arrivals(times, values, last_timestamp, session_place)
+        columns, places = self.event_features.arrivals(times, values, offsets, last_timestamps, session_places)
         arrivals = Arrivals(
-            [len(events)],
+            list(counts),
             torch.from_numpy(items).to(device),
             event_type,
             torch.from_numpy(gaps).to(device),
             {name: torch.from_numpy(column).to(device) for name, column in columns.items()},
         )
-        return arrivals, place
+        return arrivals, places
 
     def _own(self, state: UserState) -> None:
         if state.fingerprint != self.fingerprint:

@@ -89,25 +89,25 @@ class EventFeatures:
         self,
         timestamp: NDArray[np.int64],
         value: Sequence[float | None] | None,
-        last_timestamp: int | None,
-        session_place: int,
-    ) -> tuple[Columns, int]:
-        """Return `columns` of one user's next events, and the place in its session after them.
+        offsets: NDArray[np.int64],
+        last_timestamp: Sequence[int | None],
+        session_place: Sequence[int],
+    ) -> tuple[Columns, NDArray[np.int64]]:
+        """Return `columns` of some users' next events, and the places in their sessions after them, int64 [U].
 
         Args:
-            timestamp: Unix seconds, int64 [n], in order.
+            timestamp: Unix seconds, int64 [n], ordered within each user.
             value: n of them, rounded to float32 as a data set keeps them; None: no event has one.
-            last_timestamp: of the event before; None at a history's start.
+            offsets: int64 [U + 1] into the events.
+            last_timestamp: of the event before each user's first; None at a history's start.
             session_place: of that event; `NO_PLACE` at a history's start.
         """
         if not self.num_rows:
-            return {}, NO_PLACE
-        offsets = np.array([0, len(timestamp)])
-        last = np.array([0 if last_timestamp is None else last_timestamp], dtype=np.int64)
+            return {}, np.full(len(session_place), NO_PLACE, np.int64)
+        last = np.array([time or 0 for time in last_timestamp], dtype=np.int64)
         worth: Any = None
         if value is not None:
             given = np.array([np.nan if each is None else each for each in value], dtype=np.float64)
             with np.errstate(over="ignore"):
                 worth = given.astype(np.float32).astype(np.float64)
-        found, after = self.columns(timestamp, worth, offsets, last, np.array([session_place], dtype=np.int64))
-        return found, int(after[0])
+        return self.columns(timestamp, worth, offsets, last, np.array(session_place, dtype=np.int64))

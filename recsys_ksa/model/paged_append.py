@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ksa_kernels import ChunkLayout
+from ksa_kernels.layout import UserSpan
 from ksa_kernels.summary_append import PagedCache, summary_append
 from recsys_ksa.config import LayerKind
 from recsys_ksa.model.network import Network, Rows
-from recsys_ksa.model.pages import PagedMemory, PagePool, Run
+from recsys_ksa.model.pages import PagedMemory, PagePool, rows_of, table_of
 from recsys_ksa.model.place import chunk_layout, place_arrivals
 from recsys_ksa.model.rotary import rotary_table
 from recsys_ksa.model.state import UserMemory, window_start
@@ -62,17 +61,10 @@ def append_in_pages(
     place = place_arrivals(config, had, counts, key_start, device, network.dtype)
     spans = place.layouts["summary"].spans
     m = place.layouts["summary"].summaries_per_chunk
-    growths = pool.grow(held, totals)
-    tables = [_table([getattr(growth, kind) for growth in growths]) for kind in ("events", "summaries")]
-    new_rows = [
-        np.concatenate([growth.events.rows(*span) for growth, span in zip(growths, zip(had, totals))]),
-        np.concatenate(
-            [
-                growth.summaries.rows(m * span.first_query_chunk, m * span.num_summarised)
-                for growth, span in zip(growths, spans)
-            ]
-        ),
-    ]
+    growth = pool.grow(held, totals)
+    first_slots, last_slots = ([m * chunk for chunk in chunks] for chunks in zip(*(_closed(span) for span in spans)))
+    tables = table_of(growth.events), table_of(growth.summaries)
+    new_rows = rows_of(growth.events, had, totals), rows_of(growth.summaries, first_slots, last_slots)
     event_table, summary_table, event_rows, summary_rows = (
         torch.from_numpy(part).to(device) for part in (*tables, *new_rows)
     )
@@ -84,10 +76,9 @@ def append_in_pages(
         return PagedRows(PagedCache(pool.pages(depth, event_table), pool.pages(depth, summary_table)))
 
     encoded = network.encode(inputs, place, attention_impl, keep=keep)
-    after = [growth.memory for growth in growths]
     last = torch.tensor([*accumulate(counts)], device=device) - 1
-    pool.put_last_inputs(after, encoded.last_input[last])
-    return after
+    pool.put_last_inputs(growth.memories, encoded.last_input[last])
+    return growth.memories
 
 
 def answer_in_pages(
@@ -105,7 +96,7 @@ def answer_in_pages(
     last = [count - 1 for count in counts]
     key_start = [window_start(config, "summary", count) for count in counts]
     layout = chunk_layout(config, "summary", [0, *accumulate(counts)], last, key_start).to(device)
-    tables = [_table([getattr(memory, kind) for memory in held]) for kind in ("events", "summaries")]
+    tables = table_of([memory.events for memory in held]), table_of([memory.summaries for memory in held])
     pages = [pool.pages(len(config.layer_kinds) - 1, torch.from_numpy(table).to(device)) for table in tables]
     table_dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
     return network.answer(
@@ -119,10 +110,6 @@ def answer_in_pages(
     )
 
 
-def _table(runs: Sequence[Run]) -> NDArray[np.int32]:
-    """Return int32 [U, ring]: where page number n of each user is, at n % ring."""
-    ring = max(len(run.places) for run in runs) + 1  # a cache wants a page more than it may need
-    table = np.zeros((len(runs), ring), np.int32)
-    for row, run in zip(table, runs):
-        row[np.arange(run.first, run.stop) % ring] = run.places
-    return table
+def _closed(span: UserSpan) -> tuple[int, int]:
+    """Return the first chunk whose summaries are new, and the one behind the last."""
+    return span.first_query_chunk, span.first_query_chunk + span.num_query_chunks

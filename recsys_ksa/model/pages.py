@@ -30,56 +30,37 @@ from recsys_ksa.model.state import LayerState, SharedRows, UserMemory, first_vis
 PAGE_ROWS = 16
 """Tokens of a page: half a page a run is wasted at the mean, and a table has an entry a page."""
 
-Span = tuple["Run", int, int]
-"""A run of tokens, and the first and the number behind the last token it is to have room for."""
+Places = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Where pages `first`, `first + 1`, ... of one kind of one history's tokens are; held as long as it is."""
+    """Where pages `first`, `first + 1`, ... of one kind of one history's tokens are."""
 
     first: int
-    places: NDArray[np.int64]
+    places: Places
+
+    def since(self, token: int) -> "Run":
+        """Return the run without pages that lie before a token's."""
+        gone = max(0, token // PAGE_ROWS - self.first)
+        return Run(self.first + gone, self.places[gone:])
+
+
+NO_PAGES = Run(0, np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens had..total-1 of one kind that a run is to have room for, behind those it has."""
+
+    run: Run
+    had: int
+    total: int
 
     @property
-    def stop(self) -> int:
-        """The number behind that of the last page."""
-        return self.first + len(self.places)
-
-    def rows(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return where tokens start..stop-1 are, counted in rows of the pool."""
-        token = np.arange(start, stop)
-        return self.places[token // PAGE_ROWS - self.first] * PAGE_ROWS + token % PAGE_ROWS
-
-
-class Dealer:
-    """Deals out numbered places to runs and takes back those that no run holds. Its user holds a lock."""
-
-    def __init__(self, count: int) -> None:
-        self._free = list(range(count - 1, -1, -1))
-        self._runs = np.zeros(count, np.int32)
-        self._given_back: deque[NDArray[np.int64]] = deque()
-
-    @property
-    def num_free(self) -> int:
-        """Places that could be taken."""
-        while self._given_back:
-            places = self._given_back.popleft()
-            self._runs[places] -= 1
-            self._free.extend(places[self._runs[places] == 0].tolist())
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """Return so many places; `num_free` has told that there are."""
-        return [self._free.pop() for _ in range(count)]
-
-    def run(self, first: int, places: NDArray[np.int64]) -> Run:
-        """Return a run of places, some of which other runs may hold, too."""
-        self._runs[places] += 1
-        run = Run(first, places)
-        # Called wherever Python collects the run, so it takes no lock.
-        weakref.finalize(run, self._given_back.append, places).atexit = False
-        return run
+    def most_new(self) -> int:
+        """The most pages they take."""
+        return 0 if self.total == self.had else (self.total - 1) // PAGE_ROWS + 1 - self.had // PAGE_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +71,8 @@ class PagedMemory:
     pool: "PagePool"
     events: Run
     summaries: Run
-    input: Run
-    """One place: of the last event's input to the last block; none before any event."""
+    input_place: int
+    """Of the last event's input to the last block; unused before any event."""
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
@@ -101,9 +82,8 @@ class PagedMemory:
     @property
     def last_input(self) -> Tensor:
         """[E]; zeros before any event."""
-        if not self.num_events:
-            return self.pool.inputs.new_zeros(self.pool.inputs.shape[1])
-        return self.pool.last_inputs([self])[0]
+        row = self.pool.inputs[self.input_place]
+        return row.clone() if self.num_events else torch.zeros_like(row)
 
     @property
     def nbytes(self) -> int:
@@ -111,17 +91,17 @@ class PagedMemory:
         return (len(self.events.places) + len(self.summaries.places)) * self.pool.page_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Growth:
-    """How a memory's pages are extended for new events.
+    """Room for some users' new events and summaries. Pages that no memory keeps are held as long as this is.
 
-    events, summaries: all that the new tokens may see, and they themselves.
-    memory: what is held afterwards.
+    events, summaries: each user's run of all that its new tokens may see, they themselves among them.
+    memories: what is held afterwards.
     """
 
-    events: Run
-    summaries: Run
-    memory: PagedMemory
+    events: list[Run]
+    summaries: list[Run]
+    memories: list[PagedMemory]
 
 
 class PagePool:
@@ -133,7 +113,7 @@ class PagePool:
     def __init__(
         self, config: ModelConfig, num_bytes: int, dtype: torch.dtype, input_dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Take the device's memory, and hand it out.
+        """Take the device's memory.
 
         Args:
             num_bytes: of keys and values.
@@ -157,7 +137,7 @@ class PagePool:
             torch.zeros(len(config.layer_kinds), count, *shape, dtype=dtype, device=device) for _ in range(2)
         )
         self.inputs = torch.zeros(count, config.dim, dtype=input_dtype, device=device)
-        self._pages, self._slots = Dealer(count), Dealer(count)
+        self._pages, self._inputs = _Dealer(count), _Dealer(count)
         self._filled = np.zeros(count, np.int64)
         self._lock = threading.Lock()
 
@@ -170,8 +150,7 @@ class PagePool:
     @cached_property
     def empty(self) -> PagedMemory:
         """The memory of a user without events."""
-        nothing = Run(0, np.zeros(0, np.int64))
-        return PagedMemory(0, self, nothing, nothing, nothing)
+        return PagedMemory(0, self, NO_PAGES, NO_PAGES, 0)
 
     def hold(self, memory: UserMemory) -> PagedMemory:
         """Return a memory in pages; another one's rows are copied in.
@@ -185,12 +164,10 @@ class PagePool:
         total = memory.num_events
         if not total:
             return self.empty
-        event_start, slot_start = self._starts(total)
-        span = (self.empty.events, event_start, total), (self.empty.summaries, slot_start, self._num_slots(total))
-        held = self._deal([span], [total])[0].memory
-        (_, *events), (_, *slots) = span
-        event_rows = torch.from_numpy(held.events.rows(*events)).to(self.key.device)
-        slot_rows = torch.from_numpy(held.summaries.rows(*slots)).to(self.key.device)
+        (event_start, slot_start), num_slots = self._starts(total), self._num_slots(total)
+        growth = self._deal([Span(NO_PAGES, event_start, total)], [Span(NO_PAGES, slot_start, num_slots)], [total])
+        event_rows = torch.from_numpy(rows_of(growth.events, [event_start], [total])).to(self.key.device)
+        slot_rows = torch.from_numpy(rows_of(growth.summaries, [slot_start], [num_slots])).to(self.key.device)
         for depth, layer in enumerate(memory.layers):
             if (layer.events.num_rows, layer.summaries.num_rows) != (len(event_rows), len(slot_rows)):
                 raise StateError(
@@ -199,22 +176,21 @@ class PagePool:
                 )
             self.write(depth, event_rows, layer.events.whole())
             self.write(depth, slot_rows, layer.summaries.whole())
-        self.put_last_inputs([held], memory.last_input[None])
-        return held
+        self.put_last_inputs(growth.memories, memory.last_input[None])
+        return growth.memories[0]
 
-    def grow(self, memories: Sequence[PagedMemory], totals: Sequence[int]) -> list[Growth]:
+    def grow(self, memories: Sequence[PagedMemory], totals: Sequence[int]) -> Growth:
         """Return room for each user's events up to `totals`, more than there were, and the summaries they close.
 
         Raises:
             PoolFullError: there is not enough; nothing has changed then.
         """
+        had, slots = [memory.num_events for memory in memories], self._num_slots
         return self._deal(
+            [Span(memory.events, *span) for memory, *span in zip(memories, had, totals, strict=True)],
             [
-                (
-                    (memory.events, memory.num_events, total),
-                    (memory.summaries, self._num_slots(memory.num_events), self._num_slots(total)),
-                )
-                for memory, total in zip(memories, totals, strict=True)
+                Span(memory.summaries, slots(before), slots(after))
+                for memory, before, after in zip(memories, had, totals)
             ],
             totals,
         )
@@ -230,21 +206,24 @@ class PagePool:
 
     def last_inputs(self, memories: Sequence[PagedMemory]) -> Tensor:
         """Return the last block's input of each one's last event, [U, E]; each has events."""
-        places = np.concatenate([memory.input.places for memory in memories])
-        return self.inputs[torch.from_numpy(places).to(self.inputs.device)]
+        return self.inputs[torch.tensor([memory.input_place for memory in memories], device=self.inputs.device)]
 
     def put_last_inputs(self, memories: Sequence[PagedMemory], inputs: Tensor) -> None:
         """Keep the last block's input of each one's last event, [U, E], in a place that nobody reads yet."""
-        places = np.concatenate([memory.input.places for memory in memories])
-        self.inputs.index_copy_(0, torch.from_numpy(places).to(inputs.device), inputs.to(self.inputs.dtype))
+        places = torch.tensor([memory.input_place for memory in memories], device=self.inputs.device)
+        self.inputs.index_copy_(0, places, inputs.to(self.inputs.dtype))
 
     def layers(self, memory: PagedMemory) -> tuple[LayerState, ...]:
         """Return a memory's rows, copied out; segments of summaries as `SharedRows` cuts them."""
         total = memory.num_events
         event_start, slot_start = self._starts(total)
-        device = self.key.device
-        events = torch.from_numpy(memory.events.rows(event_start, total)).to(device)
-        slots = torch.from_numpy(memory.summaries.rows(slot_start, self._num_slots(total))).to(device)
+        events, slots = (
+            torch.from_numpy(rows_of([run], [start], [stop])).to(self.key.device)
+            for run, start, stop in (
+                (memory.events, event_start, total),
+                (memory.summaries, slot_start, self._num_slots(total)),
+            )
+        )
 
         def rows(depth: int, where: Tensor) -> Tensor:
             return torch.stack([pool[depth].flatten(0, 1)[where] for pool in (self.key, self.value)], dim=1)
@@ -263,29 +242,37 @@ class PagePool:
     def _num_slots(self, num_events: int) -> int:
         return num_summaries(self.config) * (num_events // self.config.chunk_size)
 
-    def _deal(self, spans: Sequence[tuple[Span, Span]], totals: Sequence[int]) -> list[Growth]:
-        """Return room for each user's spans of events and summaries, of histories that are `totals` long then."""
-        needed = sum(_most_new(had, total) for both in spans for _, had, total in both)
+    def _deal(self, events: Sequence[Span], summaries: Sequence[Span], totals: Sequence[int]) -> Growth:
+        """Return room for each user's spans; histories are `totals` long then."""
+        needed = sum(span.most_new for span in (*events, *summaries))
         copies: list[tuple[int, int]] = []
         with self._lock:
             free = self._pages.num_free
-            if needed > free or len(spans) > self._slots.num_free:
+            if needed > free or len(totals) > self._inputs.num_free:
                 raise PoolFullError(
-                    f"pages: expected {needed} free pages for {len(spans)} users' events, got {free} of "
+                    f"pages: expected {needed} free pages for {len(totals)} users' events, got {free} of "
                     f"{self.key.shape[1]}. Hold fewer states, or give the pool more bytes."
                 )
-            grown = [
-                self._growth(total, self._extended(*events, copies), self._extended(*slots, copies))
-                for (events, slots), total in zip(spans, totals)
-            ]
+            event_runs = [self._extended(span, copies) for span in events]
+            slot_runs = [self._extended(span, copies) for span in summaries]
+            memories: list[PagedMemory] = []
+            for total, run, slots, place in zip(totals, event_runs, slot_runs, self._inputs.take(len(totals))):
+                event_start, slot_start = self._starts(total)
+                memory = PagedMemory(total, self, run.since(event_start), slots.since(slot_start), place)
+                self._pages.hold(memory, np.concatenate((memory.events.places, memory.summaries.places)))
+                self._inputs.hold(memory, np.array([place]))
+                memories.append(memory)
+            growth = Growth(event_runs, slot_runs, memories)
+            self._pages.hold(growth, np.concatenate([run.places for run in (*event_runs, *slot_runs)]))
             if copies:
                 old, new = torch.tensor(copies, device=self.key.device).T
                 for pool in (self.key, self.value):
                     pool.index_copy_(1, new, pool.index_select(1, old))
-        return grown
+        return growth
 
-    def _extended(self, run: Run, had: int, total: int, copies: list[tuple[int, int]]) -> Run:
-        """Return a run with room for tokens had..total-1 behind those it has, and note which pages are to be copied."""
+    def _extended(self, span: Span, copies: list[tuple[int, int]]) -> Run:
+        """Return a span's run with room for it, and note which pages are to be copied."""
+        run, had, total = span.run, span.had, span.total
         if total == had:
             return run
         first = run.first if len(run.places) else had // PAGE_ROWS
@@ -298,17 +285,55 @@ class PagePool:
         found = np.array(places, np.int64)
         self._filled[found[max(0, had // PAGE_ROWS - first) :]] = PAGE_ROWS
         self._filled[found[-1]] = (total - 1) % PAGE_ROWS + 1
-        return self._pages.run(first, found)
-
-    def _growth(self, total: int, events: Run, slots: Run) -> Growth:
-        kept_events, kept_slots = (
-            self._pages.run(max(run.first, start // PAGE_ROWS), run.places[max(0, start // PAGE_ROWS - run.first) :])
-            for run, start in zip((events, slots), self._starts(total))
-        )
-        slot = self._slots.run(0, np.array(self._slots.take(1), np.int64))
-        return Growth(events, slots, PagedMemory(total, self, kept_events, kept_slots, slot))
+        return Run(first, found)
 
 
-def _most_new(had: int, total: int) -> int:
-    """Return the most pages that tokens had..total-1 take."""
-    return 0 if total == had else (total - 1) // PAGE_ROWS + 1 - had // PAGE_ROWS
+class _Dealer:
+    """Deals out numbered places and takes back those that nothing holds. Its user holds a lock."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count - 1, -1, -1))
+        self._holders = np.zeros(count, np.int32)
+        self._given_back: deque[Places] = deque()
+
+    @property
+    def num_free(self) -> int:
+        """Places that could be taken."""
+        back = [self._given_back.popleft() for _ in range(len(self._given_back))]
+        if back:
+            places = np.concatenate(back)
+            np.subtract.at(self._holders, places, 1)
+            self._free.extend(np.unique(places[self._holders[places] == 0]).tolist())
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Return so many places; `num_free` has told that there are."""
+        return [self._free.pop() for _ in range(count)]
+
+    def hold(self, holder: object, places: Places) -> None:
+        """Keep places, which others may hold too, until `holder` is gone."""
+        np.add.at(self._holders, places, 1)
+        # Called wherever Python collects the holder, so it takes no lock.
+        weakref.finalize(holder, self._given_back.append, places).atexit = False
+
+
+def rows_of(runs: Sequence[Run], starts: Sequence[int], stops: Sequence[int]) -> NDArray[np.int64]:
+    """Return where each run's tokens start..stop-1 are, in rows of the pool, run by run."""
+    first, begin = np.array([[run.first for run in runs], starts])
+    count = np.array(stops) - begin
+    held = np.cumsum([0, *(len(run.places) for run in runs)])[:-1]
+    whose = np.arange(len(runs)).repeat(count)
+    token = np.arange(count.sum()) - (np.cumsum(count) - count)[whose] + begin[whose]
+    page = np.concatenate([run.places for run in runs])[token // PAGE_ROWS - first[whose] + held[whose]]
+    return page * PAGE_ROWS + token % PAGE_ROWS
+
+
+def table_of(runs: Sequence[Run]) -> NDArray[np.int32]:
+    """Return int32 [U, ring]: where page number n of each user is, at n % ring."""
+    count = np.array([len(run.places) for run in runs])
+    ring = int(count.max()) + 1  # a cache wants a page more than it may need
+    whose = np.arange(len(runs)).repeat(count)
+    number = np.arange(count.sum()) - (np.cumsum(count) - count)[whose] + np.array([run.first for run in runs])[whose]
+    table = np.zeros((len(runs), ring), np.int32)
+    table[whose, number % ring] = np.concatenate([run.places for run in runs])
+    return table

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from ksa_serving.state_bytes import StateBytes, num_summary_rows
 from recsys_ksa.errors import DataError, OutOfOrderError, PoolFullError, StateError
 from recsys_ksa.events import Event, roll_history
 from recsys_ksa.features.sessions import NO_PLACE
-from recsys_ksa.model.append import Arrivals, append_events, replay, replay_start
+from recsys_ksa.model.append import append_events, replay, replay_start
 from recsys_ksa.model.fingerprint import appended_hash
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import LayerState, Memory, SharedRows, UserMemory, UserState, first_visible_chunk
@@ -65,24 +66,23 @@ class LibraryModel:
 
     def append_batch(self, states: Sequence[UserState], events: Sequence[Sequence[StoredEvent]]) -> list[UserState]:
         """Return each state with its events, in order and all after it, appended in one pass."""
-        read = [
-            self._arrivals(given, state.last_timestamp, state.session_place) for state, given in zip(states, events)
-        ]
-        parts = [part for part, _ in read]
-        kinds = [part.event_type for part in parts if part.event_type is not None]
-        arrivals = Arrivals(
-            [len(given) for given in events],
-            torch.cat([part.item_index for part in parts]),
-            torch.cat(kinds) if kinds else None,
-            torch.cat([part.gap_bucket for part in parts]),
-            {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
+        counts = [len(given) for given in events]
+        items, times = self._rows(flat := [event for given in events for event in given])
+        arrivals, places = self.recommender.arrivals(
+            flat,
+            items,
+            times,
+            counts,
+            [state.last_timestamp for state in states],
+            [state.session_place for state in states],
         )
         network, impl, pool = self.recommender.network, self.recommender.attention_impl, self.recommender.pool
         with _full_pool_refused():
             memories = append_events(network, [state.memory for state in states], arrivals, impl, pool)
+        spans = [slice(*span) for span in pairwise(accumulate(counts, initial=0))]
         return [
-            self._after(state, memory, given, place)
-            for state, memory, given, (_, place) in zip(states, memories, events, read)
+            self._after(state, memory, given, items[span], times[span], place)
+            for state, memory, given, span, place in zip(states, memories, events, spans, places.tolist())
         ]
 
     def replay_start(self, num_events: int) -> int:
@@ -102,7 +102,8 @@ class LibraryModel:
         assert first <= max(0, start - 1)
         before = None if start == 0 else events[start - 1 - first].timestamp
         given = events[start - first :]
-        arrivals, session_place = self._arrivals(given, before, self._session_place(events[: start - first]))
+        place = self._session_place(events[: start - first])
+        arrivals, places = self.recommender.arrivals(given, *self._rows(given), [len(given)], [before], [place])
         stored = Memory(num_events, tuple(self._cut(layer, num_events) for layer in state.memory.layers), _no_input)
         network, impl, pool = self.recommender.network, self.recommender.attention_impl, self.recommender.pool
         memory: UserMemory = replay(network, stored, arrivals, impl)
@@ -118,7 +119,7 @@ class LibraryModel:
                 mark.history_hash, [self._hashed(event) for event in events[mark.num_events - first :]]
             ),
             fingerprint=self.recommender.fingerprint,
-            session_place=session_place,
+            session_place=int(places[0]),
         )
 
     def with_own_items(self, state: UserState, before: UserState | None, added: Sequence[StoredEvent]) -> UserState:
@@ -229,8 +230,15 @@ class LibraryModel:
             return ""
         return appended_hash(self.recommender.network, self._num_base_items, num_items)
 
-    def _after(self, state: UserState, memory: UserMemory, events: Sequence[StoredEvent], place: int) -> UserState:
-        items, times = self._rows(events)
+    def _after(
+        self,
+        state: UserState,
+        memory: UserMemory,
+        events: Sequence[StoredEvent],
+        items: NDArray[np.int64],
+        times: NDArray[np.int64],
+        place: int,
+    ) -> UserState:
         last_key = self._key(events[-1], memory.num_events - 1)
         if state.last_key is not None and self._key(events[0], state.num_events) < state.last_key:
             raise OutOfOrderError("append: expected events after the state's last, got an earlier one.")
@@ -261,16 +269,13 @@ class LibraryModel:
     def _rows(self, events: Sequence[StoredEvent]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return self.recommender.rows(events)
 
-    def _arrivals(self, events: Sequence[StoredEvent], before: int | None, session_place: int) -> tuple[Arrivals, int]:
-        """Return events as the network reads them, and the place in its session after them."""
-        return self.recommender.arrivals(events, *self._rows(events), before, session_place)
-
     def _session_place(self, events: Sequence[StoredEvent]) -> int:
         """Return the place of the last of these events, which reach back far enough or to the history's start."""
         if not events:
             return NO_PLACE
         times = np.array([event.timestamp for event in events], dtype=np.int64)
-        return self.recommender.event_features.arrivals(times, None, None, NO_PLACE)[1]
+        offsets = np.array([0, len(times)])
+        return int(self.recommender.event_features.arrivals(times, None, offsets, [None], [NO_PLACE])[1][0])
 
     def _cut(self, layer: LayerState, num_events: int) -> LayerState:
         if layer.kind == "full":

@@ -55,7 +55,7 @@ def as_stored(worth: list[float | None]) -> np.ndarray:
 
 def test_a_value_lies_on_the_same_side_of_an_edge_online_as_in_the_data_set() -> None:
     features = EventFeatures(value_edges=(0.7,))  # as float32 it is less
-    columns, _ = features.arrivals(np.array([5]), [0.7], None, NO_PLACE)
+    columns, _ = features.arrivals(np.array([5]), [0.7], np.array([0, 1]), [None], [NO_PLACE])
     batch, _ = features.columns(np.array([5]), as_stored([0.7]), np.array([0, 1]), np.zeros(1, int), np.zeros(1, int))
     assert columns["value"].tolist() == batch["value"].tolist() == [1]
 
@@ -74,7 +74,8 @@ def test_online_tokens_equal_batch_tokens(events: list[tuple[int, float | None]]
     at, last, place = 0, None, NO_PLACE
     while at < len(times):
         step = data.draw(st.integers(1, 20))
-        columns, place = ALL.arrivals(times[at : at + step], worth[at : at + step], last, place)
+        part = times[at : at + step], worth[at : at + step], np.array([0, len(times[at : at + step])])
+        columns, (place,) = ALL.arrivals(*part, [last], [place])
         for name, column in columns.items():
             online[name] += column.tolist()
         at += step
@@ -152,7 +153,8 @@ def test_the_epoch_was_a_thursday_at_midnight() -> None:
 def test_without_features_there_is_nothing_to_compute() -> None:
     off = EventFeatures.of(ModelConfig())
     assert (off.num_rows, off.events_before) == ({}, 0)
-    assert off.arrivals(np.array([5]), None, None, NO_PLACE) == ({}, NO_PLACE)
+    columns, places = off.arrivals(np.array([5]), None, np.array([0, 1]), [None], [NO_PLACE])
+    assert (columns, places.tolist()) == ({}, [NO_PLACE])
 
 
 @pytest.mark.parametrize(

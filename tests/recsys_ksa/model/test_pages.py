@@ -76,7 +76,7 @@ def test_what_is_held_is_what_was_given(config: ModelConfig, length: int, seed: 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_pages_on_a_gpu_equal_tensors(dtype: torch.dtype, bound: float, seed: int, rng: np.random.Generator) -> None:
-    """The kernel on pages against the blocked reference on tensors, for users of 1 to 3,000 events, twice appended to."""
+    """The kernel on pages against PyTorch on tensors, for users of 1 to 3,000 events, twice appended to."""
     config = ModelConfig(dim=64, num_heads=2, num_kv_heads=2, head_dim=32, feed_forward_dim=128, chunk_size=8,
                          window_chunks=4, layers=("summary",) * 3, dropout=0.0)  # fmt: skip
     network = build(config, seed % 2**31).float().cuda()
@@ -86,8 +86,8 @@ def test_pages_on_a_gpu_equal_tensors(dtype: torch.dtype, bound: float, seed: in
 
     def arrivals(counts: list[int]) -> Arrivals:
         part = arrive(*[draw_history(rng, count) for count in counts])
-        columns = (part.item_index, part.event_type, part.gap_bucket)
-        return Arrivals(part.counts, *(None if column is None else column.cuda() for column in columns))
+        assert part.event_type is not None
+        return Arrivals(part.counts, part.item_index.cuda(), part.event_type.cuda(), part.gap_bucket.cuda())
 
     plain = append_events(network, [empty_memory(network)] * len(lengths), arrivals(lengths), "torch")
     paged: list[UserMemory] = [pool.hold(memory) for memory in plain]
