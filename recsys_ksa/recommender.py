@@ -38,6 +38,8 @@ from recsys_ksa.schema import UNKNOWN_ITEM
 log = logging.getLogger(__name__)
 
 Answer = list[tuple[str, float]]
+ROWS_ON_DEVICE = 1 << 20
+"""Own items of all users scored at once on an accelerator."""
 
 
 class Recommender:
@@ -70,6 +72,8 @@ class Recommender:
         named = enumerate(run.items.item_id)
         self._blanked = np.array([row for row, name in named if row != UNKNOWN_ITEM and name is None], dtype=np.int64)
         """Items whose id `ksa forget` has blanked: they are never answered."""
+        self.unnamed = np.append(self._blanked, UNKNOWN_ITEM)
+        """Rows that are never answered: the blanked items' and the unknown item's."""
         self.popularity = popularity
         """What items gain by their popularity as of a fixed time; None for a run without a popularity bias."""
 
@@ -331,6 +335,44 @@ class Recommender:
         if self._item_bias is not None:  # the own-item bias takes its place
             scores = scores - self._item_bias[seen.item_index]
         return scores + self._own_bias(seen, now).astype(np.float32)
+
+    def owned_scores(
+        self, states: Sequence[UserState], vectors: Tensor, request_times: Sequence[int | None], item_vectors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the scores of users' own items where `item_vectors` are: user, item index and score of each pair, [n].
+
+        Args:
+            vectors: user vectors, [U, E (+ 1)].
+            item_vectors: `item_vectors` on a device, float32 [I, E (+ 1)].
+        """
+        device = item_vectors.device
+        seen = [state.seen for state in states]
+        users = torch.arange(len(seen), device=device).repeat_interleave(
+            torch.tensor([len(own) for own in seen], device=device)
+        )
+        columns = ([getattr(own, name) for own in seen] for name in ("item_index", "count", "first", "last"))
+        items, count, first, last = (torch.from_numpy(np.concatenate(column)).to(device) for column in columns)
+        items = items.long()
+        scores = torch.cat(
+            [
+                torch.linalg.vecdot(item_vectors[some], vectors[whose])
+                for some, whose in zip(items.split(ROWS_ON_DEVICE), users.split(ROWS_ON_DEVICE))
+            ]
+        )
+        if self.network.own_items is None:
+            return users, items, scores
+        if self._item_bias is not None:  # the own-item bias takes its place
+            scores = scores - torch.from_numpy(self._item_bias).to(device)[items]
+        latest = [state.last_timestamp or 0 for state in states]
+        now = torch.tensor([max(a, b or 0) for a, b in zip(latest, request_times)], device=device)
+        with torch.inference_mode():
+            bias = torch.cat(
+                [
+                    self.network.own_items(*each)
+                    for each in zip(*(column.split(ROWS_ON_DEVICE) for column in (count, first, last, now[users])))
+                ]
+            )
+        return users, items, scores + bias.to(scores.dtype)
 
     def rows(self, events: Sequence[EventLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each event's item row and time, int64 [n] each; an id the run does not know is the unknown item."""

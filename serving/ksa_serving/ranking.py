@@ -12,15 +12,20 @@ from recsys_ksa.retrieval.index import Found, TorchIndex
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 SEARCHED_AT_ONCE = 16
-"""Users whose scores of all items are in memory at once, on a CPU; an accelerator takes a whole batch."""
+"""Users whose scores of all items are in memory at once, on a CPU."""
+SCORED_AT_ONCE = 1 << 28
+"""Scores in memory at once on an accelerator, and numbers of own items' vectors."""
 
 
 def rank_items(recommender: Recommender, questions: Sequence[Question]) -> list[Scored]:
     """Return the answers to questions; equals asking one by one."""
     told = [(asked.state, asked.request_time, asked.user) for asked in questions]
     vectors = recommender.user_vectors(*zip(*told))
+    index = recommender.index
+    if isinstance(index, TorchIndex) and index.vectors.device.type != "cpu":
+        return rank_on_device(recommender, questions, vectors)
     found = _search(recommender, questions, vectors)
-    vectors = vectors.to("cpu", torch.float32)  # once for all: from an accelerator each copy waits for it
+    vectors = vectors.to("cpu", torch.float32)
     return [_ranked(recommender, asked, vector, rows) for asked, vector, rows in zip(questions, vectors, found)]
 
 
@@ -29,23 +34,60 @@ def _search(recommender: Recommender, questions: Sequence[Question], vectors: Te
     index = recommender.index
     if not isinstance(index, TorchIndex) or len(questions) == 1:
         return [None] * len(questions)
-    at_once = SEARCHED_AT_ONCE if index.vectors.device.type == "cpu" else len(questions)
     found: list[Found | None] = []
-    for start in range(0, len(questions), at_once):
-        part = questions[start : start + at_once]
-        scores_UI = vectors[start : start + at_once].to(index.vectors) @ index.vectors.T
+    for start in range(0, len(questions), SEARCHED_AT_ONCE):
+        part = questions[start : start + SEARCHED_AT_ONCE]
+        scores_UI = vectors[start : start + SEARCHED_AT_ONCE].to(index.vectors) @ index.vectors.T
         scores_UI[:, UNKNOWN_ITEM] = -torch.inf
         owned = [asked.state.seen.item_index for asked in part]
         users = np.repeat(np.arange(len(part)), [len(items) for items in owned])
         items = np.concatenate(owned).astype(np.int64)
-        scores_UI[
-            torch.from_numpy(users).to(scores_UI.device), torch.from_numpy(items).to(scores_UI.device)
-        ] = -torch.inf
+        scores_UI[torch.from_numpy(users), torch.from_numpy(items)] = -torch.inf
         best = scores_UI.topk(min(max(map(_depth, part)), scores_UI.shape[1]))
         for asked, rows, values in zip(part, best.indices.cpu().numpy(), best.values.cpu().numpy()):
             depth = min(_depth(asked), int(np.isfinite(values).sum()))
             found.append((rows[:depth], values[:depth]))
     return found
+
+
+def rank_on_device(recommender: Recommender, questions: Sequence[Question], vectors: Tensor) -> list[Scored]:
+    """Return what `rank_items` does, all items' scores and the own items' computed where the index's matrix is.
+
+    Args:
+        vectors: user vectors, [U, E (+ 1)].
+    """
+    index = recommender.index
+    assert isinstance(index, TorchIndex)
+    at_once = max(1, SCORED_AT_ONCE // len(index.vectors))
+    found: list[Scored] = []
+    for start in range(0, len(questions), at_once):
+        part, own_vectors = questions[start : start + at_once], vectors[start : start + at_once].to(index.vectors)
+        scores_UI = own_vectors @ index.vectors.T
+        users, items, scores = recommender.owned_scores(
+            [asked.state for asked in part], own_vectors, [asked.request_time for asked in part], index.vectors
+        )
+        only, hidden = (
+            torch.tensor(flags, device=scores_UI.device)
+            for flags in zip(*((asked.only_seen, _leaves_out(recommender, asked)) for asked in part))
+        )
+        scores_UI[only] = -torch.inf
+        scores_UI[users, items] = torch.where(hidden[users], -torch.inf, scores)
+        scores_UI[:, torch.from_numpy(recommender.unnamed).to(scores_UI.device)] = -torch.inf
+        best = scores_UI.topk(min(max(map(_depth, part)), scores_UI.shape[1]))
+        for asked, rows, values in zip(part, best.indices.cpu().numpy(), best.values.cpu().numpy()):
+            if asked.allow is not None:
+                found.append(_among(recommender, asked, asked.allow))
+                continue
+            order = np.lexsort((rows, -values))[: int(np.isfinite(values).sum())]
+            named = [(str(recommender.run.items.item_id[rows[at]]), float(values[at])) for at in order]
+            found.append([pair for pair in named if pair[0] not in asked.deny][: asked.k])
+    return found
+
+
+def _leaves_out(recommender: Recommender, asked: Question) -> bool:
+    """Return whether an answer has none of the user's own items."""
+    default = recommender.run.info.exclude_seen and not asked.only_seen
+    return default if asked.exclude_seen is None else asked.exclude_seen
 
 
 def _ranked(recommender: Recommender, asked: Question, vector: Tensor, found: Found | None) -> Scored:
@@ -61,9 +103,7 @@ def _among(recommender: Recommender, asked: Question, allow: frozenset[str]) -> 
     """Score the allowed items directly; the filters hold as in a search."""
     index_of = recommender.run.items.index_of
     owned = set(asked.state.seen.item_index.tolist())
-    exclude = asked.exclude_seen
-    if exclude is None:
-        exclude = recommender.run.info.exclude_seen and not asked.only_seen
+    exclude = _leaves_out(recommender, asked)
     allowed = [item for item in allow - asked.deny if item in index_of]
     if exclude:
         allowed = [item for item in allowed if index_of[item] not in owned]

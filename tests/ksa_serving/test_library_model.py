@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from ksa_serving import ranking
 from ksa_serving.events import StoredEvent
 from ksa_serving.library_model import LibraryModel, first_rows
 from ksa_serving.models import START, Mark, Question, StateParts
+from recsys_ksa import recommender as recommender_module
 from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import StateError
 from recsys_ksa.model.network import Network
@@ -195,6 +197,39 @@ def test_scores_are_those_of_the_answers(run: Any, rng: np.random.Generator):
     scores = model.score(state, [*(item for item, _ in answer), "no such item"], T0 + 10**6)
     np.testing.assert_allclose(scores[:-1], [score for _, score in answer], rtol=1e-6)  # type: ignore[arg-type]
     assert scores[-1] is None
+
+
+@pytest.mark.parametrize("own_item_bias", [True, False])
+def test_an_accelerator_s_answers_are_those_given_one_by_one(
+    run: Any, rng: np.random.Generator, own_item_bias: bool, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(run, int(rng.integers(2**31)), own_item_bias=own_item_bias, item_bias="learned")
+    recommender = model.recommender
+    torch.nn.init.normal_(recommender.network.item_bias)
+    if recommender.network.own_items is not None:
+        torch.nn.init.normal_(recommender.network.own_items.out.weight)
+    model = LibraryModel(Recommender(run, recommender.network, TorchIndex(recommender.network.item_vectors())))
+    states = [model.append(model.new_state(), make_history(rng, int(rng.integers(1, 90)))) for _ in range(6)]
+    states.append(model.new_state())
+    asked = [
+        Question(state, int(rng.integers(1, 9)), T0 + int(rng.integers(10**5)), **kind)
+        for state in states
+        for kind in (
+            {},
+            {"exclude_seen": False},
+            {"only_seen": True},
+            {"exclude_seen": True, "deny": frozenset({"i1", "i2"})},
+            {"allow": frozenset({"i3", "i4", "i5"})},
+        )
+    ]
+    told = [(each.state, each.request_time, each.user) for each in asked]
+    monkeypatch.setattr(recommender_module, "ROWS_ON_DEVICE", int(rng.integers(1, 200)))
+    monkeypatch.setattr(ranking, "SCORED_AT_ONCE", int(rng.integers(1, 2000)))
+    found = ranking.rank_on_device(model.recommender, asked, model.recommender.user_vectors(*zip(*told)))
+    for question, answer in zip(asked, found, strict=True):
+        (alone,) = model.recommend([question])
+        assert [item for item, _ in answer] == [item for item, _ in alone]
+        np.testing.assert_allclose([score for _, score in answer], [score for _, score in alone], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
