@@ -47,7 +47,7 @@ from ksa_serving.testing import ToyModel, toy_release
 from ksa_serving.tiered_store import TieredStateStore
 
 T = TypeVar("T")
-NUM_RUNS = int(os.environ.get("KSA_SIMULATIONS", "60"))
+NUM_RUNS = int(os.environ.get("KSA_SIMULATIONS", "40"))
 """10^4 with `make nightly FULL=1`."""
 NOW = 1_700_000_000
 USERS = [f"u{number}" for number in range(4)]
@@ -531,7 +531,7 @@ def test_whatever_happens_the_service_knows_what_it_acknowledged(
         print(f"KSA_TEST_SEED={number} KSA_SIMULATIONS=1")  # the last one shown is the one that failed
         met += simulate(number, tmp_path / str(number)).met
     print(dict(met))
-    if NUM_RUNS >= 50:
+    if NUM_RUNS >= 40:
         assert {"ends", "disk_fault", "disk_chance", "cold_store", "release", "move"} <= met.keys()
         assert {"host", "store", "rebuilt", "ConnectionError", "EventLogError", "NotOwnerError"} <= met.keys()
 
