@@ -337,22 +337,23 @@ class Recommender:
         return scores + self._own_bias(seen, now).astype(np.float32)
 
     def owned_scores(
-        self, states: Sequence[UserState], vectors: Tensor, request_times: Sequence[int | None], item_vectors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scores of users' own items where `item_vectors` are: user, item index and score of each pair, [n].
+        self,
+        states: Sequence[UserState],
+        users: Tensor,
+        items: Tensor,
+        vectors: Tensor,
+        request_times: Sequence[int | None],
+        item_vectors: Tensor,
+    ) -> Tensor:
+        """Return the score of each pair of `owned_items`, float32 [n], where `item_vectors` are.
 
         Args:
-            vectors: user vectors, [U, E (+ 1)].
-            item_vectors: `item_vectors` on a device, float32 [I, E (+ 1)].
+            states, request_times: of the users.
+            users, items: the pairs.
+            vectors: user vectors, float32 [U, E (+ 1)].
+            item_vectors: `item_vectors` on the device, float32 [I, E (+ 1)].
         """
         device = item_vectors.device
-        seen = [state.seen for state in states]
-        users = torch.arange(len(seen), device=device).repeat_interleave(
-            torch.tensor([len(own) for own in seen], device=device)
-        )
-        columns = ([getattr(own, name) for own in seen] for name in ("item_index", "count", "first", "last"))
-        items, count, first, last = (torch.from_numpy(np.concatenate(column)).to(device) for column in columns)
-        items = items.long()
         scores = torch.cat(
             [
                 torch.linalg.vecdot(item_vectors[some], vectors[whose])
@@ -360,9 +361,11 @@ class Recommender:
             ]
         )
         if self.network.own_items is None:
-            return users, items, scores
+            return scores
         if self._item_bias is not None:  # the own-item bias takes its place
             scores = scores - torch.from_numpy(self._item_bias).to(device)[items]
+        columns = ([getattr(state.seen, name) for state in states] for name in ("count", "first", "last"))
+        count, first, last = (torch.from_numpy(np.concatenate(column)).to(device) for column in columns)
         latest = [state.last_timestamp or 0 for state in states]
         now = torch.tensor([max(a, b or 0) for a, b in zip(latest, request_times)], device=device)
         with torch.inference_mode():
@@ -372,7 +375,7 @@ class Recommender:
                     for each in zip(*(column.split(ROWS_ON_DEVICE) for column in (count, first, last, now[users])))
                 ]
             )
-        return users, items, scores + bias.to(scores.dtype)
+        return scores + bias.to(scores.dtype)
 
     def rows(self, events: Sequence[EventLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each event's item row and time, int64 [n] each; an id the run does not know is the unknown item."""
@@ -426,3 +429,10 @@ class Recommender:
                 f"state: expected one of this network ({self.fingerprint[:12]}), got {state.fingerprint[:12]}. "
                 "Rebuild it from the user's events."
             )
+
+
+def owned_items(states: Sequence[UserState], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return users' own items on a device as pairs: place in `states`, item index; int64 [n] each, user by user."""
+    counts = torch.tensor([len(state.seen) for state in states], device=device)
+    items = torch.from_numpy(np.concatenate([state.seen.item_index for state in states])).to(device)
+    return torch.arange(len(states), device=device).repeat_interleave(counts, output_size=len(items)), items.long()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ksa_serving.models import Question, Scored
-from recsys_ksa.recommender import Recommender
+from recsys_ksa.recommender import Recommender, owned_items
 from recsys_ksa.retrieval.index import Found, TorchIndex
 from recsys_ksa.schema import UNKNOWN_ITEM
 
@@ -63,15 +63,21 @@ def rank_on_device(recommender: Recommender, questions: Sequence[Question], vect
     for start in range(0, len(questions), at_once):
         part, own_vectors = questions[start : start + at_once], vectors[start : start + at_once].to(index.vectors)
         scores_UI = own_vectors @ index.vectors.T
-        users, items, scores = recommender.owned_scores(
-            [asked.state for asked in part], own_vectors, [asked.request_time for asked in part], index.vectors
-        )
-        only, hidden = (
-            torch.tensor(flags, device=scores_UI.device)
-            for flags in zip(*((asked.only_seen, _leaves_out(recommender, asked)) for asked in part))
-        )
-        scores_UI[only] = -torch.inf
-        scores_UI[users, items] = torch.where(hidden[users], -torch.inf, scores)
+        scores_UI[torch.tensor([asked.only_seen for asked in part], device=scores_UI.device)] = -torch.inf
+        left_out = torch.tensor([_leaves_out(recommender, asked) for asked in part])
+        for hidden in (True, False):
+            chosen = (left_out == hidden).nonzero().flatten()
+            if not len(chosen):
+                continue
+            states = [part[user].state for user in chosen.tolist()]
+            chosen = chosen.to(scores_UI.device)
+            users, items = owned_items(states, scores_UI.device)
+            if hidden:
+                scores_UI[chosen[users], items] = -torch.inf
+            else:
+                at = [part[user].request_time for user in chosen.tolist()]
+                own = recommender.owned_scores(states, users, items, own_vectors[chosen], at, index.vectors)
+                scores_UI[chosen[users], items] = own
         scores_UI[:, torch.from_numpy(recommender.unnamed).to(scores_UI.device)] = -torch.inf
         best = scores_UI.topk(min(max(map(_depth, part)), scores_UI.shape[1]))
         for asked, rows, values in zip(part, best.indices.cpu().numpy(), best.values.cpu().numpy()):
