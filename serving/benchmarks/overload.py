@@ -1,8 +1,8 @@
 """A real service beyond what it can do: `python serving/benchmarks/overload.py`, service and client on the same cores.
 
-An open loop of questions, then of events one a call. Capacity is found first: the rate is doubled until hardly more a
-second are answered 200. Then .5 to 5 times as much is sent. Latencies are those of requests answered 200, from when they
-were due.
+An open loop of questions, then of events one a call. Capacity is found first: the rate is doubled until hardly more
+a second are answered 200. Then .5 to 5 times as much is sent. Latencies are those of requests answered 200, from when
+they were due.
 """
 
 import time
