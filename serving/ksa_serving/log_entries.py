@@ -45,11 +45,11 @@ class LogEntries:
     """The log's rows as its writer changes them. Every method is called inside a transaction, by one thread.
 
     There is no other writer, so what it knows of the last active users stays true, and after a transaction that failed
-    all is read anew (`reset`). What a transaction inserts is looked up together before (`look_up`), and written
-    together, with the users' heads, by `save`: Python's lock is given back at every statement, and beside busy threads
-    each waits to have it again.
+    all is read anew when it is next needed (`reset`: the disk may fail just now). What a transaction inserts is looked
+    up together before (`look_up`), and written together, with the users' heads, by `save`: Python's lock is given back
+    at every statement, and beside busy threads each waits to have it again.
 
-    ownership: whose users may be written; None: everyone's.
+    ownership: whose users may be written, as committed; None: everyone's.
 
     Args:
         late_horizon: an event before more than so many others is `late-far`; None: there is no such thing.
@@ -74,6 +74,7 @@ class LogEntries:
         self._is_known: dict[tuple[int, bytes], bool] = {}
         self._seq: int | None = None
         self.ownership = ownership_of(connection)
+        self._coming: Ownership | None = None
 
     def look_up(self, calls: Iterable[tuple[Owner, Sequence[NewEvent]]]) -> None:
         """Find out at once which of the events of several `insert` the log has already; of users it knows."""
@@ -103,12 +104,17 @@ class LogEntries:
         self._rows.clear()
         self._is_known.clear()
         self._seq = None
-        self.ownership = ownership_of(self._connection)
+        self._coming = None
+
+    def committed(self) -> None:
+        """Note that the transaction is on disk."""
+        if self._coming is not None:
+            self.ownership, self._coming = self._coming, None
 
     def own(self, ownership: Ownership) -> None:
         """Write only what `ownership` allows from here on."""
         keep_ownership(self._connection, ownership)
-        self.ownership = ownership
+        self._coming = ownership
 
     def keep_page(self, page: Page) -> None:
         """Keep users who come from another log."""
@@ -243,7 +249,7 @@ class LogEntries:
                 " tenant = excluded.tenant, user_id = excluded.user_id WHERE user_id IS NULL",
                 (key, owner.tenant, owner.user_id),
             )
-            if self.ownership is not None and self._connection.changes():  # new here, or here again
+            if (self._coming or self.ownership) is not None and self._connection.changes():  # new here, or here again
                 self._connection.execute(
                     "UPDATE users SET generation = max(generation, ?) WHERE owner_key = ?",
                     (generation_elsewhere(self._connection, owner), key),
@@ -256,8 +262,9 @@ class LogEntries:
 
     def _check_owned(self, owner: Owner) -> None:
         """Refuse a call that was let in before its user began to move."""
-        if self.ownership is not None:
-            self.ownership.check(owner.user_id, writing=True)
+        ownership = self._coming or self.ownership
+        if ownership is not None:
+            ownership.check(owner.user_id, writing=True)
 
     def _look_up(self, identities: Sequence[tuple[_User, bytes]]) -> None:
         """Find out which identities users' rows have."""

@@ -75,6 +75,8 @@ def check_sqlite_version(version: str | None = None) -> None:
 
 @contextlib.contextmanager
 def transaction(connection: apsw.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+    if connection.in_transaction:  # the last one failed, and could not be undone either
+        connection.execute("ROLLBACK")
     connection.execute(f"BEGIN {kind}")
     try:
         yield

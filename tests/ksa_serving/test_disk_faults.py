@@ -21,7 +21,7 @@ from faulty_disk import FAULTS, Disk, Fault, FaultyVfs, faulty_disks
 
 from ksa_serving.errors import EventLogError
 from ksa_serving.event_log import EventLog
-from ksa_serving.events import Owner
+from ksa_serving.events import NewEvent, Owner
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.service import Service
 from ksa_serving.testing import toy_release
@@ -150,6 +150,23 @@ def test_a_log_that_cannot_be_opened_for_reading_is_told_as_one_that_cannot_be_r
         log.head(Owner("ann"))
     disk.off = False
     assert log.head(Owner("ann")).num_events == 0
+    log.close()
+
+
+def test_the_writer_outlives_a_disk_that_fails_in_every_way(vfs: FaultyVfs, tmp_path: Path, seed: int):
+    disk = new_disk(vfs, tmp_path / "log", seed)
+    log = EventLog(disk.folder, "arrival")
+    log._connection.wal_autocheckpoint(2)
+    for number in range(5):
+        log.append(Owner("ann"), [NewEvent("milk", number)])
+        log._connection.pragma("shrink_memory")  # nothing is known without the disk
+        disk.off = True
+        futures = [log.submit(Owner(user), [NewEvent("bread", number)]) for user in ("bob", "eve")]
+        for future in futures:
+            with pytest.raises(EventLogError):
+                future.result(PATIENCE)
+        disk.off = False
+    assert log.submit(Owner("ann"), [NewEvent("milk", 9)]).result(PATIENCE).outcomes == ["accepted"]
     log.close()
 
 
