@@ -125,8 +125,10 @@ def prepare_state_dir(path: Path) -> Path:
     Raises:
         UsageError: it is a link, no directory, or someone else's.
     """
+    from ksa_serving.durable import make_folders
+
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(path)
         found = path.lstat()
     except OSError as error:
         raise UsageError(f"ksa serve: --state-dir {path}: expected a directory, got: {error.strerror}.") from error

@@ -19,6 +19,7 @@ from pathlib import Path
 import lmdb
 
 from ksa_serving.cold_store import BytesEngine, EngineError
+from ksa_serving.durable import sync
 
 KEY_BYTES = 24
 OWED = b"z"
@@ -172,13 +173,13 @@ class LmdbEngine(BytesEngine):
         try:
             new.unlink(missing_ok=True)
             self._env.copy(str(new), compact=True)
-            _sync(new)
+            sync(new)
             with self._idle:
                 self._idle.wait_for(lambda: not self._readers)
                 self._damaged = True  # until it is open again
                 self._env.close()
                 os.replace(new, self._path)
-                _sync(self._path.parent)
+                sync(self._path.parent)
                 self._lock_path.unlink(missing_ok=True)
                 self._open()
                 self._damaged = False
@@ -271,12 +272,3 @@ class LmdbEngine(BytesEngine):
         if number is not None:
             txn.delete(b"n" + number, db=self._written)
             txn.delete(b"r" + key, db=self._written)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
