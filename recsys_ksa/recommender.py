@@ -99,8 +99,9 @@ class Recommender:
             RunError: something is missing or damaged, or index and run disagree.
         """
         run = open_run(run_or_bundle)
-        weights = load_network(run, device)
-        vectors = weights.item_vectors().detach().to("cpu", torch.float32)
+        weights = load_network(run, "cpu")
+        # By the CPU, as `ksa index` has them: a GPU's differ in their last bits, and the index is known by its bits.
+        vectors = weights.item_vectors().detach().to(torch.float32)
         folder = run.path / INDEX_FOLDER
         popularity = None
         if weights.popularity_bias is not None:
@@ -114,7 +115,7 @@ class Recommender:
         log.info("searching %d items: %s", run.info.num_items - 1, index.kind)
         if popularity is not None:
             log.info("items are as popular as on the days before %d s", popularity.as_of)
-        network = weights.to(torch.float64) if precision == "float64" else weights
+        network = weights.to(device, torch.float64 if precision == "float64" else None)
         if precision == "bf16":
             network.precision = "bf16"
         pool = None
