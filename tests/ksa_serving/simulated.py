@@ -70,6 +70,11 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         if not handle._cancelled and (life is None or not life.ended):
             handle._run()
 
+    def create_task(self, coro: Any, **named: Any) -> Any:
+        task = super().create_task(coro, **named)
+        task._log_destroy_pending = False  # type: ignore[attr-defined] # it may go with its process
+        return task
+
     def _write_to_self(self) -> None:
         pass
 
