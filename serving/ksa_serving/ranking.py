@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ksa_serving.models import Question, Scored
@@ -14,7 +15,7 @@ from recsys_ksa.schema import UNKNOWN_ITEM
 SEARCHED_AT_ONCE = 16
 """Users whose scores of all items are in memory at once, on a CPU."""
 SCORED_AT_ONCE = 1 << 28
-"""Scores in memory at once on an accelerator, and numbers of own items' vectors."""
+"""Scores in memory at once on an accelerator."""
 
 
 def rank_items(recommender: Recommender, questions: Sequence[Question]) -> list[Scored]:
@@ -58,36 +59,48 @@ def rank_on_device(recommender: Recommender, questions: Sequence[Question], vect
     """
     index = recommender.index
     assert isinstance(index, TorchIndex)
+    unnamed = torch.from_numpy(recommender.unnamed).to(index.vectors.device)
     at_once = max(1, SCORED_AT_ONCE // len(index.vectors))
     found: list[Scored] = []
     for start in range(0, len(questions), at_once):
-        part, own_vectors = questions[start : start + at_once], vectors[start : start + at_once].to(index.vectors)
-        scores_UI = own_vectors @ index.vectors.T
-        scores_UI[torch.tensor([asked.only_seen for asked in part], device=scores_UI.device)] = -torch.inf
-        left_out = torch.tensor([_leaves_out(recommender, asked) for asked in part])
-        for hidden in (True, False):
-            chosen = (left_out == hidden).nonzero().flatten()
-            if not len(chosen):
-                continue
-            states = [part[user].state for user in chosen.tolist()]
-            chosen = chosen.to(scores_UI.device)
-            users, items = owned_items(states, scores_UI.device)
-            if hidden:
-                scores_UI[chosen[users], items] = -torch.inf
-            else:
-                at = [part[user].request_time for user in chosen.tolist()]
-                own = recommender.owned_scores(states, users, items, own_vectors[chosen], at, index.vectors)
-                scores_UI[chosen[users], items] = own
-        scores_UI[:, torch.from_numpy(recommender.unnamed).to(scores_UI.device)] = -torch.inf
+        part, users_UE = questions[start : start + at_once], vectors[start : start + at_once].to(index.vectors)
+        scores_UI = users_UE @ index.vectors.T
+        _put_own_items(recommender, part, users_UE, index.vectors, scores_UI)
+        scores_UI[:, unnamed] = -torch.inf
         best = scores_UI.topk(min(max(map(_depth, part)), scores_UI.shape[1]))
-        for asked, rows, values in zip(part, best.indices.cpu().numpy(), best.values.cpu().numpy()):
-            if asked.allow is not None:
-                found.append(_among(recommender, asked, asked.allow))
-                continue
-            order = np.lexsort((rows, -values))[: int(np.isfinite(values).sum())]
-            named = [(str(recommender.run.items.item_id[rows[at]]), float(values[at])) for at in order]
-            found.append([pair for pair in named if pair[0] not in asked.deny][: asked.k])
+        answers = zip(part, best.indices.cpu().numpy(), best.values.cpu().numpy())
+        found += [_named(recommender, asked, rows, values) for asked, rows, values in answers]
     return found
+
+
+def _put_own_items(
+    recommender: Recommender, part: Sequence[Question], users_UE: Tensor, items_IE: Tensor, scores_UI: Tensor
+) -> None:
+    """Give the users' own items their scores in answers that may hold them, and none in the others; in place."""
+    device = scores_UI.device
+    scores_UI[torch.tensor([asked.only_seen for asked in part], device=device)] = -torch.inf
+    left_out = [_leaves_out(recommender, asked) for asked in part]
+    for hidden in (True, False):
+        chosen = [user for user, out in enumerate(left_out) if out is hidden]
+        if not chosen:
+            continue
+        states, rows = [part[user].state for user in chosen], torch.tensor(chosen, device=device)
+        users, items = owned_items(states, device)
+        if hidden:
+            scores_UI[rows[users], items] = -torch.inf
+        else:
+            times = [part[user].request_time for user in chosen]
+            own = recommender.owned_scores(states, users, items, users_UE[rows], times, items_IE)
+            scores_UI[rows[users], items] = own
+
+
+def _named(recommender: Recommender, asked: Question, rows: NDArray[np.int64], values: NDArray[np.float32]) -> Scored:
+    """Return an answer of items found, the best first, equal scores by item index."""
+    if asked.allow is not None:
+        return _among(recommender, asked, asked.allow)
+    order = np.lexsort((rows, -values))[: int(np.isfinite(values).sum())]
+    named = [(str(recommender.run.items.item_id[rows[at]]), float(values[at])) for at in order]
+    return [pair for pair in named if pair[0] not in asked.deny][: asked.k]
 
 
 def _leaves_out(recommender: Recommender, asked: Question) -> bool:
