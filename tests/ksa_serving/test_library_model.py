@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ksa_serving import ranking
+from ksa_serving.errors import OverloadedError
 from ksa_serving.events import StoredEvent
 from ksa_serving.library_model import LibraryModel, first_rows
 from ksa_serving.models import START, Mark, Question, StateParts
@@ -188,6 +189,24 @@ def test_appending_users_together_equals_one_by_one(run: Any, rng: np.random.Gen
     together = model.append_batch(states, [history[n:] for n, history in zip(lengths, histories)])
     for state, history in zip(together, histories):
         assert_same_state(state, model.append(model.new_state(), history))
+
+
+def test_a_full_pool_refuses_and_goes_on_when_states_are_let_go(run: Any, rng: np.random.Generator):
+    recommender = make_model(run, 6).recommender
+    pool = PagePool(recommender.network.config, 1 << 19, torch.float64, torch.float64, torch.device("cpu"))
+    model = LibraryModel(Recommender(run, recommender.network, recommender.index, pool=pool))
+    held = []
+    with pytest.raises(OverloadedError, match="Hold fewer states"):
+        while True:
+            held.append(model.append(model.new_state(), make_history(rng, 200)))
+    with pytest.raises(OverloadedError, match="Hold fewer states"):
+        model.append_batch(held, [make_history(rng, 200) for _ in held])
+    history = make_history(rng, 150)
+    held.pop(0)
+    held.pop(0)
+    assert_same_state(
+        model.append(model.new_state(), history), LibraryModel(recommender).append(recommender.new_state(), history)
+    )
 
 
 def test_scores_are_those_of_the_answers(run: Any, rng: np.random.Generator):
