@@ -195,10 +195,14 @@ def test_a_full_pool_refuses_and_goes_on_when_states_are_let_go(run: Any, rng: n
     recommender = make_model(run, 6).recommender
     pool = PagePool(recommender.network.config, 1 << 19, torch.float64, torch.float64, torch.device("cpu"))
     model = LibraryModel(Recommender(run, recommender.network, recommender.index, pool=pool))
-    held = []
-    with pytest.raises(OverloadedError, match="Hold fewer states"):
-        while True:
+    held: list[UserState] = []
+
+    def fill() -> None:
+        for _ in range(1000):
             held.append(model.append(model.new_state(), make_history(rng, 200)))
+
+    with pytest.raises(OverloadedError, match="Hold fewer states"):
+        fill()
     with pytest.raises(OverloadedError, match="Hold fewer states"):
         model.append_batch(held, [make_history(rng, 200) for _ in held])
     history = make_history(rng, 150)
