@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksa_pipelines.write import WORK, cannot_write, sync, sync_all
+from ksa_pipelines.write import WORK, cannot_write, sync_all
 from recsys_ksa.data.cache import CACHE
 from recsys_ksa.data.manifest import MANIFEST, Manifest, earlier_versions, read_manifest, versioned
 from recsys_ksa.data.rows import rows_name
+from recsys_ksa.durable import sync
 from recsys_ksa.errors import DataError
 
 LOCK = ".lock"

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from recsys_ksa.data.hashes import file_hash
 from recsys_ksa.data.parts import ROW_GROUP_EVENTS
+from recsys_ksa.durable import sync
 from recsys_ksa.errors import DataError
 
 WORK = ".work"
@@ -117,14 +118,5 @@ def begin_sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # pages that are not on disk yet are kept
-    finally:
-        os.close(descriptor)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

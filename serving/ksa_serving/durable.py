@@ -1,16 +1,8 @@
-"""Files and names that are on the disk before anything rests on them."""
+"""Folders whose names are on the disk before anything rests on them."""
 
-import os
 from pathlib import Path
 
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+from recsys_ksa.durable import sync
 
 
 def make_folders(path: Path) -> None:

@@ -24,6 +24,7 @@ from ksa_serving.errors import ShardError
 from ksa_serving.messages import ExportRequest, OwnershipAnswer, Problem, ReleasedAnswer, TallyRequest
 from ksa_serving.shard_rows import Cursor, Page, Tally
 from ksa_serving.shards import NUM_VIRTUAL_SHARDS, Ownership, Process, ShardMap, first_map, next_map
+from recsys_ksa.durable import sync
 
 Answer = TypeVar("Answer")
 
@@ -285,8 +286,4 @@ def _write(file: Path, content: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(fresh, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(file.parent)
