@@ -19,8 +19,8 @@ from ksa_serving.sqlite_file import FORMAT, transaction
 
 T = TypeVar("T")
 GATHER_SECONDS = 0.002
-"""After a commit of several calls the next waits so long, to hold more: at 1,000 calls a second that spares a tenth of
-the processors' time, and beside other busy processes a third of p99. Calls that come one by one never wait."""
+"""After a commit of several calls the next waits so long, to hold more: that spares processor time under load. Calls
+that come one by one never wait."""
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ class ServeSettings(Strict):
     catch_up_seconds: NonNegativeFloat = 1.0
     """New events are gathered so long before states that are held follow them; an answer never waits for that."""
     catch_up_share: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of the time in which states that are held may follow new events before anyone asks for them. At 0.1 they
-    fell behind 1,000 events a second, and the first questions after 12 s of that waited for up to 850 ms."""
+    """Share of the time in which states that are held may follow new events before anyone asks for them. With too
+    small a share they fall behind many events, and the first questions after those wait."""
     rebuild_step_events: PositiveInt = 8192
     """Events appended at once while a state is rebuilt; bounds its memory."""
     inline_events: PositiveInt = 20_000
