@@ -44,7 +44,7 @@ imports: setup
 	$(BIN)/lint-imports
 
 gpu:
-	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/ksa_kernels tests/recsys_ksa/model/test_pages.py
+	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/ksa_kernels tests/recsys_ksa/model/test_pages.py tests/ksa_serving/test_gpu_service.py
 	! command -v compute-sanitizer || compute-sanitizer --target-processes all --error-exitcode 9 \
 		$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/ksa_kernels -k "append or catalogue or outweigh or (reference and 64)"
 	PYTHONPATH=kernels $(PYTHON) kernels/benchmarks/run.py --out results.json

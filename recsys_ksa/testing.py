@@ -1,7 +1,8 @@
 """Synthetic lifelong logs for tests and benchmarks, a prepared data set of one, a run on it. No torch, no polars."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from recsys_ksa.cli import call_verb
 from recsys_ksa.commands.config_files import config_file
 from recsys_ksa.data.dataset import Dataset, open_dataset
+
+if TYPE_CHECKING:
+    from recsys_ksa.model.network import Network
 
 DAY = 86_400
 START = 1_577_836_800
@@ -149,6 +153,56 @@ def trained_run(run: Path, data: Path, changes: Sequence[str] = (), *, steps: in
     call_verb(
         "train", [str(config_file("smoke.toml")), "--data", str(data), "--out", str(run), "--steps", str(steps), *sets]
     )
+    return run
+
+
+def random_run(
+    run: Path, num_items: int, changes: Sequence[str] = (), alter: "Callable[[Network], None] | None" = None
+) -> Path:
+    """Write a run of random weights with no data set behind it, for what needs neither Polars nor training.
+
+    Args:
+        run: the run directory to make.
+        num_items: ids are `i1` to `i<num_items>`; there are no event types.
+        changes: keys of configs/smoke.toml as `--set` takes them.
+        alter: changes the random network in place before it is written.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from recsys_ksa import __version__
+    from recsys_ksa.architectures import build_network
+    from recsys_ksa.config import RunConfig, dump_config, load_config
+    from recsys_ksa.model.features import FeatureSchema
+    from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
+    from recsys_ksa.run import CONFIG_FILE, INFO_FILE, ITEMS_FILE, WEIGHTS_FILE, RunInfo
+
+    config = load_config(RunConfig, config_file("smoke.toml"), changes)
+    torch.manual_seed(config.seed)
+    network = build_network(config.model, FeatureSchema(num_items + 1))
+    if alter is not None:
+        alter(network)
+    info = RunInfo(
+        name=run.name,
+        data_hash="none",
+        split_hash="none",
+        training_span="any",
+        tie="arrival",
+        clock="unix",
+        feature_schema=network.features.as_dict(),
+        exclude_seen=False,
+        longest_trained_history=0,
+        state_fingerprint=state_fingerprint(network),
+        release_hash=release_hash(network),
+        code_version=__version__,
+        num_items=num_items + 1,
+    )
+    run.mkdir(parents=True)
+    items = [None, *(f"i{n}" for n in range(1, num_items + 1))]
+    pq.write_table(pa.table({"item_id": items, "count": [0, *[1] * num_items]}), run / ITEMS_FILE)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, run / WEIGHTS_FILE)
+    (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    (run / INFO_FILE).write_text(info.model_dump_json(), encoding="utf-8")
     return run
 
 

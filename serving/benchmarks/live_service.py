@@ -1,4 +1,4 @@
-"""A real service for benchmarks over HTTP: the reference model with an IVF index, on the same cores as its client.
+"""A real service for benchmarks over HTTP, on the same cores as its client; by default the reference model by IVF.
 
 200 users, two of them (1%) with 100,000 events. A state directory given by `--state-dir` is filled once and used again.
 """
@@ -30,6 +30,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--state-dir", type=Path, help="kept and used again; a temporary one without it")
     made.add_argument("--seconds", type=float, default=10.0, help="of each plan")
+    made.add_argument("--index", default="ivf", help="of `ksa serve`; ivf needs faiss, exact does not")
     made.add_argument("--set", action="append", default=[], help="a setting of `ksa serve`")
     return made
 
@@ -48,10 +49,15 @@ class LiveService:
 
 
 @contextlib.contextmanager
-def live_service(args: argparse.Namespace) -> Iterator[LiveService]:
-    """Start a service, fill it where it is empty, have all states computed; end it at last."""
+def live_service(args: argparse.Namespace, run: Path | None = None) -> Iterator[LiveService]:
+    """Start a service, fill it where it is empty, have all states computed; end it at last.
+
+    Args:
+        run: what is served; None: the reference run.
+    """
     folder = args.state_dir or Path(tempfile.mkdtemp())
-    command = [str(Path(sys.executable).parent / "ksa"), "serve", str(reference_run()), "--index", "ivf"]
+    command = [sys.executable, "-c", "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["serve", str(run or reference_run()), "--index", args.index]
     command += ["--port", "0", "--state-dir", str(folder), *(part for one in args.set for part in ("--set", one))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

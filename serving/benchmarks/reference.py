@@ -12,70 +12,47 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 for name, value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0"), ("OMP_NUM_THREADS", "1")):
     os.environ.setdefault(name, value)
 
 REFERENCE = Path("runs/reference")
 NUM_ITEMS = 200_000
+LARGE = Path("runs/large")
+NUM_LARGE_ITEMS = 1_000_000
 T0 = 1_600_000_000
 
 
 def reference_run() -> Path:
     """Return the reference run, written if it is not there: random weights, and no data set behind it."""
-    if (REFERENCE / "run.json").exists():
-        return REFERENCE
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import torch
-    from safetensors.torch import save_file
-
-    from recsys_ksa import __version__
-    from recsys_ksa.architectures import build_network
-    from recsys_ksa.config import RunConfig, dump_config, load_config
-    from recsys_ksa.model.features import FeatureSchema
-    from recsys_ksa.model.fingerprint import release_hash, state_fingerprint
-    from recsys_ksa.run import CONFIG_FILE, INFO_FILE, ITEMS_FILE, WEIGHTS_FILE, RunInfo
-
     shape = ["dim=64", "num_heads=2", "num_kv_heads=2", "head_dim=32", "feed_forward_dim=128"]
     shape += ["chunk_size=16", "window_chunks=8", 'layers=["summary","summary","summary","summary"]']
-    config = load_config(RunConfig, Path("configs/smoke.toml"), [f"model.{setting}" for setting in shape])
-    torch.manual_seed(0)
-    network = build_network(config.model, FeatureSchema(NUM_ITEMS + 1))
-    cluster_items(network.state_dict())
-    info = RunInfo(
-        name="reference",
-        data_hash="none",
-        split_hash="none",
-        training_span="any",
-        tie="arrival",
-        clock="unix",
-        feature_schema=network.features.as_dict(),
-        exclude_seen=False,
-        longest_trained_history=0,
-        state_fingerprint=state_fingerprint(network),
-        release_hash=release_hash(network),
-        code_version=__version__,
-        num_items=NUM_ITEMS + 1,
-    )
-    REFERENCE.mkdir(parents=True, exist_ok=True)
-    items = [None, *(f"i{n}" for n in range(1, NUM_ITEMS + 1))]
-    pq.write_table(pa.table({"item_id": items, "count": [0, *[1] * NUM_ITEMS]}), REFERENCE / ITEMS_FILE)
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, REFERENCE / WEIGHTS_FILE)
-    (REFERENCE / CONFIG_FILE).write_text(dump_config(config))
-    (REFERENCE / INFO_FILE).write_text(info.model_dump_json())
-    return REFERENCE
+    return written_run(REFERENCE, NUM_ITEMS, shape)
 
 
-def cluster_items(weights: "dict[str, Tensor]") -> None:
+def large_run() -> Path:
+    """Return the run for one GPU, written if it is not there: 8 layers, 256 wide, a million items."""
+    shape = ["dim=256", "num_heads=4", "num_kv_heads=4", "head_dim=64", "feed_forward_dim=512"]
+    shape += ["chunk_size=16", "window_chunks=8", f"layers={8 * ['summary']}".replace("'", '"')]
+    return written_run(LARGE, NUM_LARGE_ITEMS, shape)
+
+
+def written_run(run: Path, num_items: int, shape: list[str]) -> Path:
+    """Return a run of clustered random items, written if it is not there."""
+    from recsys_ksa.testing import random_run
+
+    if not (run / "run.json").exists():
+        random_run(run, num_items, [f"model.{one}" for one in shape], cluster_items)
+    return run
+
+
+def cluster_items(network: Any) -> None:
     """Put a network's items around 2,000 centres, as trained ones lie: random ones have no nearness."""
     import torch
 
-    (table,) = [value for value in weights.values() if value.dim() == 2 and len(value) == NUM_ITEMS + 1]
+    num_rows = network.features.num_items
+    (table,) = [value for value in network.state_dict().values() if value.dim() == 2 and len(value) == num_rows]
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(2000, table.shape[1], generator=draw)
     near = 0.5 * torch.randn(table.shape, generator=draw)
