@@ -129,7 +129,10 @@ class EventLog:
         return self.submit(owner, events).result()
 
     def own(self, ownership: Ownership) -> "Future[None]":
-        """Ask that from here on, and after a restart, only what `ownership` allows is written."""
+        """Ask that from here on, and after a restart, only what `ownership` allows is written.
+
+        From the future: ShardError where it is the first one, and users kept here are others' by it.
+        """
         return self.writer.submit(lambda: self._entries.own(ownership), 1)
 
     def keep_page(self, page: Page) -> "Future[None]":

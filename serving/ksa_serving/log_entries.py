@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import apsw
 
+from ksa_serving.errors import ShardError
 from ksa_serving.events import NewEvent, Owner, StoredEvent, chain_after, is_late
-from ksa_serving.shard_rows import Page, generation_elsewhere, highest_seq, keep_page, let_go
+from ksa_serving.shard_rows import Page, generation_elsewhere, highest_seq, keep_page, let_go, not_owned
 from ksa_serving.shards import Ownership
 from ksa_serving.sqlite_file import keep_ownership, ownership_of
 from ksa_serving.user_view import COLUMNS, UserHead, read_user, stored_event
@@ -112,7 +113,16 @@ class LogEntries:
             self.ownership, self._coming = self._coming, None
 
     def own(self, ownership: Ownership) -> None:
-        """Write only what `ownership` allows from here on."""
+        """Write only what `ownership` allows from here on.
+
+        Raises:
+            ShardError: it is the first one, and users kept here are others' by it.
+        """
+        if (self._coming or self.ownership) is None and not_owned(self._connection, ownership, 1):
+            raise ShardError(
+                f"map: expected all users kept here to be {ownership.name}'s, got others. Make the first map of the "
+                "one process that has users, then add those that have none."
+            )
         keep_ownership(self._connection, ownership)
         self._coming = ownership
 

@@ -66,12 +66,13 @@ class MapFiles:
         self._coming.unlink(missing_ok=True)
 
     def tell_proxy(self, held: ShardMap) -> None:
-        """Write what HAProxy reads: the process of each virtual shard, and where the processes are."""
+        """Write what HAProxy reads: the process of each virtual shard, and where the processes are, with their rooms."""
         lines = [f"epoch {held.epoch}", *(f"{shard} {owner}" for shard, owner in enumerate(held.owners))]
         _write(self.file.with_name("shards.map"), "\n".join([*lines, ""]).encode())
         servers = {name: f"    server {name} {process.address}" for name, process in sorted(held.processes.items())}
-        backends = [f"backend {name}\n{server}" for name, server in servers.items()]
-        anyone = "\n".join(["backend anyone", *servers.values()])
+        rooms = ((name, server, room) for name, server in servers.items() for room in ("writing", "asking"))
+        backends = [f"backend {name}:{room} from {room}\n{server}" for name, server, room in rooms]
+        anyone = "\n".join(["backend anyone from all", *servers.values()])
         _write(self.file.with_name("shards.cfg"), "\n\n".join([*backends, anyone, ""]).encode())
 
 
@@ -150,14 +151,17 @@ class Mover:
             raise ShardError(f"cancel: undone, but {', '.join(away)} did not answer; the next move tells them.")
 
     def _first(self, processes: dict[str, Process]) -> ShardMap:
-        """Return the first map: of the one process that has users, or shared by those that have none."""
+        """Return the first map: it gives all to the one process that has users, or to the first by name.
+
+        To one: what that one is sent meanwhile is its own.
+        """
         filled = {name: process for name, process in processes.items() if self._owned(process).num_users}
         if len(filled) > 1:
             raise ShardError(
                 f"map: expected one process with users before there is a map, got {', '.join(sorted(filled))}. Start "
                 "with one; send the others' events again."
             )
-        held = first_map(filled or processes)
+        held = first_map(filled or {name: processes[name] for name in sorted(processes)[:1]})
         self._files.hold(held)
         return held
 

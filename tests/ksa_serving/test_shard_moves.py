@@ -16,6 +16,7 @@ from ksa_serving.client import user_path
 from ksa_serving.command import listen
 from ksa_serving.errors import ShardError
 from ksa_serving.event_log import EventLog
+from ksa_serving.events import Owner
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.server import ReadyServer, server_config
 from ksa_serving.service import Service
@@ -229,8 +230,8 @@ def test_a_process_refuses_maps_that_do_not_follow_its_own(pair: Any, tmp_path: 
     assert other is not None
     assert "expected a's" in own(Ownership("b", held))
     older = ShardMap(0, "m", held.processes, held.owners, held.since)
-    assert "follows epoch 1" in own(Ownership("a", older))
-    assert "next, got 1" in own(Ownership("a", held, held))
+    assert f"follows epoch {held.epoch}" in own(Ownership("a", older))
+    assert f"next, got {held.epoch}" in own(Ownership("a", held, held))
     assert own(Ownership("a", held, coming)) == "ok"
     assert own(Ownership("a", held, coming)) == "ok"
     assert "follows" in own(Ownership("a", held, other))  # one move at a time
@@ -240,6 +241,25 @@ def test_a_process_refuses_maps_that_do_not_follow_its_own(pair: Any, tmp_path: 
     assert (page.status_code, page.json()["code"]) == (409, "move-refused")
     assert HTTP.post(f"http://{at_a.admin}/admin/shards/import", content=b"\x00").status_code == 400
     assert HTTP.get(f"http://{at_a.address}/admin/shards").status_code == 404  # on the operator's listener alone
+
+
+def test_the_first_map_gives_all_to_one_who_keeps_what_is_sent_while_it_is_made(pair: Any, tmp_path: Path):
+    (service, at_a), (_, at_b) = pair["a"], pair["b"]
+    mover = Mover(MapFiles(tmp_path / "shards.json"), HTTP, lambda: None)
+    owned = mover._owned
+
+    def sent_after_they_were_counted(process: Process) -> Any:
+        answer = owned(process)
+        for number, user in enumerate(USERS):
+            if service.log.ownership is None:
+                assert post(at_a, user, number).status_code == 200
+        return answer
+
+    mover._owned = sent_after_they_were_counted
+    held = mover.move({"a": at_a, "b": at_b})
+    for user in USERS:
+        owner = pair[held.owners[virtual_shard(user)]][0]
+        assert len(owner.log.read(Owner(user))[1]) == 1
 
 
 def test_a_process_that_is_away_ends_a_move_with_its_address(tmp_path: Path):

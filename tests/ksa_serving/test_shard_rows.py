@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+from hand_driven import done, hand_driven_logs
 
 from ksa_serving.errors import ShardError
 from ksa_serving.event_log import EventLog
@@ -171,6 +172,20 @@ def test_a_user_who_has_events_in_the_new_log_is_refused_and_nothing_is_changed(
         carry(source, target, "m1")
     assert told(target) == before
     assert target.writer.healthy
+
+
+def test_a_first_map_is_refused_that_gives_away_a_user_kept_in_the_same_commit(tmp_path: Path):
+    with hand_driven_logs(random.Random(1)):
+        log = EventLog(tmp_path, "arrival")
+        kept = log.submit(Owner("ann"), [NewEvent("milk", 1)])
+        told = log.own(Ownership("here", first_map({"there": PROCESS})))
+        log.writer.step()
+        assert kept.result().outcomes == ["accepted"]
+        with pytest.raises(ShardError, match="got others"):
+            told.result()
+        assert log.ownership is None
+        done(log, log.own(Ownership("here", first_map({"here": PROCESS}))))
+        log.close()
 
 
 def test_what_a_process_does_not_own_is_not_written_even_if_the_call_was_let_in(logs: list[EventLog], tmp_path: Path):
