@@ -61,7 +61,7 @@ class ToyState:
 
 
 class ToyModel:
-    """Scores are hashes of history, item and request time."""
+    """Scores are drawn by a hash of history and request time."""
 
     chunk_size = 4
     window_chunks = 2
@@ -176,8 +176,9 @@ class ToyModel:
     def score(
         self, state: ToyState, item_ids: Sequence[str], request_time: int | None, user: object = None
     ) -> list[float | None]:
-        """Return hashes as numbers."""
-        return [self._score(state, item, request_time) if item in CATALOGUE else None for item in item_ids]
+        """Return numbers in [0, 1), None for items it does not know."""
+        scores = self._scores(state, request_time)
+        return [scores.get(item) for item in item_ids]
 
     def explain(
         self, state: ToyState, item_id: str, request_time: int | None, most: int, user: object = None
@@ -213,14 +214,18 @@ class ToyModel:
         items = [item for item in CATALOGUE if not (asked.only_seen and item not in seen)]
         items = [item for item in items if not (asked.exclude_seen and item in seen)]
         items = [item for item in items if asked.allow is None or item in asked.allow]
-        scores = {item: self._score(asked.state, item, asked.request_time) for item in items if item not in asked.deny}
-        return sorted(scores.items(), key=lambda pair: -pair[1])[: asked.k]
+        scores = self._scores(asked.state, asked.request_time)
+        scored = [(item, scores[item]) for item in items if item not in asked.deny]
+        return sorted(scored, key=lambda pair: -pair[1])[: asked.k]
 
-    def _score(self, state: ToyState, item: str, request_time: int | None) -> float:
+    def _scores(self, state: ToyState, request_time: int | None) -> dict[str, float]:
         last = state.last_key[0] if state.last_key else 0
         asked = b"" if request_time is None else str(max(0, request_time - last)).encode()
-        digest = hashlib.sha256(state.history_hash + item.encode() + asked).digest()
-        return int.from_bytes(digest[:6], "big") / 2**48
+        drawn = hashlib.shake_128(state.history_hash + asked).digest(6 * len(CATALOGUE))
+        return {
+            item: int.from_bytes(drawn[6 * place : 6 * place + 6], "big") / 2**48
+            for place, item in enumerate(CATALOGUE)
+        }
 
     def _hash(self, before: bytes, event: StoredEvent) -> bytes:
         return hashlib.sha256(before + _payload(event).encode()).digest()

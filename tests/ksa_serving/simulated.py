@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import hashlib
 import heapq
+import queue
 import random
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -114,29 +115,49 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
 
 class SimulatedThread:
-    """A log's writer: it takes its next step some time after the last."""
+    """A log's writer: where there is something to write, it takes its next step some time later."""
 
     def __init__(self, target: Callable[[], None], **_: object):
         self._target = target
         self._writer: Any = target.__self__  # type: ignore[attr-defined]
+        self._due = False
 
     def start(self) -> None:
+        self._writer._waiting = WakingQueue(self._wake)
         self._later()
 
     def join(self) -> None:
         self._target()
 
+    def _wake(self) -> None:
+        if not self._due:
+            self._later()
+
     def _later(self) -> None:
         loop = asyncio.get_event_loop_policy().get_event_loop()
         assert isinstance(loop, SimulatedLoop)
+        self._due = True
         loop.call_later(loop.draw.random() * 0.004, self._step)
 
     def _step(self) -> None:
+        self._due = False
         if self._writer._closed:
             return
         if self._writer.num_waiting or self._writer.purging:
             self._writer.step()
-        self._later()
+            self._later()
+
+
+class WakingQueue(queue.SimpleQueue[Any]):
+    """A queue that says when something comes."""
+
+    def __init__(self, wake: Callable[[], None]):
+        super().__init__()
+        self._wake = wake
+
+    def put(self, item: Any, *given: Any) -> None:
+        super().put(item, *given)
+        self._wake()
 
 
 class SimulatedEngine(BytesEngine):

@@ -56,11 +56,11 @@ def whole_lines(stream: IO[str]) -> list[str]:
     return [line for line in stream.read().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path: Path):
-    draw = random.Random(7)
+def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path: Path, seed: int):
+    draw = random.Random(seed)
     acknowledged: dict[str, set[int]] = {}
-    for seed in range(NUM_KILLS):
-        child = spawn(tmp_path, seed)
+    for turn in range(NUM_KILLS):
+        child = spawn(tmp_path, turn)
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         time.sleep(draw.uniform(0.0, 0.4))
@@ -133,8 +133,8 @@ def start_service(run: Path, state_dir: Path) -> tuple[subprocess.Popen[str], st
     return process, line.split()[1]
 
 
-def test_kill_of_the_whole_service(tiny_run: Path, tmp_path: Path):
-    draw = random.Random(3)
+def test_kill_of_the_whole_service(tiny_run: Path, tmp_path: Path, seed: int):
+    draw = random.Random(seed)
     acknowledged: list[dict[str, object]] = []
     sent: list[dict[str, object]] = []
     for _ in range(NUM_SERVICE_KILLS):

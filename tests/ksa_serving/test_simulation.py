@@ -134,6 +134,7 @@ class SimulatedProcess:
         """End the process wherever it is, and start the next."""
         self.life.end()
         self.disk.off = True
+        self.count_faults()
         service, self.service = self.service, None
         if service is not None:
             self._world.met.update(service.store.misses)
@@ -147,6 +148,12 @@ class SimulatedProcess:
         self._world.trace(self.name, "ended", power_cut, old.trace.hexdigest())
         shutil.rmtree(gone)
         self._world.loop.call_later(self._world.draw.random() * 0.3, self.start)
+
+    def count_faults(self) -> None:
+        """Count what failed of the disk and of the cold store since the process started."""
+        self._world.met["disk faults"] += self.disk.faults
+        self._world.met["store faults"] += self.engine.faults
+        self.disk.faults = self.engine.faults = 0
 
     async def call(self, work: Callable[[Service], Awaitable[T]], cancel_share: float = 0.0) -> T:
         """Return what the process answers to a call that goes through the network."""
@@ -228,6 +235,7 @@ class World:
         for process in self.processes.values():
             assert process.service is not None
             self.met.update(process.service.store.misses)
+            process.count_faults()
             await process.service.close()
             self.trace(process.disk.trace.hexdigest())
 
@@ -371,7 +379,6 @@ class World:
         disk, disk.fault_share = process.disk, self.draw.random() * 0.1
         await asyncio.sleep(self.draw.random() * 0.3)
         disk.fault_share = 0.0
-        self.met["disk faults"] += disk.faults
 
     async def cold_store(self, process: SimulatedProcess) -> None:
         engine = process.engine
