@@ -1,16 +1,19 @@
 """What a user already had when each question was asked, for the own-item bias: which items, and when each was met.
 
-Letters: U users, Q questions, O owned items of all users, N events of them, P pairs (question, owned item of its user).
-Built by numpy over all users of a batch at once, in a time that grows with events, not with pairs: counts and times of
-pairs, some millions a batch, are for the device to spread out (`batches.OwnItems`).
+Letters: U users, Q questions, M targets, O owned items of all users, N events of them, P pairs (question, owned item of
+its user). Built by numpy over all users of a batch at once, in a time that grows with events, not with pairs: counts
+and times of pairs, some millions a batch, are spread out on the device, where they are first asked for.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from recsys_ksa.data.jagged_arrays import Ints, lowest_within, offsets_of, ragged_arange
+from recsys_ksa.data.jagged_arrays import Ints, lowest_within, offsets_of, ragged_arange, run_offsets
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 if TYPE_CHECKING:
@@ -18,25 +21,72 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OwnItemArrays:
-    """Owned items of each user (sorted by index), their events, and which question of the user knows them first."""
+class OwnItems:
+    """Owned items of each user, their events, and which question of the user knows each first. Tensors are int64."""
 
-    item_offsets: Ints
+    item_offsets: Tensor
     """[U + 1] into `item`."""
-    item: Ints
+    item: Tensor
     """[O], ascending within a user."""
-    question_offsets: Ints
+    question_offsets: Tensor
     """[U + 1] into the questions."""
-    pair_offsets: Ints
+    pair_offsets: Tensor
     """[O + 1] into the pairs: an owned item has one with each question of its user, in their order."""
-    event_offsets: Ints
+    event_offsets: Tensor
     """[O + 1] into the events of owned items."""
-    event_time: Ints
-    """[N], ascending within an item."""
-    event_pair: Ints
+    event_time: Tensor
+    """[N] Unix seconds, ascending within an item."""
+    event_pair: Tensor
     """[N] the pair of the event's item and the first question that knows it; so do all later ones of the user."""
-    target_pair: Ints
+    target_pair: Tensor
     """[M] the pair of each target's (question, item); -1 where the item is not owned at that question."""
+    item_offsets_list: tuple[int, ...]
+    """`item_offsets` on the host, so that loops over users need no transfer."""
+    question_offsets_list: tuple[int, ...]
+    """`question_offsets` on the host."""
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(O_u, Q_u) of each user, whose pairs are a block of that shape."""
+        sizes = (np.diff(offsets).tolist() for offsets in (self.item_offsets_list, self.question_offsets_list))
+        return list(zip(*sizes))
+
+    @cached_property
+    def num_pairs(self) -> int:
+        """P."""
+        return sum(owned * questions for owned, questions in self.shapes)
+
+    def spread(self, of_item: Tensor) -> Tensor:
+        """Return what is told of owned items for each of their pairs. [O] -> [P]."""
+        return torch.repeat_interleave(of_item, self.pair_offsets.diff(), output_size=self.num_pairs)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """float32 [P] events of the item that the question knows; 0: not owned yet."""
+        return self._summed(self.event_pair, torch.ones_like(self.event_pair), self.event_offsets.diff()).float()
+
+    @cached_property
+    def first(self) -> Tensor:
+        """int64 [P] time of the first of them, Unix seconds; 0 where there is none."""
+        begins = self.event_offsets[:-1]
+        return self._summed(self.event_pair[begins], self.event_time[begins], self.event_time[begins])
+
+    @cached_property
+    def last(self) -> Tensor:
+        """int64 [P] time of the last of them, Unix seconds; 0 where there is none."""
+        begins = self.event_offsets[:-1]
+        since = self.event_time.diff(prepend=self.event_time[:1])
+        since[begins] = self.event_time[begins]
+        return self._summed(self.event_pair, since, self.event_time[self.event_offsets[1:] - 1])
+
+    def _summed(self, pair: Tensor, value: Tensor, of_item: Tensor) -> Tensor:
+        """Return what an item's pairs have gathered, each from those before it and its own. int64 [n] -> [P].
+
+        One sum over all pairs: where an item's begin, what the one before has gathered in all, [O], is taken off.
+        """
+        added = torch.zeros(self.num_pairs + 1, dtype=torch.int64, device=value.device)
+        added.index_add_(0, pair, value).index_add_(0, self.pair_offsets[1:], -of_item)
+        return added[:-1].cumsum_(0)
 
 
 def own_items(
@@ -47,7 +97,7 @@ def own_items(
     target_question: Ints,
     target_item: Ints,
     max_items: int | None,
-) -> OwnItemArrays:
+) -> OwnItems:
     """Gather owned items of whole histories at each question.
 
     Args:
@@ -60,66 +110,68 @@ def own_items(
     """
     questions = np.bincount(question_user, minlength=len(users))
     question_offsets = offsets_of(questions)
-    known = np.zeros(len(users), dtype=np.int64)
-    asked = questions > 0
-    known[asked] = cut[question_offsets[1:][asked] - 1]
+    newly = np.diff(cut, prepend=0)  # events that a question is its user's first to know, [Q]
+    first = question_offsets[:-1][questions > 0]
+    newly[first] = cut[first]
+    known = np.diff(offsets_of(newly)[question_offsets])
 
-    base = np.asarray(histories.offsets)[users]
-    rows = ragged_arange(base, known)
+    # Rows of events, places among them, and slots of owned items are kept as numbers: masks take numpy far longer.
+    rows = ragged_arange(np.asarray(histories.offsets)[users], known)
     item = np.asarray(histories.item_index[rows], dtype=np.int64)
+    real = np.flatnonzero(item != UNKNOWN_ITEM)
     stride = 1 + max(int(item.max(initial=0)), int(target_item.max(initial=0)))
-    reach = 1 + int(known.max(initial=0))
-    assert len(users) * stride * reach < 2**63
-    # One number says user, item and place, so that sorting, which is quicker than sorting indices, gives all three.
-    events = (np.repeat(np.arange(len(users)) * stride, known) + item) * reach
-    events += ragged_arange(np.zeros_like(known), known)
-    events = np.sort(events[item != UNKNOWN_ITEM])
-    event_key = events // reach
-    place = events - event_key * reach
-
-    opens = np.flatnonzero(np.concatenate(([True], event_key[1:] != event_key[:-1]))[: len(events)])
-    key, met = event_key[opens], np.diff(opens, append=len(events))
-    target_user = question_user[target_question]
-    target_key = target_user * stride + target_item
-    target_slot, is_owned = _find(target_key, key)
-    if max_items is not None and len(key):
-        last_place = place[opens + met - 1].astype(np.float64)
-        last_place[target_slot[is_owned]] += 2.0**40  # before all others
-        kept = lowest_within(key // stride, -last_place, max_items)
-        place = place[np.repeat(kept, met)]
-        key, met = key[kept], met[kept]
-        is_owned &= kept[target_slot]
-        target_slot = np.cumsum(kept)[target_slot] - 1
+    item += np.repeat(np.arange(len(users)) * stride, known)
+    key, event_offsets, place = _grouped(item, real)
+    held, slot = _find(question_user[target_question] * stride + target_item, key)
+    if max_items is not None:
+        latest = place[event_offsets[1:] - 1]
+        latest[slot] += len(rows)  # targets come before all others
+        is_kept = lowest_within(key // stride, -latest, max_items)
+        kept, met = np.flatnonzero(is_kept), np.diff(event_offsets)
+        place = place[ragged_arange(event_offsets[kept], met[kept])]
+        key, event_offsets = key[kept], offsets_of(met[kept])
+        held, slot = held[is_kept[slot]], (np.cumsum(is_kept) - 1)[slot[is_kept[slot]]]
 
     owner = key // stride
-    event_offsets, pair_offsets = offsets_of(met), offsets_of(questions[owner])
-    # The first question that knows an event; every later one of the user knows it too.
-    event_owner = np.repeat(owner, met)
-    more = np.diff(cut, prepend=0)
-    first = question_offsets[:-1][asked]
-    more[first] = cut[first]
-    question = np.repeat(np.arange(len(cut)), more)[offsets_of(known)[event_owner] + place]
-    event_pair = np.repeat(pair_offsets[:-1] - question_offsets[owner], met) + question
+    pair_offsets = offsets_of(questions[owner])
+    question_zero = pair_offsets[:-1] - question_offsets[owner]  # the pair an item would have with question 0, [O]
+    knows_first = np.repeat(np.arange(len(cut)), newly)[place]  # question, [N]
 
-    target_pair = np.full(len(target_key), -1, dtype=np.int64)
-    held = np.flatnonzero(is_owned)
-    held = held[question[event_offsets[target_slot[held]]] <= target_question[held]]
-    target_pair[held] = pair_offsets[target_slot[held]] + target_question[held] - question_offsets[target_user[held]]
-    return OwnItemArrays(
-        item_offsets=offsets_of(np.bincount(owner, minlength=len(users))),
-        item=key - owner * stride,
-        question_offsets=question_offsets,
-        pair_offsets=pair_offsets,
-        event_offsets=event_offsets,
-        event_time=np.asarray(histories.timestamp[base[event_owner] + place], dtype=np.int64),
-        event_pair=event_pair,
-        target_pair=target_pair,
+    known_by_then = knows_first[event_offsets[slot]] <= target_question[held]
+    held, slot = held[known_by_then], slot[known_by_then]
+    target_pair = np.full(len(target_question), -1, dtype=np.int64)
+    target_pair[held] = question_zero[slot] + target_question[held]
+    item_offsets = offsets_of(np.bincount(owner, minlength=len(users)))
+    return OwnItems(
+        item_offsets=torch.from_numpy(item_offsets),
+        item=torch.from_numpy(key - owner * stride),
+        question_offsets=torch.from_numpy(question_offsets),
+        pair_offsets=torch.from_numpy(pair_offsets),
+        event_offsets=torch.from_numpy(event_offsets),
+        event_time=torch.from_numpy(np.asarray(histories.timestamp[rows[place]], dtype=np.int64)),
+        event_pair=torch.from_numpy(np.repeat(question_zero, np.diff(event_offsets)) + knows_first),
+        target_pair=torch.from_numpy(target_pair),
+        item_offsets_list=tuple(item_offsets.tolist()),
+        question_offsets_list=tuple(question_offsets.tolist()),
     )
 
 
-def _find(wanted: Ints, key: Ints) -> tuple[Ints, np.ndarray]:
-    """Return where each wanted key is, or would be, and whether it is there. [M], ascending [O] -> [M], [M]."""
-    if not len(key):
-        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
-    at = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
-    return at, key[at] == wanted
+def _grouped(key: Ints, rows: Ints) -> tuple[Ints, Ints, Ints]:
+    """Group some rows by their key: distinct keys [O], ascending; offsets [O + 1]; rows [N], ascending within a key.
+
+    One number says key and row, so that sorting numbers, which is quicker than sorting indices, gives both.
+    """
+    bits = len(key).bit_length()
+    assert int(key.max(initial=0)).bit_length() + bits < 64
+    both = np.sort(key[rows] << bits | rows)
+    key = both >> bits
+    offsets = run_offsets(key)
+    return key[offsets[:-1]], offsets, both & ((1 << bits) - 1)
+
+
+def _find(wanted: Ints, key: Ints) -> tuple[Ints, Ints]:
+    """Return which of the wanted keys are there, and where. [M], ascending [O] -> [H], [H]."""
+    at = np.searchsorted(key, wanted)
+    there = np.flatnonzero(at < len(key))
+    there = there[key[at[there]] == wanted[there]]
+    return there, at[there]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recsys_ksa.config import LossConfig, RunConfig
-from recsys_ksa.data.batches import Batch, Questions, assemble, question_features, span_start
+from recsys_ksa.data.assemble import Questions, assemble, question_features, span_start
+from recsys_ksa.data.batches import Batch
 from recsys_ksa.data.epoch_plan import drawn_lengths, pack, pack_for_ranks, shuffled
 from recsys_ksa.data.jagged_arrays import Ints, lowest_within, offsets_of, ragged_arange
 from recsys_ksa.errors import ConfigError, DataError
@@ -150,7 +151,7 @@ def training_questions(
     asked = _next_event if loss.targets == "next-event" else _next_set
     user, cut, size = asked(histories, base, start, end)
 
-    kept = lowest_within(user, random.random(len(user)), loss.questions_per_user)
+    kept = np.flatnonzero(lowest_within(user, random.random(len(user)), loss.questions_per_user))
     user, cut, size = user[kept], cut[kept], size[kept]
 
     question, item, weight = _targets(histories, base[user] + cut, size)

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys_ksa.data.batches import Batch, QuestionRows, question_features, questions_batch, span_start
+from recsys_ksa.data.assemble import question_features, questions_batch, span_start
+from recsys_ksa.data.batches import Batch, QuestionRows
 from recsys_ksa.data.jagged_arrays import ragged_arange
 from recsys_ksa.data.popularity import DayCounts
 from recsys_ksa.evaluate.owned import Ownership

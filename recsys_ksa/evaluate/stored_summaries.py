@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from recsys_ksa.data.batches import Batch, questions_batch
+from recsys_ksa.data.assemble import questions_batch
+from recsys_ksa.data.batches import Batch
 from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange
 from recsys_ksa.features import EventFeatures
 from recsys_ksa.model.network import Network, Rows

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ksa_kernels.catalogue_softmax import catalogue_log_z
 from recsys_ksa.config import LossConfig, ModelConfig
-from recsys_ksa.data.batches import Batch, OwnItems
+from recsys_ksa.data.batches import Batch
+from recsys_ksa.data.own_items import OwnItems
 from recsys_ksa.errors import ConfigError
 from recsys_ksa.model.popularity import Popularity, PopularityBias, day_of
 from recsys_ksa.schema import UNKNOWN_ITEM

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from recsys_ksa.config import RunConfig
-from recsys_ksa.data.batches import Batch, question_features, questions_batch
+from recsys_ksa.data.assemble import question_features, questions_batch
+from recsys_ksa.data.batches import Batch
 from recsys_ksa.data.epoch_plan import pack
 from recsys_ksa.data.jagged_arrays import Ints, ragged_arange
 from recsys_ksa.data.popularity import DayCounts

@@ -1,6 +1,7 @@
 """Batches hold exactly what a plain Python reading of the histories holds."""
 
 from collections import Counter
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from recsys_ksa.config import RunConfig
-from recsys_ksa.data.batches import Batch, questions_batch, span_start
-from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange
+from recsys_ksa.data.assemble import questions_batch, span_start
+from recsys_ksa.data.batches import Batch
+from recsys_ksa.data.jagged_arrays import lowest_within, offsets_of, ragged_arange, run_offsets
+from recsys_ksa.data.own_items import own_items
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import ConfigError, DataError
 from recsys_ksa.features import NO_GAP, gap_bucket, request_bucket
@@ -67,6 +70,15 @@ def users_of(data: SimpleNamespace, batch: Batch) -> list[int]:
 
 def test_ragged_arange_counts_within_each_row() -> None:
     assert ragged_arange(np.array([5, 0, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+
+
+def test_the_lowest_of_each_owner_are_kept(rng: np.random.Generator) -> None:
+    sizes = rng.integers(0, 9, 20)
+    owner, key = np.repeat(np.arange(20), sizes), rng.permutation(int(sizes.sum()))
+    kept = lowest_within(owner, key, 4)
+    for user in range(20):
+        assert sorted(key[kept & (owner == user)]) == sorted(key[owner == user])[:4]
+    assert run_offsets(owner).tolist() == [0, *np.cumsum(sizes[sizes > 0]).tolist()]
 
 
 def test_a_span_begins_at_a_chunk_boundary_and_fits() -> None:
@@ -151,6 +163,41 @@ def test_own_items_are_the_history_counted_at_each_question(rng: np.random.Gener
                 times = [time for have, time in events(data, user)[:cut] if have == item]
                 assert count[q][o] == len(times)
                 assert (first[q][o], last[q][o]) == ((times[0], times[-1]) if times else (0, 0))
+
+
+@pytest.mark.parametrize("limit", [None, 1, 4])
+def test_own_items_equal_loops_over_random_questions(limit: int | None, rng: np.random.Generator) -> None:
+    lengths = rng.integers(0, 25, 30)
+    data = histories(rng, lengths.tolist())
+    users = rng.permutation(30)[:12]
+    asked = [sorted(rng.integers(0, lengths[user] + 1, rng.integers(0, 5)).tolist()) for user in users]
+    question_user = np.repeat(np.arange(12), [len(cuts) for cuts in asked])
+    cuts = np.array(list(chain(*asked)), dtype=np.int64)
+    target_question = np.sort(rng.integers(0, max(len(cuts), 1), 2 * len(cuts)))
+    target_item = rng.integers(1, 14, len(target_question))  # 12 and 13 are in no history
+    own = own_items(data, users, question_user, cuts, target_question, target_item, limit)
+    assert own.question_offsets_list == tuple(offsets_of(np.bincount(question_user, minlength=12)).tolist())
+    kept, pair = [], 0
+    for u, user in enumerate(users):
+        known = events(data, user)[: max(asked[u], default=0)]
+        latest = list(dict.fromkeys(item for item, _ in reversed(known) if item))
+        wanted = set(target_item[question_user[target_question] == u].tolist())
+        latest.sort(key=lambda item: item not in wanted)  # targets first, each part still the latest first
+        kept.append(sorted(latest[:limit]))
+        for item in kept[u]:
+            for nth, cut in enumerate(asked[u]):
+                times = [time for have, time in events(data, user)[:cut] if have == item]
+                assert int(own.count[pair]) == len(times)
+                assert (int(own.first[pair]), int(own.last[pair])) == ((times[0], times[-1]) if times else (0, 0))
+                question = own.question_offsets_list[u] + nth
+                asks = own.target_pair[(target_question == question) & (target_item == item)]
+                assert asks.tolist() == [pair if times else -1] * len(asks)
+                pair += 1
+    assert own.item.tolist() == list(chain(*kept))
+    assert own.item_offsets_list == tuple(offsets_of(np.array([len(items) for items in kept])).tolist())
+    assert own.num_pairs == pair
+    owned = [item in kept[question_user[question]] for question, item in zip(target_question, target_item)]
+    assert not np.any((own.target_pair.numpy() >= 0) & ~np.array(owned, dtype=bool))
 
 
 def test_owned_items_before_the_given_span_count_too(rng: np.random.Generator) -> None:

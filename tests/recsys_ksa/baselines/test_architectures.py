@@ -15,7 +15,8 @@ from recsys_ksa.baselines.chunk_tokens import MeanPooled
 from recsys_ksa.baselines.hstu import time_buckets
 from recsys_ksa.cli import call_verb, main
 from recsys_ksa.config import ModelConfig, RunConfig, load_config
-from recsys_ksa.data.batches import Batch, questions_batch
+from recsys_ksa.data.assemble import questions_batch
+from recsys_ksa.data.batches import Batch
 from recsys_ksa.data.dataset import open_dataset
 from recsys_ksa.errors import ConfigError, RunError
 from recsys_ksa.evaluate.ksa_scorer import run_scorers

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recsys_ksa.data.batches import questions_batch
+from recsys_ksa.data.assemble import questions_batch
 from recsys_ksa.data.dataset import open_dataset
 from recsys_ksa.evaluate.ksa_scorer import run_scorers, user_vectors
 from recsys_ksa.evaluate.owned import Ownership

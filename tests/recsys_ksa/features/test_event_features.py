@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_ksa.config import ModelConfig, parse_config
-from recsys_ksa.data.batches import questions_batch
+from recsys_ksa.data.assemble import questions_batch
 from recsys_ksa.data.jagged_arrays import offsets_of
 from recsys_ksa.errors import ConfigError
 from recsys_ksa.features import EventFeatures

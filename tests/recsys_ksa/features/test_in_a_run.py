@@ -8,7 +8,7 @@ import pytest
 
 from recsys_ksa import Recommender
 from recsys_ksa.cli import call_verb
-from recsys_ksa.data.batches import questions_batch
+from recsys_ksa.data.assemble import questions_batch
 from recsys_ksa.data.dataset import Dataset, open_dataset
 from recsys_ksa.errors import DataError
 from recsys_ksa.evaluate.ksa_scorer import user_vectors

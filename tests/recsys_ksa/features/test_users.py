@@ -12,7 +12,7 @@ from recsys_ksa import Recommender
 from recsys_ksa.cli import call_verb
 from recsys_ksa.commands.config_files import config_file
 from recsys_ksa.config import ModelConfig, RunConfig, load_config, parse_config
-from recsys_ksa.data.batches import questions_batch
+from recsys_ksa.data.assemble import questions_batch
 from recsys_ksa.data.dataset import Dataset
 from recsys_ksa.errors import ConfigError, DataError
 from recsys_ksa.evaluate.ksa_scorer import user_vectors

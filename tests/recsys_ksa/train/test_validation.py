@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recsys_ksa.config import RunConfig
-from recsys_ksa.data.batches import questions_batch
+from recsys_ksa.data.assemble import questions_batch
 from recsys_ksa.data.dataset import Dataset
 from recsys_ksa.data.spans import validation_span
 from recsys_ksa.model.network import Network
