@@ -5,24 +5,30 @@
 
 import argparse
 import contextlib
+import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from reference import history, reference_run
 
 from ksa_serving.client import Client
 from ksa_serving.messages import EventMessage
+from ksa_serving.shard_mover import MapFiles
+from ksa_serving.shards import Process, first_map
 
 LENGTHS = [100_000] * 2 + [10_000] * 2 + [1000] * 46 + [100] * 150
 random.Random(7).shuffle(LENGTHS)
 NUM_USERS = len(LENGTHS)
+HAPROXY_CONFIG = Path(__file__).parents[1] / "haproxy.cfg"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -41,11 +47,15 @@ class LiveService:
 
     url: str
     process_id: int
+    proxy_id: int | None = None
 
     def processor_seconds(self) -> float:
         """Return what the process has used of the processors."""
-        fields = Path(f"/proc/{self.process_id}/stat").read_text().split()
-        return (int(fields[13]) + int(fields[14])) / 100
+        return _processor_seconds(self.process_id)
+
+    def proxy_seconds(self) -> float:
+        """Return what the proxy before it has used of the processors; 0 where there is none."""
+        return 0 if self.proxy_id is None else _processor_seconds(self.proxy_id)
 
 
 @contextlib.contextmanager
@@ -77,6 +87,30 @@ def live_service(args: argparse.Namespace, run: Path | None = None) -> Iterator[
         process.stdout.close()
         if args.state_dir is None:
             shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def behind_haproxy(service: LiveService) -> Iterator[LiveService]:
+    """Put HAProxy before a service: the project's configuration, with the files that `ksa shards` writes."""
+    address = urlsplit(service.url).netloc
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        MapFiles(folder / "shards.json").tell_proxy(first_map({"shard-1": Process(address, address)}))
+        (folder / "haproxy.cfg").write_text(HAPROXY_CONFIG.read_text().replace(":8000", f":{port}"))
+        command = ["haproxy", "-db", "-f", str(folder / "haproxy.cfg"), "-f", str(folder / "shards.cfg")]
+        with subprocess.Popen(command, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}) as proxy:
+            time.sleep(1)
+            try:
+                yield replace(service, url=f"http://127.0.0.1:{port}", proxy_id=proxy.pid)
+            finally:
+                proxy.terminate()
+
+
+def _processor_seconds(process_id: int) -> float:
+    fields = Path(f"/proc/{process_id}/stat").read_text().split()
+    return (int(fields[13]) + int(fields[14])) / 100
 
 
 def _fill(client: Client) -> None:

@@ -1,18 +1,22 @@
 """A real service beyond what it can do: `python serving/benchmarks/overload.py`, service and client on the same cores.
 
+With `--through haproxy` the project's proxy stands before it, on the same cores too.
+
 An open loop of questions, then of events one a call. Capacity is found first: the rate is doubled until hardly more
 a second are answered 200. Then .5 to 5 times as much is sent. Latencies are those of requests answered 200, from when
 they were due.
 """
 
 import time
+from contextlib import nullcontext
 
-from live_service import NUM_USERS, LiveService, live_service, parser
+from live_service import NUM_USERS, LiveService, behind_haproxy, live_service, parser
 from reference import NUM_ITEMS, heading
 
 from ksa_serving.load import Outcome, Plan, run_load
 
 TIMES = (0.5, 0.8, 1, 2, 3, 5)
+FIRST_RATES = {"recommend": 100, "events": 500}
 
 
 def send(service: LiveService, kind: str, rate: float, seconds: float) -> tuple[float, Outcome]:
@@ -41,9 +45,10 @@ def measure(service: LiveService, kind: str, first_rate: float, seconds: float) 
     goodput: dict[float, float] = {}
     p99: dict[float, float] = {}
     for times in TIMES:
-        spent, own = service.processor_seconds(), time.process_time()
+        before = service.processor_seconds(), service.proxy_seconds(), time.process_time()
         goodput[times], outcome = send(service, kind, times * capacity, seconds)
-        spent, own = service.processor_seconds() - spent, time.process_time() - own
+        after = service.processor_seconds(), service.proxy_seconds(), time.process_time()
+        spent, proxy, own = ((late - early) / seconds for early, late in zip(before, after))
         p99[times] = outcome.percentile(0.99)
         statuses = ", ".join(f"{status}: {len(met)}" for status, met in sorted(outcome.seconds.items()))
         print(
@@ -51,7 +56,7 @@ def measure(service: LiveService, kind: str, first_rate: float, seconds: float) 
             f"p50 {outcome.percentile(0.5):.1f}, p99 {p99[times]:.1f} ms; "
             f"refused in p50 {outcome.percentile(0.5, 503):.1f}, p99 {outcome.percentile(0.99, 503):.1f} ms; "
             f"{statuses}; "
-            f"processors: service {spent / seconds:.2f}, client {own / seconds:.2f}",
+            f"processors: service {spent:.2f}, proxy {proxy:.2f}, client {own:.2f}",
             flush=True,
         )
     print(
@@ -62,11 +67,14 @@ def measure(service: LiveService, kind: str, first_rate: float, seconds: float) 
 
 def main() -> None:
     """Start the service, measure."""
-    args = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--through", choices=["haproxy"], help="what stands before the service; nothing without it")
+    arguments.add_argument("--kind", choices=list(FIRST_RATES), help="only one kind of requests")
+    args = arguments.parse_args()
     print(heading(), flush=True)
-    with live_service(args) as service:
-        measure(service, "recommend", 100, args.seconds)
-        measure(service, "events", 500, args.seconds)
+    with live_service(args) as direct, behind_haproxy(direct) if args.through else nullcontext(direct) as service:
+        for kind in [args.kind] if args.kind else FIRST_RATES:
+            measure(service, kind, FIRST_RATES[kind], args.seconds)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """uvicorn with its limits set, which says when it is ready and turns unready as soon as it is told to stop."""
 
+import math
+import re
 import signal
 import socket
 from types import FrameType
@@ -13,18 +15,22 @@ from ksa_serving.problems import no_room
 from ksa_serving.room import ENTERED
 from ksa_serving.service import Service
 
+CROWDING = re.compile(
+    rb"POST /v1/users/[^ \r\n]+/(?P<call>events|recommend) HTTP/1\.1\r\n"
+    rb"(?i:content-length:[ ]*(?P<length>[0-9]{1,9})[ ]*\r\n"
+    rb"|connection:[ ]*keep-alive[ ]*\r\n"
+    rb"|(?!connection:|transfer-encoding:)[^\r\n]+\r\n)*+"  # possessive: what a line was taken for is not tried anew
+    rb"\r\n"
+)
+"""The head of a request of the kinds that come in crowds; their body has a length, and their connection is kept."""
+
 
 def crowding_call(data: bytes) -> str:
     """Return `events` or `recommend` where `data` is one whole request of this kind, which come in crowds; else ""."""
-    head, _, body = data.partition(b"\r\n\r\n")
-    line, _, headers = head.partition(b"\r\n")
-    method, _, path = line.removesuffix(b" HTTP/1.1").partition(b" ")
-    name = path.rpartition(b"/")[2]
-    if method != b"POST" or name not in (b"events", b"recommend") or not path.startswith(b"/v1/users/"):
+    found = CROWDING.match(data)
+    if found is None or found["length"] is None or found.end() + int(found["length"]) != len(data):
         return ""
-    fields = {key: value.strip() for key, _, value in (row.partition(b":") for row in headers.lower().split(b"\r\n"))}
-    kept = fields.get(b"connection", b"keep-alive") == b"keep-alive"
-    return name.decode() if kept and fields.get(b"content-length") == b"%d" % len(body) else ""
+    return found["call"].decode()
 
 
 def bounded_http(service: Service) -> type[HttpToolsProtocol]:
@@ -41,6 +47,8 @@ def bounded_http(service: Service) -> type[HttpToolsProtocol]:
     metrics = service.metrics
     head_bytes = 2 * settings.limits.header_bytes
     rooms = {"events": service.rooms.writing, "recommend": service.rooms.asking}
+    refused = {call: metrics.requests.labels(call, "503") for call in (*rooms, "other")}
+    refused_in_all = metrics.refused.labels("overloaded")
     answer = no_room()
     fields = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
     head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: {answer.media_type}\r\n{fields}"
@@ -48,6 +56,7 @@ def bounded_http(service: Service) -> type[HttpToolsProtocol]:
 
     class BoundedHttp(HttpToolsProtocol):
         _no_body = 0
+        _refused_at = -math.inf
 
         def data_received(self, data: bytes) -> None:
             """Refuse, or parse."""
@@ -80,11 +89,22 @@ def bounded_http(service: Service) -> type[HttpToolsProtocol]:
             self._no_body = 0
             super().on_message_complete()
 
-        def _refuse(self, route: str) -> None:
-            metrics.requests.labels(route, "503").inc()
-            metrics.refused.labels("overloaded").inc()
+        def timeout_keep_alive_handler(self) -> None:
+            """Close, but not sooner after a refusal than after an answer."""
+            rest = self._refused_at + self.timeout_keep_alive - self.loop.time()
+            if rest > 0:
+                self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
+            else:
+                super().timeout_keep_alive_handler()
+
+        def _refuse(self, call: str) -> None:
+            """Say no; nothing but that is done, for this is what the service does most when it has least time."""
             self.transport.write(refusal)
-            self.on_response_complete()
+            refused[call].inc()
+            refused_in_all.inc()
+            self._refused_at = self.loop.time()
+            if self.timeout_keep_alive_task is None:
+                self.on_response_complete()  # begins to wait; later refusals prolong that
 
     return BoundedHttp
 

@@ -66,7 +66,7 @@ class MapFiles:
         self._coming.unlink(missing_ok=True)
 
     def tell_proxy(self, held: ShardMap) -> None:
-        """Write what HAProxy reads: the process of each virtual shard, and where the processes are, with their rooms."""
+        """Write what HAProxy reads: the process of each virtual shard, and where each process is, by room."""
         lines = [f"epoch {held.epoch}", *(f"{shard} {owner}" for shard, owner in enumerate(held.owners))]
         _write(self.file.with_name("shards.map"), "\n".join([*lines, ""]).encode())
         servers = {name: f"    server {name} {process.address}" for name, process in sorted(held.processes.items())}

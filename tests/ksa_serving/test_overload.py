@@ -6,15 +6,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from test_app import assert_problem
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
+from ksa_serving.app import create_app
 from ksa_serving.events import Owner
 from ksa_serving.load import Plan, run_plan
-from ksa_serving.server import crowding_call
+from ksa_serving.server import crowding_call, server_config
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
 from ksa_serving.testing import toy_release
@@ -204,6 +208,32 @@ def test_connections_beyond_the_bound_are_refused_by_type(make_service: MakeServ
         assert client.get("/livez").status_code == 200
 
 
+def test_a_refusal_keeps_the_connection_as_long_as_an_answer(make_service: MakeService):
+    service = make_service(settings=ServeSettings(concurrent_questions=1))
+    service.rooms.asking.enter()
+
+    async def refuse_and_wait() -> None:
+        config = server_config(create_app(service), service)
+        config.load()
+        kind = cast(type[HttpToolsProtocol], config.http_protocol_class)
+        protocol = kind(config, ServerState(), {})
+        transport = Mock()
+        transport.is_closing.return_value = False
+        protocol.connection_made(transport)
+        for _ in range(2):
+            protocol.data_received(HEAD + b'{"k": 3}')
+        assert [call.args[0][:12] for call in transport.write.mock_calls] == 2 * [b"HTTP/1.1 503"]
+        waiting = protocol.timeout_keep_alive_task
+        protocol.timeout_keep_alive_handler()  # that of the first refusal
+        assert not transport.close.called
+        assert protocol.timeout_keep_alive_task not in (None, waiting)
+        cast(Any, protocol)._refused_at -= protocol.timeout_keep_alive
+        protocol.timeout_keep_alive_handler()
+        assert transport.close.called
+
+    asyncio.run(refuse_and_wait())
+
+
 def test_what_comes_in_crowds():
     body = b'{"k": 3}'
     assert crowding_call(HEAD + body) == "recommend"
@@ -215,6 +245,9 @@ def test_what_comes_in_crowds():
         HEAD + body + HEAD + body,
         HEAD.replace(b"content-length: 8", b"transfer-encoding: chunked") + body,
         HEAD.replace(b"host", b"connection: close\r\nhost") + body,
+        HEAD.replace(b"host", b"transfer-encoding: chunked\r\nhost") + body,
+        HEAD.replace(b"content-length: 8", b"content-length: eight") + body,
+        HEAD[:-2] + 900 * b"content-length: 8\r\n",  # tried line by line in every way it would take for ever
         HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + body,
         HEAD.replace(b"POST", b"GET") + body,
         HEAD.replace(b"/v1/users/ann/recommend", b"/livez") + body,

@@ -1,5 +1,6 @@
 """Processes behind a real HAProxy that finds each user's by the shard map, while they are killed, added and removed."""
 
+import asyncio
 import contextlib
 import os
 import random
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+from test_app import assert_problem
 
 from ksa_serving.client import Client, user_path
 from ksa_serving.errors import ClientError
 from ksa_serving.event_log import EventLog
 from ksa_serving.messages import EventMessage
+from ksa_serving.problems import no_room
+from ksa_serving.settings import ServeSettings
 from ksa_serving.shard_mover import MapFiles, Mover
 from ksa_serving.shards import Process, virtual_shard
 from recsys_ksa.cli import call_verb
@@ -220,11 +225,73 @@ def test_a_process_that_is_away_is_not_stood_in_for(cluster: Cluster):
         assert cluster.shards["shard-2"].wait(timeout=30) == 0
         statuses = [http.post(user_path(user, "recommend"), json={}).status_code for user in users]
         assert statuses == [200, 503, 200], "another process must not answer for the users of one that is away"
+        assert_problem(http.post(user_path(users[1], "recommend"), json={}), 503, "process-away")
         cluster.restart("shard-2")
         assert all(client.recommend(user, k=1).num_events == 1 for user in users)
         for path in ("/v1/events:batch", "/admin/shards"):  # no one process is theirs
             assert http.post(path, json={}).status_code == 404
         assert http.get("/v1/items?text=item").status_code == 200
+
+
+def asked_at_once(cluster: Cluster, user: str, call: str, body: dict[str, Any], times: int) -> list[httpx.Response]:
+    async def all_at_once() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=cluster.url, timeout=60, limits=limits) as crowd:
+            return list(await asyncio.gather(*(crowd.post(user_path(user, call), json=body) for _ in range(times))))
+
+    return asyncio.run(all_at_once())
+
+
+def test_the_proxy_refuses_what_is_one_too_many_and_the_process_never_does(cluster: Cluster):
+    settings = ServeSettings()
+    event = {"events": [{"item_id": "item-1", "timestamp": 1, "event_id": "e1"}]}
+    held = cluster.files.held()
+    assert held is not None
+    name = held.owners[virtual_shard("ann")]
+    elsewhere = next(user for user in map(str, range(100)) if held.owners[virtual_shard(user)] != name)
+    with Client(cluster.url, tries=60) as client, httpx.Client(base_url=cluster.url) as http:
+        client.keep("ann", [EventMessage("item-1", 1, "e0")])
+        crowds: dict[str, list[httpx.Response]] = {}
+        cluster.shards[name].send_signal(signal.SIGSTOP)
+        try:
+            threads = [
+                threading.Thread(
+                    target=lambda c=call, b=body: crowds.update({c: asked_at_once(cluster, "ann", c, b, 80)})
+                )
+                for call, body in (("events", event), ("recommend", {"k": 1}))
+            ]
+            for thread in threads:
+                thread.start()
+            time.sleep(1)
+            for call, body in (("events", event), ("recommend", {"k": 1})):
+                assert_problem(http.post(user_path("ann", call), json=body), 503, "overloaded")
+            assert_problem(http.delete(user_path("ann", "events/e0")), 503, "overloaded")
+            assert http.post(user_path(elsewhere, "recommend"), json={"k": 1}).status_code == 200
+        finally:
+            cluster.shards[name].send_signal(signal.SIGCONT)
+        for thread in threads:
+            thread.join()
+        for call, room in (("events", settings.concurrent_writes), ("recommend", settings.concurrent_questions)):
+            refused = [answer for answer in crowds[call] if answer.status_code != 200]
+            assert len(crowds[call]) - len(refused) == room
+            for answer in refused:
+                assert assert_problem(answer, 503, "overloaded") == msgspec.json.decode(no_room().content)
+                assert answer.headers["retry-after"] == "1"
+        assert client.recommend("ann", k=1).num_events == 2
+        own = httpx.get(f"http://127.0.0.1:{cluster.ports[name][0]}/metrics").text
+        assert 'ksa_refused_total{code="overloaded"} 0.0' in own
+
+
+def test_who_sends_slowly_through_the_proxy_takes_no_room(cluster: Cluster):
+    head = b"POST /v1/users/ann/recommend HTTP/1.1\r\nhost: x\r\ncontent-length: 8\r\n\r\n"
+    with Client(cluster.url, tries=1) as client, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", cluster.port))) for _ in range(40)]
+        for connection in slow:
+            connection.sendall(head + b'{"k"')
+        for _ in range(5):
+            client.recommend("ann", k=1)
+        slow[0].sendall(b": 3}")
+        assert slow[0].recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_processes_come_and_go_under_load_and_fire_and_nothing_is_lost_or_doubled(cluster: Cluster, seed: int):
