@@ -24,21 +24,21 @@ class Strict(BaseModel):
 Config = TypeVar("Config", bound=Strict)
 
 
-def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file as `kind`, with overrides such as `train.learning_rate=1e-3` applied.
+def load_config(kind: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, or none, as `kind`, with overrides such as `train.learning_rate=1e-3` applied.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown, a value is wrong; the path is quoted.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = {} if path is None else tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: expected a TOML file, got {error.strerror}. Check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected TOML, got: {error}. Mend the file.") from error
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(kind, values, str(path))
+    return parse_config(kind, values, "--set" if path is None else str(path))
 
 
 def parse_config(kind: type[Config], values: dict[str, Any], source: str) -> Config:

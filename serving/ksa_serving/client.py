@@ -45,14 +45,17 @@ class Client:
         tries: of one call.
 
     Raises:
-        ClientError: the url is none.
+        ClientError: the url is none, or the token.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, tries: int = 5):
-        if not url.startswith(("http://", "https://")):
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host:
             raise ClientError(f"url: expected one as http://127.0.0.1:8000, got {url!r}.", refused=True)
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
+        self._http = httpx.Client(base_url=address, headers=authorization(token), timeout=timeout)
         self._tries = tries
         self._sleep: Callable[[float], None] = time.sleep
 
@@ -144,9 +147,31 @@ class Client:
         raise ClientError(f"{method} {self._http.base_url}: expected an answer, got: {reason}", refused)
 
 
+def authorization(token: str | None) -> dict[str, str]:
+    """Return the header that carries a bearer token.
+
+    Raises:
+        ClientError: the token, which is not shown, cannot be one.
+    """
+    if token is None:
+        return {}
+    if not token or not all("!" <= letter <= "~" for letter in token):
+        raise ClientError("token: expected visible ASCII without spaces, got something else.", refused=True)
+    return {"authorization": f"Bearer {token}"}
+
+
 def user_path(user_id: str, verb: str = "") -> str:
-    """Return a user's path; an id of dots alone would be taken for a relative path, so dots are encoded too."""
-    segment = quote(user_id.encode(), safe="").replace(".", "%2E")
+    """Return a user's path; an id of dots alone would be taken for a relative path, so dots are encoded too.
+
+    Raises:
+        ClientError: the id is empty, or no text.
+    """
+    try:
+        segment = quote(user_id.encode(), safe="").replace(".", "%2E")
+    except UnicodeEncodeError:
+        segment = ""
+    if not segment:
+        raise ClientError(f"user id: expected text of UTF-8, got {user_id!r}.", refused=True)
     return f"/v1/users/{segment}/{verb}".rstrip("/")
 
 

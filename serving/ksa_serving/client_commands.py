@@ -51,7 +51,10 @@ def _run_events(args: argparse.Namespace) -> None:
     with _client(args) as client, tqdm(total=len(columns["user_id"]), unit=" events") as bar:
         for call in calls(columns):
             for answer in client.keep_batch(call).answers:
-                outcomes.update(result.status for result in answer.results)
+                outcomes.update(
+                    result.status if result.reason is None else f"{result.status} ({result.reason})"
+                    for result in answer.results
+                )
                 bar.update(len(answer.results))
     print(", ".join(f"{count} {status}" for status, count in sorted(outcomes.items())) or "no events")
 
@@ -61,7 +64,7 @@ def read_log(file: Path) -> dict[str, list[Any]]:
 
     Raises:
         DataError: the file cannot be read.
-        SchemaError: a column is missing, or a timestamp is no whole number.
+        SchemaError: a column is missing, a row lacks one of those needed, or a timestamp is no whole number.
     """
     import pyarrow as pa
     import pyarrow.csv as csv
@@ -69,7 +72,7 @@ def read_log(file: Path) -> dict[str, list[Any]]:
 
     try:
         table = pq.read_table(file) if file.suffix == ".parquet" else csv.read_csv(file)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: expected a .csv or .parquet log, got: {error}.") from error
     for name in COLUMNS:
         if name not in table.column_names:
@@ -78,9 +81,14 @@ def read_log(file: Path) -> dict[str, list[Any]]:
     try:
         kinds = {"timestamp": pa.int64(), "value": pa.float64()}
         names = [*COLUMNS, *(name for name in OPTIONAL if name in table.column_names)]
-        return {name: table[name].cast(kinds.get(name, pa.string())).to_pylist() for name in names}
-    except pa.ArrowInvalid as error:
+        columns = {name: table[name].cast(kinds.get(name, pa.string())).to_pylist() for name in names}
+    except pa.ArrowException as error:
         raise SchemaError(f"{file}: expected whole seconds in timestamp and text in ids, got: {error}.") from error
+    for name in COLUMNS:
+        for row, value in enumerate(columns[name], start=1):
+            if value in (None, ""):
+                raise SchemaError(f"{file}: expected {name} in every row, got none in row {row}. Leave such rows out.")
+    return columns
 
 
 def calls(columns: dict[str, list[Any]]) -> "Iterator[dict[str, list[EventMessage]]]":

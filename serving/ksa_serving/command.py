@@ -69,6 +69,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT; print one line when ready."""
     check_host(args.host, args.insecure_no_auth or args.tokens is not None)
+    if args.releases is not None and (args.admin_port is None or not args.releases.is_dir()):
+        raise UsageError(f"ksa serve: --releases {args.releases}: expected a directory, and --admin-port beside it.")
     # Before torch loads its threads' runtime: beside another busy process, spinning threads were 15-20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -188,7 +190,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     from recsys_ksa.config import load_config
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    settings = load_config(ServeSettings, args.config or Path(os.devnull), args.set)
+    settings = load_config(ServeSettings, args.config, args.set)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (most, most)

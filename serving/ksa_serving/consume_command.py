@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from recsys_ksa.cli import Verb
+from recsys_ksa.errors import UsageError
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +43,8 @@ def _run(args: argparse.Namespace) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    settings = dict(pair.split("=", 1) for pair in args.kafka)
-    with Client(args.url, os.environ.get(args.token_variable)) as client, open(args.dead_letters, "ab") as letters:
-        os.chmod(args.dead_letters, 0o600)  # what users did is in it
+    settings = dict(map(_setting, args.kafka))
+    with Client(args.url, os.environ.get(args.token_variable)) as client, _opened(args.dead_letters) as letters:
 
         def bury(letter: DeadLetter) -> None:
             letters.write(msgspec.json.encode(letter) + b"\n")
@@ -57,6 +58,23 @@ def _run(args: argparse.Namespace) -> None:
         finally:
             source.close()
     print(", ".join(f"{count} {status}" for status, count in sorted(outcomes.items())) or "no events")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"ksa consume: --kafka: expected NAME=VALUE, got {text!r}.")
+    return name, value
+
+
+def _opened(file: Path) -> BinaryIO:
+    """Return the file of dead letters, to be added to; its owner's alone, for what users did is in it."""
+    try:
+        letters = open(file, "ab")  # noqa: SIM115 - the caller closes it
+        os.chmod(file, 0o600)
+    except OSError as error:
+        raise UsageError(f"ksa consume: --dead-letters {file}: expected a file, got: {error.strerror}.") from error
+    return letters
 
 
 verb = Verb(

@@ -20,6 +20,7 @@ class KafkaSource:
 
     Raises:
         MissingPackageError: confluent-kafka is not installed.
+        SourceError: librdkafka refuses the brokers, the topic or a setting.
     """
 
     def __init__(self, brokers: str, topic: str, group: str, settings: Mapping[str, str] | None = None):
@@ -30,17 +31,22 @@ class KafkaSource:
         self._kafka: Any = confluent_kafka
         self._topic = topic
         self._held: set[int] = set()
-        self._consumer: Any = confluent_kafka.Consumer(
-            {
-                **(settings or {}),
-                "bootstrap.servers": brokers,
-                "group.id": group,
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "auto.offset.reset": "earliest",
-            }
-        )
-        self._consumer.subscribe([topic], on_assign=self._taken, on_revoke=self._given_away, on_lost=self._given_away)
+        if not brokers:
+            raise SourceError("brokers: expected HOST:PORT,..., got none.")
+        wanted = {
+            **(settings or {}),
+            "bootstrap.servers": brokers,
+            "group.id": group,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",
+        }
+        told = {"on_assign": self._taken, "on_revoke": self._given_away, "on_lost": self._given_away}
+        try:
+            self._consumer: Any = confluent_kafka.Consumer(wanted)
+            self._consumer.subscribe([topic], **told)
+        except confluent_kafka.KafkaException as error:
+            raise SourceError(f"{topic!r}: expected to read it, got: {error.args[0].str()}. Check --kafka.") from error
 
     def poll(self, most: int, seconds: float) -> Sequence[SourceMessage]:
         """Return the next messages.

@@ -92,12 +92,17 @@ class Wire:
     """Kept connections to one service; as many as requests under way."""
 
     def __init__(self, url: str, token: str | None):
+        from ksa_serving.client import authorization
+
         parts = urlsplit(url)
-        if parts.scheme != "http" or parts.hostname is None:
+        try:
+            self._host, self._port = parts.hostname or "", parts.port or 80
+        except ValueError:  # of the port
+            self._host = ""
+        if parts.scheme != "http" or not self._host:
             raise UsageError(f"ksa load: --url: expected http://HOST:PORT, got {url!r}.")
-        self._host, self._port = parts.hostname, parts.port or 80
-        authorization = f"authorization: Bearer {token}\r\n" if token else ""
-        self._head = f" HTTP/1.1\r\nhost: {parts.netloc}\r\n{authorization}content-type: application/json\r\n"
+        headers = {"host": parts.netloc, **authorization(token), "content-type": "application/json"}
+        self._head = " HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._idle: list[Connection] = []
         self._opening: set[asyncio.Task[None]] = set()
 
@@ -251,6 +256,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    least = {"users": 1, "items": 1, "events_per_call": 1, "seconds": 0, "recommend": 0, "events": 0}
+    for name, low in least.items():
+        if not low <= getattr(args, name) < float("inf"):
+            flag = name.replace("_", "-")
+            raise UsageError(f"ksa load: --{flag}: expected {low} or more, got {getattr(args, name)}.")
     plan = Plan(
         recommend_rate=args.recommend,
         events_rate=args.events,

@@ -1,7 +1,6 @@
 """`ksa replay`: rebuild every state from the event log and compare with what the cold store leads to."""
 
 import argparse
-import os
 from pathlib import Path
 
 from recsys_ksa.cli import Verb
@@ -20,7 +19,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    if not args.state_dir.is_dir():
+    if not (args.state_dir / "events.sqlite").is_file():
         raise UsageError(f"--state-dir: expected a stopped service's directory, found none at {args.state_dir}.")
     from ksa_serving.command import open_store, prepare_state_dir
     from ksa_serving.event_log import EventLog
@@ -30,7 +29,7 @@ def _run(args: argparse.Namespace) -> None:
     from ksa_serving.user_states import UserStates
     from recsys_ksa.config import load_config
 
-    settings = load_config(ServeSettings, Path(os.devnull), args.set)
+    settings = load_config(ServeSettings, None, args.set)
     release = load_release(args.run, cold_parity=settings.cold_parity)
     tolerance = {"exact": settings.audit_tolerance, "int8": settings.audit_tolerance_int8}
     log = EventLog(prepare_state_dir(args.state_dir), release.tie)

@@ -18,7 +18,8 @@ from ksa_serving.errors import InvalidRequestError, NotOwnerError
 
 NUM_VIRTUAL_SHARDS = 1024
 ProcessName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,63}\\Z")]
-Address = Annotated[str, Meta(pattern=r"^[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}\Z", description="HOST:PORT")]
+HOST = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*)"
+Address = Annotated[str, Meta(pattern=rf"^{HOST}:[0-9]{{1,5}}\Z", description="HOST:PORT")]
 Owners = Annotated[list[ProcessName], Meta(min_length=NUM_VIRTUAL_SHARDS, max_length=NUM_VIRTUAL_SHARDS)]
 Epochs = Annotated[list[int], Meta(min_length=NUM_VIRTUAL_SHARDS, max_length=NUM_VIRTUAL_SHARDS)]
 

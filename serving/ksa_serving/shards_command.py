@@ -37,13 +37,19 @@ def _run(args: argparse.Namespace) -> None:
     import httpx
     from tqdm import tqdm
 
+    from ksa_serving.client import authorization
     from ksa_serving.shard_mover import MapFiles, Mover, planned
     from ksa_serving.shards import NUM_VIRTUAL_SHARDS, first_map
 
     if not 1 <= args.at_once <= NUM_VIRTUAL_SHARDS:
         raise UsageError(f"ksa shards: --at-once: expected 1 to {NUM_VIRTUAL_SHARDS}, got {args.at_once}.")
-    files, reload, token = MapFiles(args.map), shlex.split(args.reload), os.environ.get(args.token_variable)
-    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    try:
+        files, reload = MapFiles(args.map), shlex.split(args.reload)
+    except ValueError as error:
+        raise UsageError(f"ksa shards: --reload: expected a command, got {args.reload!r}: {error}.") from error
+    if not args.map.parent.is_dir():
+        raise UsageError(f"ksa shards: {args.map}: expected a file in a folder that is there.")
+    headers = authorization(os.environ.get(args.token_variable))
     if args.action == "cancel":
         with httpx.Client(headers=headers, timeout=120) as http:
             Mover(files, http, lambda: _reload(reload)).cancel()
