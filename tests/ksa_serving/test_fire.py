@@ -21,6 +21,8 @@ from ksa_serving.testing import toy_release
 pytestmark = pytest.mark.service
 NUM_CANCELLED = int(os.environ.get("KSA_CANCELLED", "1000"))
 """10^5 with `make nightly FULL=1`."""
+NUM_DELETED = int(os.environ.get("KSA_DELETED", "60"))
+"""10^4 with `make nightly FULL=1`."""
 MakeService = Callable[..., Service]
 
 
@@ -58,7 +60,7 @@ def test_deleted_users_stay_deleted_while_everyone_reads_and_writes(tmp_path: Pa
             assert (await service.questions.recommend(name, RecommendRequest(k=1))).num_events == 0
 
         crowd = [asyncio.create_task(others(f"u{n}")) for n in range(4)]
-        for start in range(0, 60, 6):
+        for start in range(0, NUM_DELETED, 6):
             await asyncio.gather(*(doomed(f"d{n}") for n in range(start, start + 6)))
         stop.set()
         await asyncio.gather(*crowd)
@@ -69,7 +71,7 @@ def test_deleted_users_stay_deleted_while_everyone_reads_and_writes(tmp_path: Pa
     while again.log.purging:
         pass
     assert again.store.purge()
-    for n in range(60):
+    for n in range(NUM_DELETED):
         assert again.log.head(Owner(f"d{n}")).num_events == 0
     for file in tmp_path.iterdir():
         assert b"secret-" not in file.read_bytes(), file

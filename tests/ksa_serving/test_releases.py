@@ -1,7 +1,9 @@
 """Releases come and go under load: no answer mixes two, none is lost, and what cannot be served is refused."""
 
 import asyncio
+import hashlib
 import itertools
+import os
 import random
 import threading
 from dataclasses import replace
@@ -27,13 +29,16 @@ from recsys_ksa.errors import RunError
 from recsys_ksa.retrieval.index import TorchIndex
 
 NOW = 1_700_000_000
+NUM_SWAPS = int(os.environ.get("KSA_SWAPS", "30"))
+"""100 with `make nightly`, 1,000 with FULL=1."""
 
 
 class NamedToy(ToyModel):
     """A toy whose answers depend on its name, so that a mix of two would show."""
 
-    def _score(self, state: Any, item: str, request_time: int | None) -> float:
-        return super()._score(state, item + self._fingerprint, request_time)
+    def _scores(self, state: Any, request_time: int | None) -> dict[str, float]:
+        name = hashlib.sha256(state.history_hash + self._fingerprint.encode()).digest()
+        return super()._scores(replace(state, hashes=(*state.hashes, name)), request_time)
 
 
 def release(name: str, **fields: Any) -> Release:
@@ -85,7 +90,7 @@ def test_a_swap_storm_mixes_nothing_and_loses_nothing(service: Service):
                 answers.append((name, sent[name], answer))
 
         users = [asyncio.create_task(user(name)) for name in sent]
-        for turn in range(30):
+        for turn in range(NUM_SWAPS):
             name = "bca"[turn % 3]
             await service.operator.load(name)
             await service.operator.activate(name)
