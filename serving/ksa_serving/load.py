@@ -21,6 +21,11 @@ from urllib.parse import urlsplit
 from recsys_ksa.cli import Verb
 from recsys_ksa.errors import UsageError
 
+CALL_EVENTS = 1000
+"""Events in one call that sends a history."""
+FIRST_TIME = 1_500_000_000
+"""Of histories: 10^8 events later it is still past."""
+
 
 @dataclass
 class Outcome:
@@ -189,6 +194,31 @@ async def run_plan(url: str, token: str | None, plan: Plan) -> dict[str, Outcome
     return outcomes
 
 
+def send_histories(url: str, token: str | None, plan: Plan, num_events: int) -> None:
+    """Have every hundredth user begin with so many events, a second apart; sent again, they are known.
+
+    Raises:
+        ClientError: the service refused, or could not be reached.
+    """
+    from tqdm import tqdm
+
+    from ksa_serving.client import Client
+    from ksa_serving.messages import EventMessage
+
+    users = range(plan.first_user, plan.first_user + plan.users, 100)
+    draw = random.Random(plan.seed)
+    with Client(url, token) as client, tqdm(total=len(users) * num_events, unit=" events") as bar:
+        for user in users:
+            for start in range(0, num_events, CALL_EVENTS):
+                numbers = range(start, min(start + CALL_EVENTS, num_events))
+                items = draw.choices(range(1, plan.items + 1), k=len(numbers))
+                client.keep(
+                    f"u{user}",
+                    [EventMessage(f"i{item}", FIRST_TIME + n, f"h{n:09}") for item, n in zip(items, numbers)],
+                )
+                bar.update(len(numbers))
+
+
 def run_load(url: str, token: str | None, plan: Plan) -> dict[str, Outcome]:
     """Do what `run_plan` does, on the quicker event loop.
 
@@ -251,12 +281,15 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--events-per-call", type=int, default=1, metavar="N", help="events in one call")
     parser.add_argument("--users", type=int, default=1000, metavar="N", help="users u0 to uN-1")
     parser.add_argument("--items", type=int, default=1000, metavar="N", help="items i1 to iN")
+    parser.add_argument(
+        "--long-history", type=int, default=0, metavar="N", help="events that every hundredth user is given first"
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="how long")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; event ids begin with it")
 
 
 def _run(args: argparse.Namespace) -> None:
-    least = {"users": 1, "items": 1, "events_per_call": 1, "seconds": 0, "recommend": 0, "events": 0}
+    least = {"long_history": 0, "users": 1, "items": 1, "events_per_call": 1, "seconds": 0, "recommend": 0, "events": 0}
     for name, low in least.items():
         if not low <= getattr(args, name) < float("inf"):
             flag = name.replace("_", "-")
@@ -270,8 +303,11 @@ def _run(args: argparse.Namespace) -> None:
         seconds=args.seconds,
         seed=args.seed,
     )
+    token = os.environ.get(args.token_variable)
+    if args.long_history:
+        send_histories(args.url, token, plan, args.long_history)
     try:
-        outcomes = run_load(args.url, os.environ.get(args.token_variable), plan)
+        outcomes = run_load(args.url, token, plan)
     except OSError as error:
         raise UsageError(f"ksa load: {args.url}: expected a service, got: {error}.") from error
     print("\n".join(report(outcomes)))
@@ -279,7 +315,7 @@ def _run(args: argparse.Namespace) -> None:
 
 verb = Verb(
     summary="send an even stream of questions and events, and tell the latencies",
-    example="ksa load --url http://127.0.0.1:8000 --recommend 100 --events 1000 --seconds 30",
+    example="ksa load --url http://127.0.0.1:8000 --recommend 100 --events 1000 --long-history 100000 --seconds 30",
     configure=_configure,
     run=_run,
 )

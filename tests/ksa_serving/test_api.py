@@ -298,6 +298,15 @@ def test_load_is_sent_and_reported(client: httpx.Client):
     assert re.match(r"recommend\s+40 requests  p50\s+[\d.]+ ms", report(outcomes)[0])
 
 
+def test_load_gives_every_hundredth_user_a_long_history(client: httpx.Client, capsys: pytest.CaptureFixture[str]):
+    command = f"load --url {client.base_url} --users 201 --items 9 --long-history 1500 --recommend 1 --seconds 1"
+    for _ in range(2):  # sent again, it is known
+        assert main(command.split()) == 0
+        for user, num_events in (("u0", 1500), ("u1", 0), ("u100", 1500), ("u200", 1500)):
+            assert client.get(f"/v1/users/{user}/state").json()["num_events"] == num_events
+    assert "200: 1" in capsys.readouterr().out
+
+
 def test_questions_that_wait_are_answered_in_one_pass(make_service: MakeService, serve_in_thread: Any):
     sizes: list[int] = []
 
