@@ -1,9 +1,10 @@
 """Events per second, processor seconds and peak memory: `ksa prepare`, pandas doing the same, appends to the rest.
 
 Appended are the log's last day, and its last 1% of events, each to a data set of the events before; then 1% of events
-of few users (a log of another seed) to the whole. Beside each, how many of the data set's events belong to users whom
-it touches: their whole rows are written again. After each append, what opening the new version costs the first time,
-when the loader's copy is brought up to date.
+of few users (a log of another seed) to the whole, and the same again in one process that prepared the whole, which
+loads the libraries once. Beside each, how many of the data set's events belong to users whom it touches: their whole
+rows are written again. After each append, what opening the new version costs the first time, when the loader's copy is
+brought up to date.
 
     python pipelines/benchmarks/prepare.py --events 1000000 10000000 --json figures.json
 
@@ -99,6 +100,7 @@ def bench(events: int, folder: Path, peers: bool, memory: str) -> list[dict]:
     few = folder / "few"
     measured(ksa("synth", "--out", few, "--events", events // 100, "--seed", 2))
     rows += appended(folder / "ds", log, few, "1% of few users")
+    rows += in_one_process(log, few, folder / "again")
     return [{"events": events, **row, "events_per_second": round(events / row["seconds"])} for row in rows]
 
 
@@ -120,6 +122,13 @@ def appended(dataset: Path, old: Path, new: Path, name: str) -> list[dict]:
         {"what": "  opened first", **measured([sys.executable, "-c", code])},
         {"what": "  opened again", **measured([sys.executable, "-c", code])},
     ]
+
+
+def in_one_process(log: Path, new: Path, dataset: Path) -> list[dict]:
+    """Return the figures of loading, preparing a log and appending another, in one process."""
+    command = [sys.executable, str(Path(__file__).with_name("one_process.py")), str(log), str(new), str(dataset)]
+    lines = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines if line.startswith(b"{")]
 
 
 def report(

@@ -23,8 +23,7 @@ from recsys_ksa import __version__
 from recsys_ksa.config_files import parse_config
 from recsys_ksa.data.cache import checked_rows
 from recsys_ksa.data.manifest import Counts, Manifest, versioned
-from recsys_ksa.data.parts import parts_by_bucket
-from recsys_ksa.data.rows import Overview, numbered_users, open_rows
+from recsys_ksa.data.rows import Overview, open_rows
 from recsys_ksa.errors import DataError
 
 
@@ -58,8 +57,8 @@ def append_log(
         before = change.before
         config = _config(before, dataset, mapping)
         known_catalogue = read_catalogue(dataset, before)
-        checked_rows(dataset, before)
-        stored = Stored(dataset, parts_by_bucket(before.files))
+        stored_rows = checked_rows(dataset, before)
+        stored = Stored(stored_rows)
         change.work.mkdir()
         item_ids, event_types = known_catalogue.items["item_id"], known_catalogue.event_types()
         known = KnownNames(stored, item_ids, event_types, _optional_columns(before))
@@ -89,7 +88,7 @@ def append_log(
             before.numbered_users,
             stored,
         )
-        report(f"touched {len(ingested.buckets)} buckets")
+        report(f"touched {len(parts)} buckets")
         write_catalogue(catalogue, dataset, change.version)
         quarantine = dataset / quarantine_name(len(before.logs))
         gather_quarantine(change.work, quarantine)
@@ -98,9 +97,9 @@ def append_log(
         written = [dataset / versioned(name, change.version) for name in before.item_tables]
         written += [quarantine] if quarantine.exists() else []
         files = {name: digest for name, digest in before.files.items() if name not in old_tables} | parts
-        rows = open_rows(dataset, files)
+        rows = open_rows(dataset, files, stored_rows)
         overview = Overview.of(rows, split)
-        user_table = extend_users(numbered_users(rows), before, dataset, users, config.users, report)
+        user_table = extend_users(rows, before, dataset, users, config.users, report)
         written += write_users(user_table, dataset, change.version)
         files |= hash_files(dataset, written)
         after = before.model_copy(

@@ -7,6 +7,7 @@ from typing import overload
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 
@@ -31,6 +32,14 @@ def encode(values: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:
     found = to_arrow(values).dictionary_encode()
     indices = found.indices.fill_null(-1) if found.null_count else found.indices
     return indices.to_numpy(), pl.Series(values.name, found.dictionary, dtype=values.dtype)
+
+
+def find_texts(texts: pl.Series, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return where each text is among others, -1 where it is not; nulls are nowhere."""
+    if not len(texts):
+        return np.empty(0, dtype=np.int64)
+    options = pc.SetLookupOptions(among.cast(pa.large_string()), skip_nulls=True)
+    return pc.call_function("index_in", [to_arrow(texts)], options).fill_null(-1).to_numpy().astype(np.int64)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -1,16 +1,17 @@
-"""Second pass: the events of one bucket of a log, in order of time, audited, without those that are there twice.
+"""Second pass: events of some buckets of a log, in order of time, audited, without those that are there twice.
 
-A bucket is small enough to hold, and buckets know nothing of each other: they can be worked on anywhere. What is
-gathered lies in the bucket's folder until the third pass (`part.py`) has the vocabularies of all buckets:
+A bucket is small enough to hold, and buckets know nothing of each other: they can be worked on anywhere. Small ones are
+worked on together with their neighbours. What is gathered lies in a folder until the third pass (`part.py`) has the
+vocabularies of all buckets:
 
     events.arrow   user (row of users.arrow), item (code in the log), timestamp, arrival; event_type (code; -1: none),
                    event_id where the log has them; by user, time and arrival
-    users.arrow    user_id, user_index and row (in the data set; null where it does not know the user)
-    items.arrow    item (code), count and first_seen in this bucket
+    users.arrow    user_id, bucket, and of the data set user_index, row and num_events (`Stored.recognise`); by bucket
+    items.arrow    item (code), count and first_seen in these buckets
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from ksa_pipelines.arrow import read_frame, take_rows, write_frame
 from ksa_pipelines.clean import drop_duplicates
 from ksa_pipelines.known import Known
 from ksa_pipelines.names import Names
-from ksa_pipelines.spill import Chunk, read_bucket
-from ksa_pipelines.stored import UNKNOWN, StoredBucket
+from ksa_pipelines.spill import Chunk, read_rows, read_users
+from ksa_pipelines.stored import UNKNOWN, Stored
 from ksa_pipelines.ties import TiedPairs, count_tied_pairs, order_by_time
 
 EVENTS, USERS, ITEMS = "events.arrow", "users.arrow", "items.arrow"
@@ -30,24 +31,37 @@ EVENTS, USERS, ITEMS = "events.arrow", "users.arrow", "items.arrow"
 
 @dataclass(frozen=True)
 class GatherTask:
-    """One bucket of a log."""
+    """Neighbouring buckets of a log."""
 
-    bucket: int
+    buckets: range
+    most_events: int
+    """What is held at a time, of the log and the data set: with more of them, the buckets are gathered by halves."""
     folder: Path
-    """Of this bucket, to work in."""
+    """To work in, of the log."""
     chunks: tuple[Chunk, ...]
     names: dict[str, Names]
     """Of the number columns."""
     audit_ranks: Path
     """int64: what the audit compares, by code of the item."""
+    stored: Stored
+    """Histories of these buckets."""
     known: Known | None = None
+
+    def halves(self) -> tuple["GatherTask", "GatherTask"]:
+        """Return the task as two."""
+        middle = len(self.buckets) // 2
+        first, second = self.buckets[:middle], self.buckets[middle:]
+        return (
+            replace(self, buckets=first, stored=self.stored.of(first)),
+            replace(self, buckets=second, stored=self.stored.of(second)),
+        )
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a bucket of a log holds."""
+    """What neighbouring buckets of a log hold."""
 
-    bucket: int
+    buckets: range
     folder: Path
     num_events: int
     last_timestamp: int
@@ -57,23 +71,26 @@ class Gathered:
     """Events without a type, then of each type by code; None where the log has none."""
 
 
-def gather(task: GatherTask) -> Gathered | None:
-    """Gather a bucket into `task.folder`; None where the log has no event of it."""
+def gather(task: GatherTask) -> list[Gathered]:
+    """Gather the buckets that the log has events of, together where they are small enough."""
+    users, user_rows = read_users(task.chunks, task.buckets)
+    if users.is_empty():
+        return []
+    users = task.stored.recognise(users)
+    num_events = sum(chunk.num_rows(task.buckets) for chunk in task.chunks) + users["num_events"].sum()
+    if num_events > task.most_events and len(task.buckets) > 1:
+        return [gathered for half in task.halves() for gathered in gather(half)]
     codes = {column: names.of_chunks() for column, names in task.names.items()}
-    events, user_ids = read_bucket(task.chunks, codes, task.bucket)
-    if events.is_empty():
-        return None
-    task.folder.mkdir(parents=True, exist_ok=True)
-    stored = StoredBucket([]) if task.known is None else task.known.stored.bucket(task.bucket)
-    users = stored.recognise(user_ids)
-    events, users = _in_order(events, users)
+    events, users = _in_order(read_rows(task.chunks, codes, user_rows, task.buckets), users)
     tied = count_tied_pairs(events, np.asarray(np.memmap(task.audit_ranks, dtype=np.int64, mode="r")))
-    old = None if task.known is None else _old_events(task.known, stored, users, events)
+    old = None if task.known is None else _old_events(task.known, task.stored, users, events)
     events, duplicates = drop_duplicates(events, old)
-    write_frame(users, task.folder / USERS)
+    folder = task.folder / f"bucket-{task.buckets.start:05d}"
+    folder.mkdir(exist_ok=True)
+    write_frame(users, folder / USERS)
     types = task.names.get("event_type")
     num_names = task.names["item"].count, None if types is None else types.count
-    return _settle(task.bucket, task.folder, events, tied, duplicates, num_names)
+    return [_settle(task.buckets, folder, events, tied, duplicates, num_names)]
 
 
 def keep_items(
@@ -82,13 +99,13 @@ def keep_items(
     """Drop events of other items than `kept`, then of users with fewer than `min_user_events`.
 
     Args:
-        gathered: the bucket.
+        gathered: the buckets.
         kept: by code of the item; None keeps all.
         min_user_events: smallest number of events a user may have.
         num_items: of the log.
 
     Returns:
-        The bucket, None if no event is left; events dropped for their item; events dropped for their user.
+        The buckets, None if no event is left; events dropped for their item; events dropped for their user.
     """
     events = read_frame(gathered.folder / EVENTS)
     frequent = events if kept is None else events.filter(pl.Series(kept[events["item"].to_numpy()]))
@@ -102,25 +119,26 @@ def keep_items(
     folder.mkdir(exist_ok=True)
     shutil.copyfile(gathered.folder / USERS, folder / USERS)
     num_names = num_items, None if gathered.event_types is None else len(gathered.event_types) - 1
-    return _settle(gathered.bucket, folder, active, gathered.tied, gathered.duplicates, num_names), *dropped
+    return _settle(gathered.buckets, folder, active, gathered.tied, gathered.duplicates, num_names), *dropped
 
 
 def item_counts(folder: Path) -> pl.DataFrame:
-    """Return item, count and first_seen of a gathered bucket's items."""
+    """Return item, count and first_seen of the items that were gathered."""
     return read_frame(folder / ITEMS)
 
 
 def _in_order(events: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return events by user, time and arrival, and users as they will be numbered if no event is dropped.
 
-    That is: known ones by user_index, then by (first time, id bytes).
+    That is: by bucket; known ones by user_index, then by (first time, id bytes).
     """
     user, timestamp = events["user"].to_numpy(), events["timestamp"].to_numpy()
     first_seen = np.full(users.height, np.iinfo(np.int64).max)
     np.minimum.at(first_seen, user, timestamp)
-    user_index = users["user_index"].to_numpy()
+    bucket, user_index = users["bucket"].to_numpy(), users["user_index"].to_numpy()
     by_id = users["user_id"].arg_sort().to_numpy()  # strings compare as their bytes
-    order = by_id[np.lexsort((first_seen[by_id], user_index[by_id], user_index[by_id] == UNKNOWN))]
+    keys = first_seen, user_index, user_index == UNKNOWN, bucket
+    order = by_id[np.lexsort([key[by_id] for key in keys])]
     place = np.empty(len(order), dtype=np.int32)
     place[order] = np.arange(len(order))
     user = place[user]
@@ -129,7 +147,7 @@ def _in_order(events: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, 
 
 
 def _settle(
-    bucket: int,
+    buckets: range,
     folder: Path,
     events: pl.DataFrame,
     tied: TiedPairs,
@@ -148,10 +166,10 @@ def _settle(
     types = None
     if num_types is not None:
         types = np.bincount(events["event_type"].to_numpy() + 1, minlength=num_types + 1)
-    return Gathered(bucket, folder, events.height, int(timestamp.max(initial=0)), tied, duplicates, types)
+    return Gathered(buckets, folder, events.height, int(timestamp.max(initial=0)), tied, duplicates, types)
 
 
-def _old_events(known: Known, stored: StoredBucket, users: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame | None:
+def _old_events(known: Known, stored: Stored, users: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame | None:
     """Return what the data set has of these users and could be the same as a new event, in the codes of the log."""
     row = users["row"].to_numpy()
     met = np.flatnonzero(row != UNKNOWN)

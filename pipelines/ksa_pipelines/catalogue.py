@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -51,7 +52,7 @@ class Counted:
     """What a log's events count."""
 
     items: pl.DataFrame
-    """item_id, count, first_seen."""
+    """item_id, item_index (0 where the data set does not know it), count, first_seen."""
     event_types: dict[str | None, int] | None = field(default=None)
     """Events by type; None where the log has no types."""
 
@@ -89,7 +90,8 @@ def extend_catalogue(
     """
     described, files = read_items_file(items, config, needed=known is None)
     before = known or Catalogue(_unknown_item(config.items, described, items), {})
-    new = number_items(counted.items.join(before.items, on="item_id", how="anti"), before.num_items)
+    new = counted.items.filter(pl.col("item_index") == UNKNOWN_ITEM).drop("item_index")
+    new = number_items(new, before.num_items)
     num_described = new.join(described, on="item_id", how="semi").height
     table = new.join(described, on="item_id", how="left", maintain_order="left")
     vocab: dict[str, pl.DataFrame] = {}
@@ -178,10 +180,12 @@ def _unknown_item(config: ItemsConfig, described: pl.DataFrame, source: str | No
 
 def _counted_again(items: pl.DataFrame, counts: pl.DataFrame) -> pl.DataFrame:
     """Return known items with a later log's events counted and their first time moved back where it is late."""
-    more = counts.rename({"count": "more", "first_seen": "seen"})
-    joined = items.join(more, on="item_id", how="left", maintain_order="left")
-    count = pl.col("count") + pl.col("more").fill_null(0)
-    return joined.with_columns(count, pl.min_horizontal("first_seen", "seen").alias("first_seen")).drop("more", "seen")
+    index = counts["item_index"].to_numpy()
+    count, seen = np.zeros(items.height, dtype=np.int64), np.zeros(items.height, dtype=np.int64)
+    count[index], seen[index] = counts["count"].to_numpy(), counts["first_seen"].to_numpy()
+    count[UNKNOWN_ITEM] = 0  # where the new items were put
+    seen = pl.when(pl.Series(count > 0)).then(pl.Series(seen))
+    return items.with_columns(pl.col("count") + count, pl.min_horizontal("first_seen", seen).alias("first_seen"))
 
 
 def _items_table(items: pl.DataFrame) -> pa.Table:

@@ -116,11 +116,13 @@ def remove_leftovers(dataset: Path) -> None:
         named |= {f"manifests/{version:05d}.json", *manifest.files}
     named |= {rows_name(name) for name in named if name.startswith("histories/")}
     shutil.rmtree(dataset / WORK, ignore_errors=True)
-    found = [path for folder in _FOLDERS for path in (dataset / folder).rglob("*") if path.is_file()]
-    found += [*dataset.glob("items*.parquet"), *dataset.glob("users*.parquet"), *dataset.glob(f".{MANIFEST}.*")]
-    for path in found:
-        if path.relative_to(dataset).as_posix() not in named and not _is_being_built(path):
-            path.unlink(missing_ok=True)
+    folders = [folder for folder in _FOLDERS if (dataset / folder).is_dir()]
+    found = [f"{folder}/{file.name}" for folder in folders for file in os.scandir(dataset / folder) if file.is_file()]
+    tables = [*dataset.glob("items*.parquet"), *dataset.glob("users*.parquet"), *dataset.glob(f".{MANIFEST}.*")]
+    found += [path.name for path in tables]
+    for name in found:
+        if name not in named and not _is_being_built(Path(name)):
+            (dataset / name).unlink(missing_ok=True)
     if (dataset / "manifests").is_dir() and not os.listdir(dataset / "manifests"):
         (dataset / "manifests").rmdir()
 

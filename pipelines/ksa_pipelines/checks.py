@@ -68,16 +68,25 @@ def refuse_milliseconds(events: pl.DataFrame, config: PrepareConfig, source: str
     if config.clock == "unix" and isinstance(largest, int) and largest > MILLISECONDS:
         raise SchemaError(
             f"{source}: column {config.columns.timestamp!r}: expected Unix seconds, got {largest} (above 10^11: "
-            "milliseconds?). Divide by 1,000, or say --clock relative."
+            "milliseconds?). Say time_unit = 'ms' under [read] of a prepare file, or --clock relative."
         )
+
+
+class NothingLeftError(DataError):
+    """No event of a log is left."""
+
+    def __init__(self, source: str, why: str) -> None:
+        super().__init__(f"{source}: expected at least one event, none is left: {why}. Check the log and its mapping.")
+        self.why = why
+        """What was dropped, counted by reason."""
 
 
 def refuse_nothing_left(num_events: int, source: str, dropped: dict[str, int]) -> None:
     """Refuse a log of which no event is left.
 
     Raises:
-        DataError: with the counts of what was dropped and why.
+        NothingLeftError: with the counts of what was dropped and why.
     """
     if num_events == 0:
-        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "the log has no rows"
-        raise DataError(f"{source}: expected at least one event, none is left: {why}. Check the log and its mapping.")
+        why = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        raise NothingLeftError(source, why or "the log has no rows")

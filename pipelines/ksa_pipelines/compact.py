@@ -14,6 +14,7 @@ from recsys_ksa.data.manifest import Manifest
 from recsys_ksa.data.parts import blocks, checked_parts, open_parts, part_name, parts_by_bucket, with_global_split
 from recsys_ksa.data.rows import Overview, open_rows
 from recsys_ksa.errors import DataError
+from recsys_ksa.progress import progress
 
 
 def compact(dataset: Path, report: Report) -> Manifest:
@@ -29,7 +30,7 @@ def compact(dataset: Path, report: Report) -> Manifest:
         checked_parts(dataset, before)
         files = dict(before.files)
         merged_buckets = {bucket: names for bucket, names in parts_by_bucket(files).items() if len(names) > 1}
-        for bucket, names in merged_buckets.items():
+        for bucket, names in progress(merged_buckets.items(), "merging", unit="bucket"):
             target = dataset / part_name(change.version, bucket)
             merge_parts(dataset, names, target, before.split)
             files = {name: digest for name, digest in files.items() if name not in names}

@@ -71,7 +71,7 @@ def fetch(download: Download, folder: Path, report: Report, *, accepted: bool) -
     if folder.is_dir():
         report(f"{folder} is there: nothing is fetched")
         return
-    report(f"terms of {download.address}:{download.terms}")
+    report(f"terms of {download.address}:\n{download.terms.strip()}")
     if not accepted:
         raise UsageError("--download: expected --accept-terms beside it: the publisher's terms are printed above.")
     with atomic_directory(folder) as unfinished:

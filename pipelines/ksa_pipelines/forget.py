@@ -31,6 +31,7 @@ from recsys_ksa.data.manifest import Counts, Forgotten, Manifest, versioned
 from recsys_ksa.data.parts import Part, all_parts, blocks, checked_parts, part_name, parts_by_bucket
 from recsys_ksa.data.rows import Overview, numbered_users, open_rows
 from recsys_ksa.errors import DataError
+from recsys_ksa.progress import progress
 from recsys_ksa.schema import indices_column
 
 
@@ -46,16 +47,20 @@ def forget(dataset: Path, user_ids: Sequence[str], report: Report) -> Manifest:
     with changing(dataset) as change:
         before = change.before
         checked_parts(dataset, before)
-        files = dict(before.files)
-        for bucket, names in parts_by_bucket(files).items():
+        files, absent = dict(before.files), set(user_ids)
+        for bucket, names in progress(parts_by_bucket(files).items(), "removing", unit="bucket"):
             ids = [user for user in user_ids if user_bucket(user, before.num_buckets) == bucket]
-            if ids and _has_any(dataset, names, ids):
+            there = _there(dataset, names, ids) if ids else set()
+            absent -= there
+            if there:
                 files = {name: digest for name, digest in files.items() if name not in names}
                 target = dataset / part_name(change.version, bucket)
                 if merge_parts(dataset, names, target, before.split, lambda block, ids=ids: _without(block, ids)):
                     files |= hash_files(dataset, [target])
         seen = _look(all_parts(dataset, files), before, dataset)
         report(f"removed {before.counts.users - seen.users:,} users with {before.counts.events - seen.events:,} events")
+        if absent:
+            report(f"not in the data set, refused in later logs all the same: {', '.join(sorted(absent))}")
 
         catalogue = _blank(read_catalogue(dataset, before), seen)
         write_catalogue(catalogue, dataset, change.version)
@@ -154,10 +159,10 @@ def _blank(catalogue: Catalogue, seen: Seen) -> Catalogue:
     return Catalogue(items, vocab, catalogue.items_files, catalogue.items_described)
 
 
-def _has_any(dataset: Path, names: Sequence[str], user_ids: Sequence[str]) -> bool:
-    wanted = pa.array(user_ids, pa.string())
-    columns = (pq.read_table(dataset / name, columns=["user_id"]).column(0) for name in names)
-    return any(pl.Series(column).is_in(wanted.to_pylist()).any() for column in columns)
+def _there(dataset: Path, names: Sequence[str], user_ids: Sequence[str]) -> set[str]:
+    """Return which of the users some part has."""
+    columns = (pl.Series(pq.read_table(dataset / name, columns=["user_id"]).column(0)) for name in names)
+    return {user for column in columns for user in column.filter(column.is_in(list(user_ids)))}
 
 
 def _without(block: pa.Table, user_ids: Sequence[str]) -> pa.Table:

@@ -1,13 +1,15 @@
 """A log, brought into gathered buckets: mapped, checked, audited, without duplicates, with a count for each drop."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from itertools import chain
 from operator import add
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ksa_pipelines.bucket import Gathered, GatherTask, gather, item_counts, keep_items
 from ksa_pipelines.catalogue import Counted
@@ -20,6 +22,7 @@ from ksa_pipelines.names import NameCollector, Names, audit_ranks
 from ksa_pipelines.report import Report, listed
 from ksa_pipelines.sources import find_files, source_files
 from ksa_pipelines.spill import Chunk, Spilled, SpillTask, refuse_mixed_columns, spill
+from ksa_pipelines.stored import Stored
 from ksa_pipelines.ties import TiedPairs
 from ksa_pipelines.vocab import ItemCounts, refuse_many_event_types
 from recsys_ksa.data.manifest import Forgotten, SourceLog
@@ -38,11 +41,13 @@ class Resources:
 class Ingested:
     """A log in gathered buckets."""
 
-    buckets: tuple[Gathered, ...]
+    gathered: tuple[Gathered, ...]
     source: SourceLog
     tied: TiedPairs
     names: dict[str, Names]
     """Of the number columns `item` and, where the log has types, `event_type`."""
+    item_index: NDArray[np.int64]
+    """The number that the data set has for each item, by code; 0 where it does not know the item."""
     has_event_id: bool
 
     @property
@@ -53,26 +58,26 @@ class Ingested:
     @property
     def last_timestamp(self) -> int:
         """Of the log's events."""
-        return max((bucket.last_timestamp for bucket in self.buckets), default=0)
+        return max((gathered.last_timestamp for gathered in self.gathered), default=0)
 
     def counted(self) -> Counted:
-        """Return the log's items and event types, added up a bucket at a time."""
-        items = self.item_counts().total(self.names["item"].values)
+        """Return the log's items and event types."""
+        items = self.item_counts().total(self.names["item"].values, self.item_index)
         return Counted(items, self._event_types() if self.has_event_type else None)
 
     def item_counts(self) -> ItemCounts:
         """Return events and first time of each item, by code."""
         counts = ItemCounts(self.names["item"].count)
-        for bucket in self.buckets:
-            counts.add(item_counts(bucket.folder))
+        for gathered in self.gathered:
+            counts.add(item_counts(gathered.folder))
         return counts
 
     def _event_types(self) -> dict[str | None, int]:
         """Return the events of each type that has any, None for those without."""
         types = [None, *self.names["event_type"].values]
         counts = np.zeros(len(types), dtype=np.int64)
-        for bucket in self.buckets:
-            counts += 0 if bucket.event_types is None else bucket.event_types
+        for gathered in self.gathered:
+            counts += 0 if gathered.event_types is None else gathered.event_types
         return {name: int(count) for name, count in zip(types, counts) if count}
 
 
@@ -127,9 +132,8 @@ def ingest(
     num_rows = sum(file.num_rows for file in spilled)
     report(f"read {num_rows:,} rows{listed('rejected', rejected)}")
     refuse_nothing_left(num_rows - sum(rejected.values()), log, rejected)
-    resources.memory.refuse_large_buckets(
-        np.sum([file.bucket_rows for file in spilled], axis=0), workers, resources.engine.processes, log
-    )
+    bucket_rows = np.sum([file.bucket_rows for file in spilled], axis=0)
+    resources.memory.refuse_large_buckets(bucket_rows, workers, resources.engine.processes, log)
 
     chunks = _with_arrivals(spilled, first_arrival)
     names = {column: collector.names() for column, collector in collectors.items()}
@@ -137,16 +141,20 @@ def ingest(
         refuse_many_event_types(names["event_type"].count)
     ranks = folder / "audit_ranks"
     audit_ranks(names["item"].values).tofile(ranks)
-    met = None if known is None else known.in_codes_of(names, folder)
+    item_index, met, stored = np.zeros(names["item"].count, dtype=np.int64), None, Stored(())
+    if known is not None:
+        item_index = known.item_index(names["item"])
+        met, stored = known.in_codes_of(names, item_index, folder), known.stored
+    most = resources.memory.bucket_events(workers)
     gather_tasks = [
-        GatherTask(bucket, folder / f"bucket-{bucket:05d}", chunks, names, ranks, met)
-        for bucket in range(config.num_buckets)
+        GatherTask(buckets, most, folder, chunks, names, ranks, stored.of(buckets), met)
+        for buckets in _neighbours(bucket_rows, most)
     ]
-    buckets = [bucket for bucket in resources.engine.map(gather, gather_tasks) if bucket is not None]
+    parts = list(chain.from_iterable(resources.engine.map(gather, gather_tasks)))
     for path in folder.glob("chunk-*"):
         path.unlink()
-    duplicates = _summed(bucket.duplicates for bucket in buckets)
-    num_events = sum(bucket.num_events for bucket in buckets)
+    duplicates = _summed(part.duplicates for part in parts)
+    num_events = sum(part.num_events for part in parts)
     report(f"{num_events:,} distinct events{listed('dropped', duplicates)}")
     source = SourceLog(
         number=number,
@@ -157,10 +165,10 @@ def ingest(
         duplicates=duplicates,
         filtered={},
     )
-    tied = reduce(add, (bucket.tied for bucket in buckets))
-    kept = tuple(bucket for bucket in buckets if bucket.num_events)
+    tied = reduce(add, (part.tied for part in parts))
+    kept = tuple(part for part in parts if part.num_events)
     columns = spilled[0].columns
-    return Ingested(kept, source, tied, names, "event_id" in columns)
+    return Ingested(kept, source, tied, names, item_index, "event_id" in columns)
 
 
 def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log: str, report: Report) -> Ingested:
@@ -177,13 +185,13 @@ def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log
         filtered[f"of items with fewer than {config.min_item_count}"] = rare
         filtered[f"of users with then fewer than {config.min_user_events}"] = short
     outside, dropped = 0, config.k_core > 1
-    while dropped and ingested.buckets:
+    while dropped and ingested.gathered:
         ingested, rare, short = _filter(ingested, config.k_core, config.k_core, engine)
         dropped = rare + short
         outside += dropped
     filtered[f"outside the {config.k_core}-core"] = outside
     filtered = {name: count for name, count in filtered.items() if count}
-    num_events = sum(bucket.num_events for bucket in ingested.buckets)
+    num_events = sum(gathered.num_events for gathered in ingested.gathered)
     if filtered:
         report(f"{num_events:,} events kept{listed('dropped', filtered)}")
     refuse_nothing_left(num_events, log, source.rejected | source.duplicates | filtered)
@@ -192,12 +200,12 @@ def apply_filters(ingested: Ingested, config: PrepareConfig, engine: Engine, log
 
 def _filter(ingested: Ingested, min_item: int, min_user: int, engine: Engine) -> tuple[Ingested, int, int]:
     """Drop rare items, then users with few events left; return what is left and the events dropped by each."""
-    kept = ingested.item_counts().count >= min_item if min_item > 1 else None
+    frequent = ingested.item_counts().count >= min_item if min_item > 1 else None
     num_items = ingested.names["item"].count
-    function = partial(keep_items, kept=kept, min_user_events=min_user, num_items=num_items)
-    results = list(engine.map(function, ingested.buckets))
-    buckets = tuple(bucket for bucket, *_ in results if bucket is not None)
-    return replace(ingested, buckets=buckets), sum(rare for _, rare, _ in results), sum(short for *_, short in results)
+    function = partial(keep_items, kept=frequent, min_user_events=min_user, num_items=num_items)
+    results = list(engine.map(function, ingested.gathered))
+    kept = tuple(each for each, *_ in results if each is not None)
+    return replace(ingested, gathered=kept), sum(rare for _, rare, _ in results), sum(short for *_, short in results)
 
 
 def _refuse_other_columns(known: KnownNames, spilled: Spilled, log: str) -> None:
@@ -207,6 +215,17 @@ def _refuse_other_columns(known: KnownNames, spilled: Spilled, log: str) -> None
             f"{log}: expected the optional columns of the data set ({', '.join(sorted(known.columns)) or 'none'}), got "
             f"{', '.join(sorted(there)) or 'none'}. Map or leave out columns in the prepare file ([columns])."
         )
+
+
+def _neighbours(rows: NDArray[np.int64], most: int) -> Iterator[range]:
+    """Yield all buckets, next to each other as long as they have no more than `most` rows together."""
+    first = held = 0
+    for bucket, count in enumerate(rows.tolist()):
+        if bucket > first and held + count > most:
+            yield range(first, bucket)
+            first, held = bucket, 0
+        held += count
+    yield range(first, len(rows))
 
 
 def _with_arrivals(spilled: Sequence[Spilled], first_arrival: int) -> tuple[Chunk, ...]:

@@ -1,6 +1,7 @@
 """What a data set looks like: the figures of `ksa inspect`, read from the mapped cache without loading it whole."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from ksa_pipelines.bots import BotRule, find_bots
 from recsys_ksa.data.dataset import Dataset
 from recsys_ksa.features import NUM_GAP_BUCKETS, history_gap_buckets
+from recsys_ksa.progress import progress
 
 SESSION_PAUSE = 30 * 60
 """Seconds without an event that end a session."""
@@ -52,15 +54,21 @@ def inspect(dataset: Dataset) -> Inspection:
     """Count a data set, a block of users at a time."""
     histories = dataset.histories
     found = Inspection(histories.lengths, np.sort(dataset.items.count[1:])[::-1])
-    first = 0
-    while first < histories.num_users:
-        last = int(np.searchsorted(histories.offsets, histories.offsets[first] + BLOCK, side="right")) - 1
-        last = min(max(last, first + 1), histories.num_users)
+    for first, last in progress(_blocks(histories.offsets), "looking at events", unit="block"):
         _count_users(found, dataset, first, last)
-        first = last
     _count_split(found, dataset)
     _warn(found, dataset)
     return found
+
+
+def _blocks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield users first..last-1 of about `BLOCK` events, and at least one. [U + 1]."""
+    first, num_users = 0, len(offsets) - 1
+    while first < num_users:
+        last = int(np.searchsorted(offsets, offsets[first] + BLOCK, side="right")) - 1
+        last = min(max(last, first + 1), num_users)
+        yield first, last
+        first = last
 
 
 def rejected_rows(dataset: Dataset) -> dict[str, int]:

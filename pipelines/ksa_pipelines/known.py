@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from ksa_pipelines.arrow import find_texts, to_arrow
 from ksa_pipelines.names import Names
 from ksa_pipelines.stored import Stored
+from recsys_ksa.schema import UNKNOWN_ITEM
 
 NOT_IN_LOG = -2
 """Code of a name that the data set has and the log has not."""
@@ -15,9 +18,8 @@ NOT_IN_LOG = -2
 
 @dataclass(frozen=True)
 class Known:
-    """A data set, to a bucket of a log."""
+    """Names of a data set, to the buckets of a log."""
 
-    stored: Stored
     item_codes: Path
     """int32: the log's code of each item, by item_index."""
     event_types: tuple[int, ...] | None
@@ -36,18 +38,18 @@ class KnownNames:
     columns: frozenset[str]
     """Of the optional ones, event_type and event_id, those it has."""
 
-    def in_codes_of(self, names: dict[str, Names], folder: Path) -> Known:
-        """Return the names in the codes of a log; tables go into `folder`."""
+    def item_index(self, names: Names) -> NDArray[np.int64]:
+        """Return the data set's number of each item of a log; 0 where it does not know the item."""
+        return np.maximum(find_texts(names.values, to_arrow(self.item_ids)), UNKNOWN_ITEM)
+
+    def in_codes_of(self, names: dict[str, Names], item_index: NDArray[np.int64], folder: Path) -> Known:
+        """Return the names in the codes of a log; a table goes into `folder`."""
         items = folder / "item_codes"
-        _codes(self.item_ids, names["item"]).tofile(items)
-        types = None
-        if self.event_types is not None:
-            codes = _codes(pl.Series(self.event_types, dtype=pl.String), names["event_type"])
-            types = (-1, *codes[1:].tolist())
-        return Known(self.stored, items, types)
-
-
-def _codes(values: pl.Series, names: Names) -> np.ndarray:
-    codes = pl.DataFrame({"name": names.values, "code": np.arange(names.count, dtype=np.int32)})
-    joined = pl.DataFrame({"name": values}).join(codes, on="name", how="left", maintain_order="left")
-    return joined["code"].fill_null(NOT_IN_LOG).to_numpy()
+        codes = np.full(len(self.item_ids), NOT_IN_LOG, dtype=np.int32)
+        met = np.flatnonzero(item_index)
+        codes[item_index[met]] = met
+        codes.tofile(items)
+        if self.event_types is None:
+            return Known(items, None)
+        there = {name: code for code, name in enumerate(names["event_type"].values)}
+        return Known(items, (-1, *(there.get(name, NOT_IN_LOG) for name in self.event_types[1:])))

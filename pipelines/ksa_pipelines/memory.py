@@ -14,6 +14,8 @@ BYTES_PER_ROW = 1_000
 """Bytes a spilled row takes at the peak of the first pass, with ids of ordinary length."""
 BYTES_PER_EVENT = 500
 """Bytes an event of a bucket takes at the peak of the second and third pass, with ids of ordinary length."""
+TOGETHER = 1 << 17
+"""Events of small buckets that are worked on together, at most; more of them are not worth the memory."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -41,6 +43,10 @@ class Memory:
     def chunk_rows(self, workers: int) -> int:
         """Return how many rows of a log each of some workers may read at a time."""
         return int(np.clip((self.num_bytes - BASE) // (2 * workers * BYTES_PER_ROW), 1 << 14, 1 << 19))
+
+    def bucket_events(self, workers: int) -> int:
+        """Return how many events of small buckets each of some workers may hold together."""
+        return int(np.clip((self.num_bytes - BASE) // (workers * BYTES_PER_EVENT), 1, TOGETHER))
 
     def refuse_large_buckets(self, rows: NDArray[np.int64], workers: int, processes: int, log: str) -> None:
         """Refuse a log whose largest buckets do not fit, one a worker.

@@ -1,13 +1,15 @@
-"""Third pass: a gathered bucket becomes its part of the data set, one row a user, in the one order."""
+"""Third pass: gathered buckets become parts of the data set, one row a user, in the one order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
-from ksa_pipelines.arrow import read_frame, take_rows, to_arrow, write_frame
+from ksa_pipelines.arrow import find_texts, read_frame, take_rows, to_arrow, write_frame
 from ksa_pipelines.bucket import EVENTS, USERS
 from ksa_pipelines.catalogue import Catalogue
 from ksa_pipelines.engine import Engine
@@ -20,23 +22,22 @@ from ksa_pipelines.ties import sort_by_order
 from ksa_pipelines.vocab import item_hashes
 from ksa_pipelines.write import WORK, begin_sync, write_part
 from recsys_ksa.data.hashes import file_hash
-from recsys_ksa.data.jagged_arrays import ragged_arange
+from recsys_ksa.data.jagged_arrays import offsets_of, ragged_arange
 from recsys_ksa.data.parts import part_name
-from recsys_ksa.data.rows import rows_name, write_rows
+from recsys_ksa.data.rows import DIGEST, rows_name, with_digests, write_rows
 from recsys_ksa.order import TieKind
 from recsys_ksa.schema import UNKNOWN_ITEM
 
 
 @dataclass(frozen=True)
 class PartTask:
-    """One gathered bucket to write."""
+    """Gathered buckets to write."""
 
-    bucket: int
-    num_buckets: int
-    numbered: int
-    """Users of the bucket that have a number already."""
+    buckets: range
+    numbered: tuple[int, ...]
+    """Users that have a number already, by bucket, of all buckets."""
     folder: Path
-    """Of the gathered bucket."""
+    """Of what was gathered."""
     items: Path
     """Table of item_index and item_hash by code in the log."""
     event_types: tuple[tuple[str, int], ...] | None
@@ -45,32 +46,49 @@ class PartTask:
     split: Split
     directory: Path
     """The data set."""
-    part: str
-    """Name of the Parquet file to write."""
+    version: int
+    """That is being made."""
     stored: Stored | None
-    """Histories that the data set has already."""
+    """Histories of these buckets that the data set has already."""
 
 
-def write_bucket(task: PartTask) -> tuple[int, str]:
-    """Write the part of a bucket and its rows; return how many users of it have a number now, and the part's sha256."""
+@dataclass(frozen=True)
+class Written:
+    """The part of a bucket."""
+
+    bucket: int
+    name: str
+    sha256: str
+    numbered: int
+    """Users of the bucket that have a number now."""
+
+
+def write_buckets(task: PartTask) -> list[Written]:
+    """Write the parts of gathered buckets, and their rows."""
     events, users = _numbered(task, read_frame(task.folder / EVENTS), read_frame(task.folder / USERS))
-    user_index, offsets = user_offsets(events["user_index"].to_numpy())
+    _, offsets = user_offsets(events["user"].to_numpy())
     ordered, ties = sort_by_order(_as_indices(task, events), task.tie)
     lists = {name: to_arrow(ordered[name]) for name in LISTS if name in ordered.columns} | {"tie": ties}
-    old = users["row"].to_numpy()
-    old = old[old != UNKNOWN]
-    if task.stored is not None and len(old):
-        before, old_offsets = lists_of(task.stored.bucket(task.bucket).read(old))
-        old_offsets = np.append(old_offsets, np.repeat(old_offsets[-1], users.height - len(old)))
-        lists, offsets = insert_events(before, old_offsets, lists, offsets, task.tie)
+    row = users["row"].to_numpy()
+    if task.stored is not None and (row != UNKNOWN).any():
+        before, lengths = lists_of(task.stored.read(row[row != UNKNOWN])), users["num_events"].to_numpy()
+        lists, offsets = insert_events(before[0], offsets_of(lengths), lists, offsets, task.tie)
     positions = split_positions(lists["timestamp"].to_numpy(), offsets, task.split)
-    histories = group_by_user(lists, users, positions, offsets)
-    target = task.directory / task.part
-    write_part(histories, target, compact=task.stored is None)
-    rows = task.directory / rows_name(task.part)
-    write_rows(histories, rows)
-    begin_sync(rows)
-    return max(task.numbered, int(user_index[-1]) // task.num_buckets + 1), file_hash(target)
+    rows = with_digests(group_by_user(lists, users, positions, offsets))
+    bucket = users["bucket"].to_numpy()
+    ends = np.flatnonzero(np.diff(bucket, append=-1)) + 1
+    return [_write_part(task, rows.slice(first, last - first)) for first, last in pairwise([0, *ends.tolist()])]
+
+
+def _write_part(task: PartTask, rows: pa.Table) -> Written:
+    """Write a bucket's part and rows."""
+    n, bucket = divmod(rows.column("user_index")[-1].as_py(), len(task.numbered))
+    name = part_name(task.version, bucket)
+    target, beside = task.directory / name, task.directory / rows_name(name)
+    write_part(rows.drop_columns(DIGEST), target, compact=task.stored is None)
+    write_rows(rows, beside)
+    begin_sync(beside)
+    return Written(bucket, name, file_hash(target), max(task.numbered[bucket], n + 1))
 
 
 def write_parts(
@@ -100,48 +118,50 @@ def write_parts(
         How many users each bucket numbers now; the sha256 of each part.
     """
     items = directory / WORK / "log_items.arrow"
-    _write_log_items(catalogue, ingested.names["item"].values, items, hashed=tie == "hash")
+    _write_log_items(catalogue, ingested, items, hashed=tie == "hash")
+    for folder in ("histories", "cache"):
+        (directory / folder).mkdir(exist_ok=True)
     now = list(numbered)
     tasks = [
         PartTask(
-            bucket=gathered.bucket,
-            num_buckets=len(numbered),
-            numbered=numbered[gathered.bucket],
+            buckets=gathered.buckets,
+            numbered=tuple(numbered),
             folder=gathered.folder,
             items=items,
             event_types=_event_types(ingested, catalogue),
             tie=tie,
             split=split,
             directory=directory,
-            part=part_name(version, gathered.bucket),
-            stored=stored,
+            version=version,
+            stored=None if stored is None else stored.of(gathered.buckets),
         )
-        for gathered in ingested.buckets
+        for gathered in ingested.gathered
     ]
     files = dict[str, str]()
-    for task, (count, digest) in zip(tasks, engine.map(write_bucket, tasks)):
-        now[task.bucket], files[task.part] = count, digest
+    for written in chain.from_iterable(engine.map(write_buckets, tasks)):
+        now[written.bucket], files[written.name] = written.numbered, written.sha256
     return tuple(now), files
 
 
 def _numbered(task: PartTask, events: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the events by user_index, in place of user, and the users that have any, by user_index.
+    """Return the events and the users that have any, all with a number, by bucket and number.
 
     New users: bucket + num_buckets * n, n counting on by (first time, id bytes).
     """
     code, offsets = user_offsets(events["user"].to_numpy())
     users = take_rows(users, code)
-    first_seen, user_index = events["timestamp"].to_numpy()[offsets[:-1]], users["user_index"].to_numpy().copy()
+    bucket, user_index = users["bucket"].to_numpy(), users["user_index"].to_numpy().copy()
+    first_seen = events["timestamp"].to_numpy()[offsets[:-1]]
     by_id = users["user_id"].arg_sort().to_numpy()  # strings compare as their bytes
-    by_time = by_id[np.argsort(first_seen[by_id], kind="stable")]
+    by_time = by_id[np.lexsort((first_seen[by_id], bucket[by_id]))]
     new = by_time[user_index[by_time] == UNKNOWN]
-    user_index[new] = task.bucket + task.num_buckets * (task.numbered + np.arange(len(new)))
+    n = np.arange(len(new)) - np.searchsorted(bucket[new], bucket[new])
+    user_index[new] = bucket[new] + len(task.numbered) * (np.array(task.numbered)[bucket[new]] + n)
     # As they were gathered, unless the first events of a user were dropped since.
-    order = np.argsort(user_index, kind="stable")
+    order, lengths = np.lexsort((user_index, bucket)), np.diff(offsets)
     if not np.array_equal(order, np.arange(len(order))):
-        events = take_rows(events, ragged_arange(offsets[:-1][order], np.diff(offsets)[order]))
-    lengths = np.diff(offsets)[order]
-    events = events.with_columns(user_index=pl.Series(np.repeat(user_index[order], lengths))).drop("user")
+        events = take_rows(events, ragged_arange(offsets[:-1][order], lengths[order]))
+    events = events.with_columns(user=pl.Series(np.repeat(np.arange(len(order)), lengths[order])))
     return events, take_rows(users.with_columns(user_index=pl.Series(user_index)), order)
 
 
@@ -167,12 +187,14 @@ def _event_types(ingested: Ingested, catalogue: Catalogue) -> tuple[tuple[str, i
     return tuple((name, indices.get(name, 0)) for name in ingested.names["event_type"].values)
 
 
-def _write_log_items(catalogue: Catalogue, item_ids: pl.Series, path: Path, *, hashed: bool) -> None:
+def _write_log_items(catalogue: Catalogue, ingested: Ingested, path: Path, *, hashed: bool) -> None:
     """Write the table of item_index and, if `hashed`, item_hash of a log's items, by their code there.
 
     An item that the catalogue does not have (a filter dropped its events) gets 0.
     """
-    known = catalogue.items.select(pl.col("item_id").alias("name"), "item_index").drop_nulls()
-    items = pl.DataFrame({"name": item_ids}).join(known, on="name", how="left", maintain_order="left")
-    columns = [items["item_index"].fill_null(UNKNOWN_ITEM)]
+    item_ids, item_index = ingested.names["item"].values, ingested.item_index.astype(np.int32)
+    new = np.flatnonzero(item_index == UNKNOWN_ITEM)
+    found = find_texts(item_ids.gather(new), to_arrow(catalogue.items["item_id"]))  # rows are by item_index
+    item_index[new] = np.maximum(found, UNKNOWN_ITEM)
+    columns = [pl.Series("item_index", item_index)]
     write_frame(pl.DataFrame([*columns, *([item_hashes(item_ids)] if hashed else [])]), path)

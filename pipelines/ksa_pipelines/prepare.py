@@ -17,7 +17,7 @@ from ksa_pipelines.write import WORK, atomic_directory, hash_files, refuse_exist
 from recsys_ksa import __version__
 from recsys_ksa.data.cache import write_cache
 from recsys_ksa.data.manifest import Counts, Manifest
-from recsys_ksa.data.rows import Overview, numbered_users, open_rows
+from recsys_ksa.data.rows import Overview, open_rows
 from recsys_ksa.schema import FORMAT_VERSION
 
 
@@ -67,7 +67,7 @@ def prepare(
             removed = pool.submit(shutil.rmtree, work)
             write_cache(directory, rows, overview, 0)
             removed.result()
-        user_table = extend_users(numbered_users(rows), None, directory, users, config.users, report)
+        user_table = extend_users(rows, None, directory, users, config.users, report)
         write_users(user_table, directory, 0)
         others = [path for path in directory.rglob("*.parquet") if path.relative_to(directory).as_posix() not in files]
         files |= hash_files(directory, others)

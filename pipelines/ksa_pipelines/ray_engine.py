@@ -6,6 +6,7 @@ machines under the same path. A task can run again: it writes the same files.
 
 import importlib
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from ksa_pipelines.engine import Result, Task
 from recsys_ksa.errors import DataError, MissingPackageError
 
 RETRIES = 3
+PATIENCE = 10
+"""Seconds that a cluster has to answer."""
 
 
 class RayEngine:
@@ -38,6 +41,8 @@ class RayEngine:
             ) from error
         self._ray = ray
         if not ray.is_initialized():
+            if address is not None:
+                _refuse_unreachable(address)
             variables = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
             options = {"runtime_env": {"env_vars": variables}, "logging_level": "error", "log_to_driver": False}
             try:
@@ -72,3 +77,19 @@ class RayEngine:
         finally:
             for each in waiting:  # after an error only: Ray falls over a task that is cancelled as it ends
                 self._ray.cancel(each, force=False)
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Refuse an address where nobody listens: Ray itself would try for minutes.
+
+    Raises:
+        DataError: no connection is made within `PATIENCE`.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"--ray-address {address}: expected HOST:PORT of a Ray cluster, got: {error}. Start one with "
+            "`ray start --head --port 6379`."
+        ) from error

@@ -1,9 +1,9 @@
 """First pass: each file of a log is mapped, checked and spilled to disk as numbers, sorted by the bucket of its users.
 
 A chunk of rows writes each user, item and event type once; its rows hold their places. `names.py` makes these places
-the same for all chunks, `read_bucket` reads a bucket of them without touching the others:
+the same for all chunks, `read_rows` reads neighbouring buckets of them without touching the others:
 
-    <stem>.rows          column after column of numbers: user (counted within its bucket), row, item, timestamp and,
+    <stem>.rows          column after column of numbers: user (place in the chunk's users), row, item, timestamp and,
                          where the log has them, event types and values; sorted by bucket
     <stem>.texts.arrow   what is text in each row, in the same order: event_id, where the log has it
     <stem>.users         the chunk's different user ids (`arrow.write_texts`), sorted by bucket
@@ -76,22 +76,25 @@ class Chunk:
         """Return the Arrow file of `texts`, `item` or `event_type`."""
         return Path(f"{self.stem}.{name}.arrow")
 
-    def read_numbers(self, bucket: int, columns: Mapping[str, NDArray]) -> None:
-        """Read a bucket's numbers into arrays of as many rows, by name."""
-        first, begin = int(self.row_ends[bucket]), 0
+    def num_rows(self, buckets: range) -> int:
+        """Return how many rows neighbouring buckets have."""
+        return int(self.row_ends[buckets.stop] - self.row_ends[buckets.start])
+
+    def read_numbers(self, buckets: range, columns: Mapping[str, NDArray]) -> None:
+        """Read the numbers of neighbouring buckets into arrays of as many rows, by name."""
+        first, begin = int(self.row_ends[buckets.start]), 0
         with open(f"{self.stem}.rows", "rb", buffering=0) as file:
             for name, kind in self.numbers.items():
                 read_into(file, begin + first * kind.itemsize, columns[name])
                 begin += int(self.row_ends[-1]) * kind.itemsize
 
-    def text(self, name: str, bucket: int) -> pa.Array:
-        """Return a bucket's rows of a column of text."""
-        first, last = self.row_ends[bucket : bucket + 2].tolist()
-        return read_column(self.path("texts"), name, first, last - first)
+    def text(self, name: str, buckets: range) -> pa.Array:
+        """Return the rows of neighbouring buckets of a column of text."""
+        return read_column(self.path("texts"), name, int(self.row_ends[buckets.start]), self.num_rows(buckets))
 
-    def users(self, bucket: int) -> pa.Array:
-        """Return the users of a bucket, in the order that its rows count."""
-        first, last = self.user_ends[bucket : bucket + 2].tolist()
+    def users(self, buckets: range) -> pa.Array:
+        """Return the users of neighbouring buckets, in the order that rows count."""
+        first, last = self.user_ends[[buckets.start, buckets.stop]].tolist()
         return read_texts(Path(f"{self.stem}.users"), int(self.user_ends[-1]), first, last)
 
 
@@ -168,7 +171,7 @@ def write_chunk(rows: pl.DataFrame, num_buckets: int, stem: Path) -> Chunk:
     by_bucket = np.argsort(bucket, kind="stable")
     user_ends = _ends(bucket, num_buckets)
     place = np.empty(len(users), dtype=np.int32)
-    place[by_bucket] = np.arange(len(users)) - user_ends[bucket[by_bucket]]
+    place[by_bucket] = np.arange(len(users))
     bucket = bucket[user]
     order = np.argsort(bucket, kind="stable")
 
@@ -199,42 +202,59 @@ def _ends(bucket: NDArray[np.uint16], num_buckets: int) -> NDArray[np.int64]:
     return np.append(0, np.cumsum(np.bincount(bucket, minlength=num_buckets)))
 
 
-def read_bucket(
-    chunks: Sequence[Chunk], codes: Mapping[str, Sequence[NDArray[np.int32]]], bucket: int
-) -> tuple[pl.DataFrame, pl.Series]:
-    """Return a bucket's rows in the order of the log, and its different users.
+def read_users(chunks: Sequence[Chunk], buckets: range) -> tuple[pl.DataFrame, list[NDArray[np.int32]]]:
+    """Return the different users of neighbouring buckets, and for each chunk the row there of each of its users.
+
+    Args:
+        chunks: of the log; those without such users are asked as well.
+        buckets: neighbours.
+
+    Returns:
+        user_id and bucket (int64), in no order; and the rows, chunk by chunk.
+    """
+    users = [chunk.users(buckets) for chunk in chunks]
+    row, different = encode(pl.Series("user_id", pa.chunked_array(users, pa.large_string()), dtype=pl.String))
+    bucket = np.empty(len(different), dtype=np.int64)
+    ends = [chunk.user_ends[buckets.start : buckets.stop + 1] for chunk in chunks]
+    bucket[row] = np.concatenate([np.repeat(np.asarray(buckets), np.diff(each)) for each in ends])
+    rows = np.split(row, np.cumsum([len(each) for each in users])[:-1])
+    return pl.DataFrame({"user_id": different, "bucket": bucket}), rows
+
+
+def read_rows(
+    chunks: Sequence[Chunk],
+    codes: Mapping[str, Sequence[NDArray[np.int32]]],
+    user_rows: Sequence[NDArray[np.int32]],
+    buckets: range,
+) -> pl.DataFrame:
+    """Return the rows of neighbouring buckets, of which there is one at least; each bucket's in the order of the log.
 
     Args:
         chunks: of the log.
         codes: by number column, for each chunk what its numbers are in the whole log, -1 (none) last.
-        bucket: the bucket.
+        user_rows: of `read_users`.
+        buckets: the same.
 
     Returns:
-        user (row of the users), item, timestamp, arrival and, where the log has them, event_type and event_id; and
-        the user ids.
+        user (row of the users), item, timestamp, arrival and, where the log has them, event_type and event_id.
     """
-    there = [
-        (number, chunk) for number, chunk in enumerate(chunks) if chunk.row_ends[bucket] < chunk.row_ends[bucket + 1]
-    ]
-    if not there:
-        return pl.DataFrame(), pl.Series("user_id", dtype=pl.String)
-    heights = [int(chunk.row_ends[bucket + 1] - chunk.row_ends[bucket]) for _, chunk in there]
-    columns = {name: np.empty(sum(heights), dtype=kind) for name, kind in there[0][1].numbers.items()}
-    users, num_users, first = list[pa.Array](), 0, 0
-    for (number, chunk), height in zip(there, heights):
+    there = [number for number, chunk in enumerate(chunks) if chunk.num_rows(buckets)]
+    heights = [chunks[number].num_rows(buckets) for number in there]
+    kinds, texts = chunks[0].numbers, chunks[0].texts
+    columns = {name: np.empty(sum(heights), dtype=kind) for name, kind in kinds.items()}
+    first = 0
+    for number, height in zip(there, heights):
+        chunk = chunks[number]
         piece = {name: values[first : first + height] for name, values in columns.items()}
-        chunk.read_numbers(bucket, piece)
+        chunk.read_numbers(buckets, piece)
         for name in codes:
             piece[name][:] = codes[name][number].take(piece[name])
-        piece["user"] += np.int32(num_users)
+        piece["user"][:] = user_rows[number].take(piece["user"] - np.int32(chunk.user_ends[buckets.start]))
         piece[ROW] += np.uint64(chunk.first_arrival)
-        users.append(chunk.users(bucket))
-        num_users, first = num_users + len(users[-1]), first + height
-    place, different = encode(pl.Series("user_id", pa.chunked_array(users), dtype=pl.String))
-    columns["user"] = place.take(columns["user"])
+        first += height
     columns["arrival"] = columns.pop(ROW)
-    texts = {name: pa.concat_arrays([chunk.text(name, bucket) for _, chunk in there]) for name in there[0][1].texts}
-    return pl.DataFrame(columns | {name: pl.Series(text, dtype=pl.String) for name, text in texts.items()}), different
+    found = {name: pa.concat_arrays([chunks[number].text(name, buckets) for number in there]) for name in texts}
+    return pl.DataFrame(columns | {name: pl.Series(text, dtype=pl.String) for name, text in found.items()})
 
 
 def refuse_mixed_columns(spilled: Sequence[Spilled], names: Sequence[str], log: str) -> None:

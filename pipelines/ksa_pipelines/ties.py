@@ -140,14 +140,14 @@ def describe_ties(audit: TieAudit, choice: TieChoice) -> str:
 
 
 def sort_by_order(events: pl.DataFrame, kind: TieKind) -> tuple[pl.DataFrame, pa.Array]:
-    """Return the events sorted by (user_index, timestamp, tie), ties after that by arrival, and the ties.
+    """Return the events sorted by (user, timestamp, tie), ties after that by arrival, and the ties.
 
     Args:
-        events: user_index, timestamp, `arrival` (uint64) and, by kind, event_id (nulls fall back to arrival) or
+        events: user, timestamp, `arrival` (uint64) and, by kind, event_id (nulls fall back to arrival) or
             item_hash (uint64) and event_type_name (string, where the log has types); events of one user and time
             by arrival.
     """
-    user, timestamp = events["user_index"].to_numpy(), events["timestamp"].to_numpy()
+    user, timestamp = events["user"].to_numpy(), events["timestamp"].to_numpy()
     ordered = events if _in_order(user, timestamp) else take_rows(events, order_by_time(user, timestamp))
     keys = {"id": _id_keys, "arrival": _arrival_keys, "hash": _hash_keys}[kind](ordered)
     if keys:
@@ -156,14 +156,14 @@ def sort_by_order(events: pl.DataFrame, kind: TieKind) -> tuple[pl.DataFrame, pa
     return ordered.drop(f"tie_{n}" for n in range(len(keys))), _ties(ordered, kind)
 
 
-def _in_order(user: NDArray[np.int64], timestamp: NDArray[np.int64]) -> bool:
+def _in_order(user: NDArray[np.integer], timestamp: NDArray[np.int64]) -> bool:
     later = (user[1:] > user[:-1]) | ((user[1:] == user[:-1]) & (timestamp[1:] >= timestamp[:-1]))
     return bool(later.all())
 
 
 def _tied_order(events: pl.DataFrame, num_keys: int) -> NDArray[np.int64]:
     """Return the order of all rows, events of one user and time by their tie keys; only these are sorted."""
-    user, timestamp = events["user_index"].to_numpy(), events["timestamp"].to_numpy()
+    user, timestamp = events["user"].to_numpy(), events["timestamp"].to_numpy()
     same = np.append(False, (user[1:] == user[:-1]) & (timestamp[1:] == timestamp[:-1]))
     rows = np.flatnonzero(same | np.append(same[1:], False))
     keys = [f"tie_{n}" for n in range(num_keys)]

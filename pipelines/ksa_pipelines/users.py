@@ -7,6 +7,7 @@ users.parquet   user_index, ascending; as `recsys_ksa.schema.user_column` names 
                 <name>_indices (list<int32>), <name>_value (float64, NaN where unknown)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ksa_pipelines.sources import find_files, reading, scan_all, source_files
 from ksa_pipelines.vocab import count_categories, number_categories
 from ksa_pipelines.write import write_table
 from recsys_ksa.data.manifest import Manifest, SourceFile, check_file, versioned
-from recsys_ksa.data.rows import numbered_users, open_rows
+from recsys_ksa.data.rows import Rows, numbered_users, open_rows
 from recsys_ksa.errors import SchemaError
 from recsys_ksa.features.users import UserKind
 from recsys_ksa.schema import VOCABULARY, user_column, user_vocabulary
@@ -46,12 +47,17 @@ class UserTable:
 
 
 def extend_users(
-    numbered: pa.Table, before: Manifest | None, dataset: Path, users: str | None, config: UsersConfig, report: Report
+    rows: Sequence[Rows],
+    before: Manifest | None,
+    dataset: Path,
+    users: str | None,
+    config: UsersConfig,
+    report: Report,
 ) -> UserTable:
     """Return the table with what a file tells of the users of a version.
 
     Args:
-        numbered: user_id and user_index of the version's users.
+        rows: of the version.
         before: of the version before; None for a first log.
         dataset: its folder.
         users: the file, or None.
@@ -75,7 +81,7 @@ def extend_users(
     with reading(users):
         raw = scan_all(files_format, files)
         given = _mapped(raw, config, dict(raw.collect_schema()), users)
-        given = given.join(pl.LazyFrame(numbered), on="user_id").drop("user_id")
+        given = given.join(pl.LazyFrame(numbered_users(rows)), on="user_id").drop("user_id")
         new = given.join(known.rows.lazy(), on="user_index", how="anti").sort("user_index").collect()
     vocab: dict[str, pl.DataFrame] = {}
     for name, kind in config.kinds.items():
@@ -87,9 +93,9 @@ def extend_users(
                 new = with_category_indices(new, name, vocab[own], "user_index")
             else:
                 new = with_category_index(new, name, vocab[own])
-    rows = pl.concat([known.rows, new.select(known.rows.columns)]).sort("user_index")
-    report(f"the table of users describes {new.height:,} users more, {rows.height:,} in all")
-    return UserTable(rows, vocab, known.files + source_files(files))
+    table = pl.concat([known.rows, new.select(known.rows.columns)]).sort("user_index")
+    report(f"the table of users describes {new.height:,} users more, {table.height:,} in all")
+    return UserTable(table, vocab, known.files + source_files(files))
 
 
 def read_users(dataset: Path, manifest: Manifest) -> UserTable:

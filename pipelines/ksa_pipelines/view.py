@@ -14,16 +14,20 @@ from numpy.typing import NDArray
 from ksa_pipelines.arrow import to_arrow
 from ksa_pipelines.bots import BotRule, find_bots
 from ksa_pipelines.caps import capped_since
+from ksa_pipelines.checks import NothingLeftError
 from ksa_pipelines.config import ColumnsConfig, PrepareConfig, ReadConfig
 from ksa_pipelines.histories import as_events
 from ksa_pipelines.ingest import Resources
 from ksa_pipelines.prepare import prepare
 from ksa_pipelines.report import Report
 from ksa_pipelines.users import told_again
+from ksa_pipelines.write import refuse_existing
 from recsys_ksa.config_files import parse_config
 from recsys_ksa.data.dataset import Dataset, open_dataset
 from recsys_ksa.data.manifest import Manifest
 from recsys_ksa.data.parts import blocks, checked_parts
+from recsys_ksa.errors import DataError
+from recsys_ksa.progress import progress
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def view(
     Raises:
         DataError: nothing is left, `target` exists, or the data set is damaged.
     """
+    refuse_existing(target)
     source = open_dataset(dataset)
     config = parse_config(PrepareConfig, source.manifest.config, str(dataset))
     columns = ColumnsConfig(value="value" if source.manifest.has_value else None)
@@ -77,7 +82,12 @@ def view(
         if source.manifest.user_features:
             users = str(Path(folder) / "users.parquet")
             told_again(dataset, source.manifest).write_parquet(users)
-        return prepare(str(log), target, config, str(items), report, resources, users)
+        try:
+            return prepare(str(log), target, config, str(items), report, resources, users)
+        except NothingLeftError as error:
+            raise DataError(
+                f"{dataset}: expected that the view keeps an event, none is left: {error.why}. Ask for less."
+            ) from error
 
 
 def _kept_events(source: Dataset, limits: Limits, report: Report) -> Iterator[pl.DataFrame]:
@@ -86,7 +96,7 @@ def _kept_events(source: Dataset, limits: Limits, report: Report) -> Iterator[pl
     types = pl.Series(source.vocab.get("event_type", [None]), dtype=pl.String)
     since = _item_cap(source, limits.max_item_events)
     num_bots = num_cut = num_capped = 0
-    for block in blocks(checked_parts(source.path, source.manifest)):
+    for block in progress(blocks(checked_parts(source.path, source.manifest)), "choosing events", unit="block"):
         if limits.bots is not None:
             lists = block.column("item_index").combine_chunks()
             times = block.column("timestamp").combine_chunks()

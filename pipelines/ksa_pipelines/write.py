@@ -84,7 +84,6 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 def write_part(histories: pa.Table, path: Path, *, compact: bool = True) -> None:
     """Write a part, users by index; one that `ksa compact` will write again need not be small."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = PART_OPTIONS if compact else PART_OPTIONS | {"compression": "none"}
     with pq.ParquetWriter(str(path), histories.schema, **options) as writer:
         for group in row_groups(histories):

@@ -32,11 +32,16 @@ def part_name(version: int, bucket: int) -> str:
     return f"histories/part-{version:05d}-{bucket:05d}.parquet"
 
 
+def bucket_of(name: str) -> int:
+    """Return the bucket of a part, or of its rows, by the name."""
+    return int(name.rsplit(".", 1)[0].rsplit("-", 1)[1])
+
+
 def parts_by_bucket(files: Iterable[str]) -> dict[int, list[str]]:
     """Return each bucket's parts among a data set's files, oldest first."""
     parts: dict[int, list[str]] = defaultdict(list)
     for name in sorted(name for name in files if name.startswith("histories/")):
-        parts[int(Path(name).stem.rsplit("-", 1)[1])].append(name)
+        parts[bucket_of(name)].append(name)
     return dict(parts)
 
 
@@ -53,7 +58,7 @@ def mark_newest(parts: Sequence[HasUsers]) -> None:
     """Say which rows of a bucket's parts, oldest first, are the newest of their users."""
     later = np.empty(0, dtype=np.int64)
     for part in reversed(parts):
-        part.newest = ~np.isin(part.users, later)
+        part.newest = ~np.isin(part.users, later) if len(later) else np.ones(len(part.users), dtype=bool)
         later = np.concatenate([later, part.users[part.newest]])
 
 
@@ -153,20 +158,32 @@ def with_global_split(block: pa.Table, split: Split) -> pa.Table:
     return block
 
 
-def count_before(timestamp: NDArray[np.int64], offsets: NDArray[np.int64], cut: int) -> NDArray[np.int64]:
+def count_before(
+    timestamp: NDArray[np.int64], offsets: NDArray[np.int64], cut: int, guess: NDArray[np.integer] | None = None
+) -> NDArray[np.int64]:
     """Return how many events of each user lie before `cut`, by halving: int64 [T], offsets int64 [U + 1] -> int64 [U].
 
     Args:
         timestamp: never decreasing within a user.
         offsets: of the users.
         cut: a time.
+        guess: [U] what is looked at first.
     """
     low, high = offsets[:-1].copy(), offsets[1:].copy()
-    open_users = np.flatnonzero(low < high)
-    while len(open_users):
-        middle = (low[open_users] + high[open_users]) // 2
-        before = timestamp[middle] < cut
-        low[open_users[before]] = middle[before] + 1
-        high[open_users[~before]] = middle[~before]
-        open_users = open_users[low[open_users] < high[open_users]]
+
+    def look(users: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        before = timestamp[at] < cut
+        low[users[before]] = at[before] + 1
+        high[users[~before]] = at[~before]
+
+    if guess is not None:
+        at = low + np.clip(guess, 0, high - low)
+        users = np.flatnonzero(at < high)
+        look(users, at[users])
+        users = np.flatnonzero(low < at)
+        look(users, at[users] - 1)
+    users = np.flatnonzero(low < high)
+    while len(users):
+        look(users, (low[users] + high[users]) // 2)
+        users = users[low[users] < high[users]]
     return low - offsets[:-1]

@@ -10,21 +10,23 @@ Pages that were read are given back: a file counts with what is looked at now an
 
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys_ksa.data.ahead import map_ahead
 from recsys_ksa.data.hashes import Digests, Split, content_hash, row_digests, split_hash
 from recsys_ksa.data.manifest import check_hash
-from recsys_ksa.data.parts import count_before, mark_newest, parts_by_bucket
+from recsys_ksa.data.parts import bucket_of, count_before, mark_newest, parts_by_bucket
 from recsys_ksa.errors import DataError
 from recsys_ksa.schema import SPLIT_COLUMNS
 
@@ -36,17 +38,20 @@ def rows_name(part: str) -> str:
     return f"cache/{Path(part).stem.replace('part', 'rows')}.arrow"
 
 
-def write_rows(histories: pa.Table, path: Path) -> None:
-    """Write rows, users by index, with their digests; a reader sees the whole file or none."""
-    path.parent.mkdir(exist_ok=True)
+def with_digests(histories: pa.Table) -> pa.Table:
+    """Return rows with the digest of each."""
     digests = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(32), histories.num_rows, [None, pa.py_buffer(row_digests(histories).data)]
     )
-    table = histories.combine_chunks().append_column(pa.field(DIGEST, pa.binary(32), nullable=False), digests)
+    return histories.append_column(pa.field(DIGEST, pa.binary(32), nullable=False), digests)
+
+
+def write_rows(rows: pa.Table, path: Path) -> None:
+    """Write rows with their digests, users by index; a reader sees the whole file or none."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            writer.write_table(rows.combine_chunks())
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -54,7 +59,7 @@ def write_rows(histories: pa.Table, path: Path) -> None:
 
 
 class Rows:
-    """The rows of a part.
+    """The rows of a part. To another process it goes as its name.
 
     Raises:
         DataError: the file is broken.
@@ -74,6 +79,10 @@ class Rows:
             raise altered(path) from error
         self.newest = np.ones(len(self.users), dtype=bool)
         """[rows] whether no later part has this user."""
+        self.bucket = bucket_of(path.name)
+
+    def __reduce__(self) -> tuple[type["Rows"], tuple[Path], dict[str, Any]]:
+        return Rows, (self.path,), {"newest": self.newest}
 
     @property
     def names(self) -> list[str]:
@@ -84,6 +93,16 @@ class Rows:
         """Return a column, mapped."""
         return self._table.column(name).chunk(0)
 
+    def of_newest(self, values: NDArray) -> NDArray:
+        """Return values of rows, those of the newest rows."""
+        return values if self.newest.all() else values[self.newest]
+
+    @property
+    def newest_ids(self) -> pa.StringArray:
+        """[rows] user_id, null where the row is not the newest of the user."""
+        ids = self.column("user_id")
+        return ids if self.newest.all() else pc.call_function("if_else", [pa.array(self.newest), ids, None])
+
     @property
     def digests(self) -> Digests:
         """[rows, 32] of each row."""
@@ -91,12 +110,12 @@ class Rows:
 
     def positions(self, split: Split) -> dict[str, NDArray[np.int32]]:
         """Return each of `schema.SPLIT_COLUMNS` by these cuts; those in the file may be of an earlier version's."""
-        found = {name: self.column(name).to_numpy() for name in SPLIT_COLUMNS[:2]}
+        found = {name: self.column(name).to_numpy() for name in SPLIT_COLUMNS}
         timestamp = self.column("timestamp").values.to_numpy()
         for name, cut in zip(SPLIT_COLUMNS[2:], ("valid_start", "test_start")):
             cuts = split.get("global")
-            before = np.diff(self.offsets) if cuts is None else count_before(timestamp, self.offsets, cuts[cut])
-            found[name] = before.astype(np.int32)
+            if cuts is not None:
+                found[name] = count_before(timestamp, self.offsets, cuts[cut], found[name]).astype(np.int32)
         self.release()
         return found
 
@@ -123,7 +142,9 @@ class Rows:
         Raises:
             DataError: a row is another.
         """
-        check_digests(self._table if self.newest.all() else self._table.filter(pa.array(self.newest)), self.path)
+        rows = self._table if self.newest.all() else self._table.filter(pa.array(self.newest))
+        if len(altered_rows(rows)):
+            raise altered(self.path)
         self.release()
 
     def release(self) -> None:
@@ -139,14 +160,11 @@ def altered(path: Path) -> DataError:
     )
 
 
-def check_digests(rows: pa.Table, path: Path) -> None:
-    """Compare rows of a file with the digests beside them.
-
-    Raises:
-        DataError: a row is another.
-    """
-    if rows.num_rows and not np.array_equal(row_digests(rows), _digests(rows.column(DIGEST).combine_chunks())):
-        raise altered(path)
+def altered_rows(rows: pa.Table) -> NDArray[np.int64]:
+    """Return which rows are not what the digests beside them say."""
+    if not rows.num_rows:
+        return np.empty(0, dtype=np.int64)
+    return np.flatnonzero((row_digests(rows) != _digests(rows.column(DIGEST).combine_chunks())).any(axis=1))
 
 
 def _digests(column: pa.FixedSizeBinaryArray) -> Digests:
@@ -154,19 +172,27 @@ def _digests(column: pa.FixedSizeBinaryArray) -> Digests:
     return raw[32 * column.offset : 32 * (column.offset + len(column))].reshape(-1, 32)
 
 
-def open_rows(directory: Path, files: Mapping[str, str]) -> list[Rows]:
+def open_rows(directory: Path, files: Mapping[str, str], opened: Iterable[Rows] = ()) -> list[Rows]:
     """Return the rows of all parts among a data set's files, each knowing which of its rows are the newest.
+
+    Args:
+        directory: the data set.
+        files: sha256 by name.
+        opened: rows that need not be opened again.
 
     Raises:
         DataError: a part that is needed for a missing file is missing or altered, or the disk refuses.
     """
     parts = [names for _, names in sorted(parts_by_bucket(files).items())]
-    for _ in map_ahead(partial(_make_missing, directory, files), chain.from_iterable(parts)):
+    there = {rows.path: rows for rows in opened}
+    paths = {name: directory / rows_name(name) for name in chain.from_iterable(parts)}
+    missing = [name for name, path in paths.items() if path not in there and not path.exists()]
+    for _ in map_ahead(partial(_make, directory, files), missing):
         pass
-    buckets = [[Rows(directory / rows_name(name)) for name in names] for names in parts]
+    buckets = [[there.get(paths[name]) or Rows(paths[name]) for name in names] for names in parts]
     for bucket in buckets:
         mark_newest(bucket)
-    return [rows for bucket in buckets for rows in bucket]
+    return list(chain.from_iterable(buckets))
 
 
 def numbered_users(rows: Sequence[Rows]) -> pa.Table:
@@ -175,13 +201,13 @@ def numbered_users(rows: Sequence[Rows]) -> pa.Table:
     return pa.concat_tables([each.take(np.flatnonzero(each.newest), columns) for each in rows])
 
 
-def _make_missing(directory: Path, files: Mapping[str, str], part: str) -> None:
+def _make(directory: Path, files: Mapping[str, str], part: str) -> None:
+    """Make the rows of a part again."""
     target = directory / rows_name(part)
-    if target.exists():
-        return
     path = check_hash(directory / part, files[part])
     try:
-        write_rows(pq.ParquetFile(path).read(), target)
+        target.parent.mkdir(exist_ok=True)
+        write_rows(with_digests(pq.ParquetFile(path).read()), target)
     except OSError as error:
         raise DataError(
             f"{target}: expected to write the cache, got: {error.strerror}. Make the folder writable once."
@@ -207,17 +233,17 @@ class Overview:
         order = _by_index(rows)
         found = [each.positions(split) for each in rows]
         positions = {
-            name: np.concatenate([columns[name][each.newest] for columns, each in zip(found, rows)])[order]
+            name: np.concatenate([each.of_newest(columns[name]) for columns, each in zip(found, rows)])[order]
             for name in SPLIT_COLUMNS
         }
-        user_index = np.concatenate([each.users[each.newest] for each in rows])[order]
-        lengths = np.concatenate([np.diff(each.offsets)[each.newest] for each in rows])[order]
+        user_index = np.concatenate([each.of_newest(each.users) for each in rows])[order]
+        lengths = np.concatenate([each.of_newest(np.diff(each.offsets)) for each in rows])[order]
         return cls(user_index, lengths, positions, hash_content(rows), split_hash(split, user_index, positions))
 
 
 def hash_content(rows: Sequence[Rows]) -> str:
     """Return the content hash of the newest rows of all files, by the digests beside them."""
-    digests = np.concatenate([each.digests[each.newest] for each in rows])[_by_index(rows)]
+    digests = np.concatenate([each.of_newest(each.digests) for each in rows]).take(_by_index(rows), axis=0)
     for each in rows:
         each.release()
     return content_hash(rows[0].names, digests)
@@ -225,4 +251,4 @@ def hash_content(rows: Sequence[Rows]) -> str:
 
 def _by_index(rows: Sequence[Rows]) -> NDArray[np.int64]:
     """Return the order of the newest rows of all files by user_index."""
-    return np.argsort(np.concatenate([each.users[each.newest] for each in rows]))
+    return np.argsort(np.concatenate([each.of_newest(each.users) for each in rows]), kind="stable")  # runs, in order

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksa_pipelines import memory
 from ksa_pipelines.append import append_log
 from ksa_pipelines.compact import compact
 from ksa_pipelines.config import PrepareConfig
@@ -84,8 +85,10 @@ def test_appended_logs_give_what_the_rules_say_and_a_replay_gives_it_again(logs,
     columns = columns_of(has_types, has_ids)
     compacted = {number for number in range(len(logs)) if data.draw(st.booleans(), label=f"compact after {number}")}
     config = parse_config(PrepareConfig, {"num_buckets": 3, "tie": tie, "split": {"test_days": 1}}, "test")
+    together = data.draw(st.sampled_from([1, 6, 1 << 17]), label="events of small buckets that are held together")
     reference = Reference(tie or ("id" if has_ids else "arrival"), 3)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "TOGETHER", together)
         paths = []
         for number, rows in enumerate(logs):
             rows = [{name: row[name] for name in columns} for row in rows]

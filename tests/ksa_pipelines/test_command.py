@@ -1,4 +1,5 @@
 import json
+import socket
 import subprocess
 import sys
 
@@ -55,6 +56,23 @@ def test_mistakes_are_one_line_and_exit_code_2(log, tmp_path, capsys, arguments,
     assert code == 2
     assert said in error[-1]
     assert "Traceback" not in "".join(error)
+
+
+@pytest.mark.parametrize("table", ["--items", "--users"])
+def test_a_missing_table_is_told_before_the_log_is_read(log, tmp_path, capsys, table):
+    assert main(["prepare", log, "--out", str(tmp_path / "ds"), table, str(tmp_path / "none.csv")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "none.csv: expected a file" in line
+
+
+def test_an_address_without_a_ray_cluster_is_refused_at_once(log, tmp_path, capsys):
+    pytest.importorskip("ray")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listened at
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        options = ["--engine", "ray", "--ray-address", address]
+        assert main(["prepare", log, "--out", str(tmp_path / "ds"), *options]) == 2
+    assert f"--ray-address {address}: expected HOST:PORT of a Ray cluster" in capsys.readouterr().err
 
 
 def test_prepare_runs_where_torch_is_not(log, tmp_path):

@@ -10,6 +10,7 @@ from ksa_pipelines.append import append_log
 from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.forget import forget
 from ksa_pipelines.prepare import prepare
+from recsys_ksa.cli import main
 from recsys_ksa.config import parse_config
 from recsys_ksa.data.cache import read_parts
 from recsys_ksa.data.dataset import open_dataset
@@ -112,7 +113,9 @@ def test_nothing_of_a_forgotten_user_is_left_on_disk(prepared, tmp_path):
 
 def test_a_forgotten_user_does_not_come_back(prepared, tmp_path):
     dataset = prepared(LOG)
-    forget(dataset.path, ["anna", "never-seen"], said)
+    lines: list[str] = []
+    forget(dataset.path, ["anna", "never-seen"], lines.append)
+    assert "not in the data set, refused in later logs all the same: never-seen" in lines
     again = {"user_id": ["anna", "never-seen", "carl"], "item_id": ["x", "only-annas", "only-annas"]}
     pl.DataFrame(again | {"timestamp": [100, 101, 102], "event_type": ["see"] * 3}).write_parquet(
         tmp_path / "b.parquet"
@@ -135,6 +138,13 @@ def test_numbers_of_forgotten_users_are_not_given_again(prepared, tmp_path):
     pl.DataFrame(LOG | {"user_id": ["carl"] * 5}).write_parquet(tmp_path / "b.parquet")
     append_log(dataset.path, str(tmp_path / "b.parquet"), said)
     assert open_dataset(dataset.path).histories.user_index.tolist() == [0, 2]
+
+
+def test_an_empty_id_is_nobodys(prepared, capsys):
+    dataset = prepared(LOG)
+    assert main(["forget", str(dataset.path), ""]) == 2
+    assert "got an empty one" in capsys.readouterr().err
+    assert open_dataset(dataset.path).manifest.version == 0
 
 
 def test_forgetting_everybody_is_refused_and_changes_nothing(prepared):

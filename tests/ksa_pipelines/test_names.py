@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from ksa_pipelines import names
 from ksa_pipelines.names import NameCollector
-from ksa_pipelines.spill import read_bucket, write_chunk
+from ksa_pipelines.spill import read_rows, read_users, write_chunk
 from ksa_pipelines.vocab import user_bucket
 
 ROW = st.tuples(
@@ -36,14 +36,17 @@ def test_chunks_hold_what_was_spilled_under_numbers_of_the_whole_log(tmp_path_fa
     items, types = found["item"].values.to_list(), [*found["event_type"].values, None]
 
     assert items == sorted({item for rows in logs for _, item, _ in rows}, key=str.encode)
-    for bucket in range(3):
-        events, users = read_bucket(chunks, codes, bucket)
+    for buckets in (range(1), range(1, 2), range(2, 3), range(3), range(1, 3)):
+        users, user_rows = read_users(chunks, buckets)
+        ids = users["user_id"]
+        bucket_of = {user: user_bucket(user, 3) for rows in logs for user, *_ in rows}
+        assert sorted(users.rows()) == sorted(each for each in bucket_of.items() if each[1] in buckets)
         expected = [
             (user, item, kind, number, row, user)
             for number, rows in enumerate(logs)
-            for row, (user, item, kind) in enumerate(rows)
-            if user_bucket(user, 3) == bucket
+            for row, (user, item, kind) in sorted(enumerate(rows), key=lambda each: bucket_of[each[1][0]])
+            if bucket_of[user] in buckets
         ]
         order = ("user", "item", "event_type", "timestamp", "arrival", "event_id")
-        met = events.select(order).rows() if len(events) else []
-        assert [(users[user], items[item], types[kind], *rest) for user, item, kind, *rest in met] == expected
+        met = read_rows(chunks, codes, user_rows, buckets).select(order).rows() if len(ids) else []
+        assert [(ids[user], items[item], types[kind], *rest) for user, item, kind, *rest in met] == expected

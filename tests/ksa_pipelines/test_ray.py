@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ksa_pipelines import memory
 from ksa_pipelines.append import append_log
 from ksa_pipelines.config import PrepareConfig
 from ksa_pipelines.engine import LocalEngine
@@ -30,6 +31,11 @@ def engine():
 
     yield RayEngine()
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _a_task_a_bucket(monkeypatch):
+    monkeypatch.setattr(memory, "TOGETHER", 1)
 
 
 @pytest.fixture

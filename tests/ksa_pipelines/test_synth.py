@@ -59,7 +59,7 @@ def test_histories_are_as_long_as_asked_for():
     assert lengths.max() == 100_000
 
 
-@pytest.mark.parametrize("name", ["--events", "--items", "--days"])
+@pytest.mark.parametrize("name", ["--events", "--items", "--days", "--median-length"])
 def test_a_log_of_nothing_is_refused(tmp_path, capsys, name):
     assert main(["synth", "--out", str(tmp_path / "log"), name, "0"]) == 2
     assert f"{name}: expected at least 1" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from recsys_ksa.testing import lifelong_log
 
 EVENT = st.fixed_dictionaries(
     {
-        "user_index": st.integers(0, 2),
+        "user": st.integers(0, 2),
         "item_id": st.sampled_from(["x", "y", "é", "10", "9"]),
         "timestamp": st.integers(0, 2) | st.integers(0, 2**40),
         "event_type_name": st.sampled_from([None, "", "buy", "view"]),
@@ -22,7 +22,7 @@ EVENT = st.fixed_dictionaries(
     }
 )
 TYPES = {
-    "user_index": pl.Int64,
+    "user": pl.Int64,
     "item_id": pl.String,
     "timestamp": pl.Int64,
     "event_type_name": pl.String,
@@ -48,7 +48,7 @@ def test_the_sort_is_the_order_of_the_librarys_keys(kind, events, has_types):
     )
     ordered, ties = sort_by_order(frame if has_types else frame.drop("event_type_name"), kind)
 
-    expected = sorted(rows, key=lambda row: (row["user_index"], key(row)))  # stable: arrival ends equal keys
+    expected = sorted(rows, key=lambda row: (row["user"], key(row)))  # stable: arrival ends equal keys
     assert ordered["arrival"].to_list() == [row["arrival"] for row in expected]
     assert ties.to_pylist() == [key(row)[1] for row in expected]
 

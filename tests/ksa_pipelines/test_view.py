@@ -99,9 +99,23 @@ def test_the_time_from_which_an_item_is_kept_is_found_by_halving(rng, monkeypatc
 
 
 def test_a_core_of_nothing_is_refused(whole, tmp_path):
-    with pytest.raises(DataError, match="outside the 10000-core"):
+    with pytest.raises(DataError, match=r"outside the 10000-core. Ask for less") as refused:
         view(whole.path, tmp_path / "view", Limits(k_core=10_000), said)
+    assert str(refused.value).startswith(f"{whole.path}: ")  # and not a file of the way there, which is gone
     assert not (tmp_path / "view").exists()
+
+
+@pytest.mark.parametrize("limit", ["--k-core=-1", "--max-user-events=0", "--max-item-events=0"])
+def test_a_limit_below_its_least_is_refused(whole, tmp_path, capsys, limit):
+    assert main(["view", str(whole.path), "--out", str(tmp_path / "view"), limit]) == 2
+    assert f"{limit.partition('=')[0]}: expected at least" in capsys.readouterr().err
+
+
+def test_a_view_that_is_there_is_refused_before_any_event_is_read(whole, tmp_path):
+    lines: list[str] = []
+    with pytest.raises(DataError, match="does not exist yet"):
+        view(whole.path, tmp_path, Limits(), lines.append)
+    assert not lines
 
 
 def test_bots_are_found_by_rate_and_by_repetition():

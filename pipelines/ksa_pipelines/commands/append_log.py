@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ksa_pipelines.commands.arguments import add_resources, resources_of, step_report
+from ksa_pipelines.commands.arguments import add_resources, refuse_missing_tables, resources_of, step_report
 from ksa_pipelines.commands.loading import loading
 from recsys_ksa.cli import Verb
 
@@ -24,6 +24,7 @@ def _run(args: argparse.Namespace) -> None:
         from recsys_ksa.config_files import load_config
 
     mapping = load_config(PrepareConfig, args.config) if args.config else None
+    refuse_missing_tables(args)
     after = append_log(
         args.dataset,
         args.log,

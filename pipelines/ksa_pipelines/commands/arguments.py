@@ -39,10 +39,29 @@ def resources_of(args: argparse.Namespace) -> Resources:
     if args.engine == "ray":
         from ksa_pipelines.ray_engine import RayEngine
 
-        return Resources(RayEngine(args.ray_address), memory)
-    if args.ray_address:
+        engine = RayEngine(args.ray_address)
+    elif args.ray_address:
         raise UsageError("--ray-address: expected --engine ray beside it, got the local engine.")
-    return Resources(LocalEngine(), memory)
+    else:
+        engine = LocalEngine()
+    if sys.stderr.isatty():
+        from ksa_pipelines.watched_engine import WatchedEngine
+
+        engine = WatchedEngine(engine)
+    return Resources(engine, memory)
+
+
+def refuse_missing_tables(args: argparse.Namespace) -> None:
+    """Refuse a table of items or users that is not there: it is read after the log, which can take long.
+
+    Raises:
+        DataError: no file is found.
+    """
+    from ksa_pipelines.sources import find_files
+
+    for table in (args.items, args.users):
+        if table is not None:
+            find_files(table)
 
 
 def step_report() -> Report:

@@ -14,7 +14,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from ksa_pipelines.forget import forget
+    from recsys_ksa.errors import UsageError
 
+    if "" in args.users:
+        raise UsageError("USER_ID: expected an id, got an empty one.")
     after = forget(args.dataset, args.users, step_report())
     print(
         f"{args.dataset}: version {after.version}, {after.counts.users:,} users. Runs and bundles trained before, and "

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ksa_pipelines.commands.arguments import add_resources, resources_of, step_report
+from ksa_pipelines.commands.arguments import add_resources, refuse_missing_tables, resources_of, step_report
 from ksa_pipelines.commands.loading import loading
 from recsys_ksa.cli import Verb
 
@@ -41,6 +41,7 @@ def _run(args: argparse.Namespace) -> None:
         from ksa_pipelines.download import download_of, fetch
 
         fetch(download_of(args.preset), Path(args.log), report, accepted=args.accept_terms)
+    refuse_missing_tables(args)
     counts = prepare(args.log, args.out, config, args.items, report, resources_of(args), args.users).counts
     print(
         f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events; histories of "

@@ -22,9 +22,9 @@ def _run(args: argparse.Namespace) -> None:
     from recsys_ksa.errors import UsageError
     from recsys_ksa.progress import progress
 
-    for name in ("events", "items", "days"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name}: expected at least 1, got {getattr(args, name)}.")
+    for name in ("events", "items", "days", "median_length"):
+        if not getattr(args, name) >= 1:  # nor is NaN
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}.")
     config = SynthConfig(
         events=args.events,
         seed=args.seed,

@@ -26,9 +26,13 @@ def _run(args: argparse.Namespace) -> None:
         from ksa_pipelines.view import Limits, view
         from recsys_ksa.errors import UsageError
 
-    for name, value in (("user", args.max_user_events), ("item", args.max_item_events)):
-        if value is not None and value < 1:
-            raise UsageError(f"--max-{name}-events: expected at least 1, got {value}.")
+    for name, value, least in (
+        ("k-core", args.k_core, 0),
+        ("max-user-events", args.max_user_events, 1),
+        ("max-item-events", args.max_item_events, 1),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"--{name}: expected at least {least}, got {value}.")
     limits = Limits(args.k_core, args.max_user_events, args.max_item_events, BotRule() if args.drop_bots else None)
     counts = view(args.dataset, args.out, limits, step_report(), resources_of(args)).counts
     print(f"{args.out}: {counts.users:,} users, {counts.items:,} items, {counts.events:,} events")
