@@ -122,6 +122,10 @@ class Recommender:
         if pool_bytes is not None:
             where = network.start.device
             pool = PagePool(network.config, pool_bytes, network.state_dtype, network.dtype, where)
+            if where.type == "cuda":
+                from recsys_ksa.model.recorded import Recorder  # imports Triton
+
+                pool.recorder = Recorder.of(network, pool)
         return Recommender(run, network, index, popularity=popularity, pool=pool)
 
     # --- states ---

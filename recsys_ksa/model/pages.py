@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from recsys_ksa.config import ModelConfig
 from recsys_ksa.errors import ConfigError, PoolFullError, StateError
 from recsys_ksa.model.place import num_summaries
 from recsys_ksa.model.state import LayerState, SharedRows, UserMemory, first_visible_chunk, window_start
+
+if TYPE_CHECKING:
+    from recsys_ksa.model.recorded import Recorder
 
 PAGE_ROWS = 16
 """Tokens of a page: half a page a run is wasted at the mean, and a table has an entry a page."""
@@ -107,7 +111,7 @@ class Growth:
 class PagePool:
     """Pages on one device for memories of one network. Safe to share between threads.
 
-    key, value: [L, pages, PAGE_ROWS, H_kv, D]; inputs: [pages, E].
+    key, value: [L, pages + 1, PAGE_ROWS, H_kv, D]; inputs: [pages + 1, E].
     """
 
     def __init__(
@@ -133,10 +137,14 @@ class PagePool:
         count = num_bytes // self.page_bytes
         if not count:
             raise ConfigError(f"pages: expected room for a page of {self.page_bytes} bytes, got {num_bytes}.")
+        self.spare = count
+        """A page, and a place among the inputs, that are never dealt out: what is written there nobody reads."""
         self.key, self.value = (
-            torch.zeros(len(config.layer_kinds), count, *shape, dtype=dtype, device=device) for _ in range(2)
+            torch.zeros(len(config.layer_kinds), count + 1, *shape, dtype=dtype, device=device) for _ in range(2)
         )
-        self.inputs = torch.zeros(count, config.dim, dtype=input_dtype, device=device)
+        self.inputs = torch.zeros(count + 1, config.dim, dtype=input_dtype, device=device)
+        self.recorder: Recorder | None = None
+        """Replays passes over few events; None: each is launched operator by operator."""
         self._pages, self._inputs = _Dealer(count), _Dealer(count)
         self._filled = np.zeros(count, np.int64)
         self._lock = threading.Lock()
@@ -251,7 +259,7 @@ class PagePool:
             if needed > free or len(totals) > self._inputs.num_free:
                 raise PoolFullError(
                     f"pages: expected {needed} free pages for {len(totals)} users' events, got {free} of "
-                    f"{self.key.shape[1]}. Hold fewer states, or give the pool more bytes."
+                    f"{self.spare}. Hold fewer states, or give the pool more bytes."
                 )
             event_runs = [self._extended(span, copies) for span in events]
             slot_runs = [self._extended(span, copies) for span in summaries]
@@ -317,23 +325,31 @@ class _Dealer:
         weakref.finalize(holder, self._given_back.append, places).atexit = False
 
 
+def tokens_of(starts: Sequence[int], stops: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return whose each of the tokens start..stop-1 of several users is, and its number, user by user."""
+    begin = np.array(starts, np.int64)
+    count = np.array(stops, np.int64) - begin
+    whose = np.arange(len(begin)).repeat(count)
+    return whose, np.arange(count.sum()) - (np.cumsum(count) - count)[whose] + begin[whose]
+
+
 def rows_of(runs: Sequence[Run], starts: Sequence[int], stops: Sequence[int]) -> NDArray[np.int64]:
     """Return where each run's tokens start..stop-1 are, in rows of the pool, run by run."""
-    first, begin = np.array([[run.first for run in runs], starts])
-    count = np.array(stops) - begin
+    whose, token = tokens_of(starts, stops)
+    first = np.array([run.first for run in runs])
     held = np.cumsum([0, *(len(run.places) for run in runs)])[:-1]
-    whose = np.arange(len(runs)).repeat(count)
-    token = np.arange(count.sum()) - (np.cumsum(count) - count)[whose] + begin[whose]
     page = np.concatenate([run.places for run in runs])[token // PAGE_ROWS - first[whose] + held[whose]]
     return page * PAGE_ROWS + token % PAGE_ROWS
 
 
-def table_of(runs: Sequence[Run]) -> NDArray[np.int32]:
+def ring_of(runs: Sequence[Run]) -> int:
+    """Return how wide a table of these runs has to be: a cache wants a page more than it may need."""
+    return max(len(run.places) for run in runs) + 1
+
+
+def table_of(runs: Sequence[Run], ring: int) -> NDArray[np.int32]:
     """Return int32 [U, ring]: where page number n of each user is, at n % ring."""
-    count = np.array([len(run.places) for run in runs])
-    ring = int(count.max()) + 1  # a cache wants a page more than it may need
-    whose = np.arange(len(runs)).repeat(count)
-    number = np.arange(count.sum()) - (np.cumsum(count) - count)[whose] + np.array([run.first for run in runs])[whose]
+    whose, number = tokens_of([run.first for run in runs], [run.first + len(run.places) for run in runs])
     table = np.zeros((len(runs), ring), np.int32)
     table[whose, number % ring] = np.concatenate([run.places for run in runs])
     return table

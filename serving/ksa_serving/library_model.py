@@ -1,9 +1,10 @@
 """`Model` answered by `recsys_ksa.Recommender`. Importing this imports torch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from threading import Lock
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from recsys_ksa.order import order_key
 from recsys_ksa.recommender import Recommender
 from recsys_ksa.schema import UNKNOWN_ITEM
 
+REBUILT_EVENTS = 1024
+"""Events of the history by which a model is warmed up: more than are appended in pages."""
+
 
 class LibraryModel:
     """One loaded run. Safe to share between threads."""
@@ -44,6 +48,22 @@ class LibraryModel:
         self._by_id = recommender.run.info.tie == "id"
         self._by_value = bool(recommender.event_features.value_edges)
         self._bytes = StateBytes(recommender, cold_parity)
+        # On an accelerator threads that launch at once only take Python from each other.
+        self._one_pass: AbstractContextManager[object] = nullcontext() if recommender.pool is None else Lock()
+
+    def warm_up(self, most_questions: int) -> None:
+        """Compile and record what an accelerator runs, so that nobody waits for it: batches of up to so many users."""
+        pool = self.recommender.pool
+        if pool is None:
+            return
+        if pool.recorder is not None:
+            pool.recorder.warm_up(most_questions)
+        item = next(name for name in self.recommender.run.items.item_id if name is not None)
+        state = self.new_state()
+        events = [StoredEvent(n, item, n, None, None, None) for n in range(REBUILT_EVENTS + 1)]
+        for given in (events[:-1], events[-1:]):  # as a rebuild reads them, and as they come
+            state = self.append(state, given)
+        self.recommend([Question(state, 1, None, exclude_seen=hidden) for hidden in (True, False)])
 
     # -- states -----------------------------------------------------------------------------------------------
 
@@ -54,7 +74,7 @@ class LibraryModel:
     def append(self, state: UserState, events: Sequence[StoredEvent]) -> UserState:
         """Return `state` with events appended."""
         types = [event.event_type for event in events]
-        with _full_pool_refused():
+        with self._one_pass, _full_pool_refused():
             return self.recommender.append(
                 state,
                 [event.item_id for event in events],
@@ -68,16 +88,16 @@ class LibraryModel:
         """Return each state with its events, in order and all after it, appended in one pass."""
         counts = [len(given) for given in events]
         items, times = self._rows(flat := [event for given in events for event in given])
-        arrivals, places = self.recommender.arrivals(
-            flat,
-            items,
-            times,
-            counts,
-            [state.last_timestamp for state in states],
-            [state.session_place for state in states],
-        )
         network, impl, pool = self.recommender.network, self.recommender.attention_impl, self.recommender.pool
-        with _full_pool_refused():
+        with self._one_pass, _full_pool_refused():
+            arrivals, places = self.recommender.arrivals(
+                flat,
+                items,
+                times,
+                counts,
+                [state.last_timestamp for state in states],
+                [state.session_place for state in states],
+            )
             memories = append_events(network, [state.memory for state in states], arrivals, impl, pool)
         spans = [slice(*span) for span in pairwise(accumulate(counts, initial=0))]
         return [
@@ -106,9 +126,9 @@ class LibraryModel:
         arrivals, places = self.recommender.arrivals(given, *self._rows(given), [len(given)], [before], [place])
         stored = Memory(num_events, tuple(self._cut(layer, num_events) for layer in state.memory.layers), _no_input)
         network, impl, pool = self.recommender.network, self.recommender.attention_impl, self.recommender.pool
-        memory: UserMemory = replay(network, stored, arrivals, impl)
-        if pool is not None:
-            with _full_pool_refused():
+        with self._one_pass, _full_pool_refused():
+            memory: UserMemory = replay(network, stored, arrivals, impl)
+            if pool is not None:
                 memory = pool.hold(memory)
         return UserState(
             memory=memory,
@@ -174,7 +194,7 @@ class LibraryModel:
 
     def recommend(self, questions: Sequence[Question]) -> list[Scored]:
         """Answer questions: one pass of the network for all, then one search each."""
-        with _told_users_refused():
+        with self._one_pass, _told_users_refused():
             return rank_items(self.recommender, questions)
 
     def score(
@@ -185,7 +205,7 @@ class LibraryModel:
         user: Mapping[str, object] | None = None,
     ) -> list[float | None]:
         """Return each item's score."""
-        with _told_users_refused():
+        with self._one_pass, _told_users_refused():
             return self.recommender.score(state, item_ids, request_time, user)
 
     def explain(

@@ -76,8 +76,10 @@ def load_release(
         recommender.index = IvfIndex(recommender.item_vectors, recommender.index.version)
         check_recall(recommender)
     info = recommender.run.info
+    model = LibraryModel(recommender, cold_parity)
+    model.warm_up(WARM_QUESTIONS)
     return Release(
-        model=LibraryModel(recommender, cold_parity),
+        model=model,
         tie=info.tie,
         clock=info.clock,
         model_version=info.release_hash,
@@ -100,6 +102,8 @@ def _on_device(recommender: "Recommender", device: str) -> "TorchIndex":
     return index
 
 
+WARM_QUESTIONS = 64
+"""Users up to which batches of every size are compiled before a release is served."""
 MIN_RECALL = 0.98
 """Of an approximate index against exact search, at 100 items; a release below it is not loaded."""
 

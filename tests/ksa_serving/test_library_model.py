@@ -304,3 +304,17 @@ def test_first_rows_share_whole_segments(count: int):
     assert cut.num_rows == count
     torch.testing.assert_close(cut.whole(), rows.whole()[:count])
     assert all(mine is theirs for mine, theirs in zip(cut.segments, rows.segments))
+
+
+@pytest.mark.parametrize("in_pages", [False, True])
+def test_warming_up_changes_no_answer(run: Any, in_pages: bool):
+    model = make_model(run, 0, in_pages=in_pages)
+    state = model.append(model.new_state(), make_history(np.random.default_rng(1), 30))
+    before = model.recommend([Question(state, 5, None)])
+    model.warm_up(4)
+    assert model.recommend([Question(state, 5, None)]) == before
+    pool = model.recommender.pool
+    if pool is not None:
+        held = pool.num_free
+        model.warm_up(4)
+        assert pool.num_free == held

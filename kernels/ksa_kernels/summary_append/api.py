@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ksa_kernels.errors import ShapeError
@@ -39,10 +40,7 @@ def summary_append(
             raise ShapeError(f"{name} must be [{rows}, H, D] by the layout: got shape {list(query.shape)}.")
         if query.dtype != cache.events.key.dtype:
             raise ShapeError(f"{name} must have the cache's dtype {cache.events.key.dtype}: got {query.dtype}.")
-    head_dim = event_query.shape[2]
-    fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
-    unfit = "" if fits else f"its kernel takes head dims that are powers of two from 16 to 256, got {head_dim}"
-    chosen = resolve(impl, event_query.device, event_query.dtype, unfit)
+    chosen = chosen_impl(impl, event_query.device, event_query.dtype, event_query.shape[2])
     if chosen is Impl.TRITON:
         from ksa_kernels.summary_append.triton_append import attend
 
@@ -50,3 +48,10 @@ def summary_append(
     from ksa_kernels.summary_append.reference import attend_gathered
 
     return attend_gathered(event_query, summary_query, cache, layout, chosen)
+
+
+def chosen_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Impl:
+    """Return which implementation runs for `impl`; see `summary_append`."""
+    fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+    unfit = "" if fits else f"its kernel takes head dims that are powers of two from 16 to 256, got {head_dim}"
+    return resolve(impl, device, dtype, unfit)

@@ -144,10 +144,10 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return events [Tq, H, D], summaries [Sq, H, D] and their log-sum-exps [Tq, H], [Sq, H]."""
     num_heads, head_dim = event_query.shape[1:]
-    group = num_heads // cache.events.key.shape[2]
-    queries = max(1, 16 // group)
+    num_kv_heads = cache.events.key.shape[2]
+    group = num_heads // num_kv_heads
+    queries = queries_a_tile(num_heads, num_kv_heads)
     where = _tiles(layout, queries)
-    num_kv_heads = num_heads // group
     splits = _splits(len(where) * num_kv_heads)
     num_rows = len(event_query) + len(summary_query)
     num_parts = splits * num_rows if splits > 1 else 0
@@ -191,21 +191,37 @@ def _pools(pages: Pages) -> tuple[Any, Any]:
     return pages.key, pages.value
 
 
-def _tiles(layout: ChunkLayout, queries: int) -> Tensor:
-    """Return int32 [tiles, 7]: user, first event or slot, whether its queries are summaries, N, key_start, number of
-    summaries, and what to add to an event or slot number for its row.
+def queries_a_tile(num_heads: int, num_kv_heads: int) -> int:
+    """Return how many queries of a user a program takes."""
+    return max(1, 16 * num_kv_heads // num_heads)
+
+
+def plan_name(queries: int) -> str:
+    """Return the name by which a layout keeps its tiles."""
+    return f"append tiles {queries}"
+
+
+def tile_rows(layout: ChunkLayout, queries: int) -> list[tuple[int, ...]]:
+    """Return a row a tile: user, first event or slot, whether its queries are summaries, N, key_start, number of
+    summaries, and what to add to an event or slot number for its row. Of zeros: a tile without queries.
     """
-    name = f"append tiles {queries}"
+    m = layout.summaries_per_chunk
+    found: list[tuple[int, ...]] = []
+    shifts = users_table(layout).tolist()
+    for user, span in enumerate(layout.spans):
+        num_slots, event_shift, slot_shift = shifts[user][3], shifts[user][4], shifts[user][6]
+        n, key_start = span.num_events, span.key_start
+        events = range(span.query_start, n, queries)
+        slots = range(span.first_query_chunk * m, num_slots, queries)
+        found += [(user, first, 0, n, key_start, num_slots, event_shift) for first in events]
+        found += [(user, first, 1, n, key_start, num_slots, slot_shift) for first in slots]
+    return found
+
+
+def _tiles(layout: ChunkLayout, queries: int) -> Tensor:
+    """Return `tile_rows`, int32 [tiles, 7], on the device."""
+    name = plan_name(queries)
     if name not in layout.plans:
-        m = layout.summaries_per_chunk
-        found: list[tuple[int, ...]] = []
-        shifts = users_table(layout).tolist()
-        for user, span in enumerate(layout.spans):
-            num_slots, event_shift, slot_shift = shifts[user][3], shifts[user][4], shifts[user][6]
-            n, key_start = span.num_events, span.key_start
-            events = range(span.query_start, n, queries)
-            slots = range(span.first_query_chunk * m, num_slots, queries)
-            found += [(user, first, 0, n, key_start, num_slots, event_shift) for first in events]
-            found += [(user, first, 1, n, key_start, num_slots, slot_shift) for first in slots]
-        layout.plans[name] = torch.tensor(found, dtype=torch.int32).reshape(-1, 7).to(layout.device, non_blocking=True)
+        rows = torch.tensor(tile_rows(layout, queries), dtype=torch.int32).reshape(-1, FIELDS.value)
+        layout.plans[name] = rows.to(layout.device, non_blocking=True)
     return layout.plans[name]
