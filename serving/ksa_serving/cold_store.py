@@ -11,7 +11,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -53,6 +53,10 @@ class BytesEngine(ABC):
     @abstractmethod
     def remove_ending(self, suffix: bytes) -> None:
         """Remove every record whose key ends so."""
+
+    @abstractmethod
+    def record_keys(self) -> Iterator[bytes]:
+        """Yield the keys of all records, also of those written meanwhile or not."""
 
     @abstractmethod
     def num_records(self) -> int:
@@ -118,6 +122,7 @@ class ColdStateStore(StateStore):
         self._salt = salt
         self._writing = threading.Lock()
         self._owed: set[bytes] = set()
+        self._deleted: frozenset[bytes] = frozenset()
 
     def get(self, owner: Owner, fingerprint: str) -> StateRecord | None:
         """Return the owner's cold record if every part of it is what it should be."""
@@ -189,11 +194,18 @@ class ColdStateStore(StateStore):
         except EngineError as error:
             _tell("written", error)
 
+    def owe(self, deleted: Collection[bytes]) -> None:
+        """Have the next `purge` remove what a crash may have left of deleted users, by `EventLog.deleted`."""
+        self._deleted = frozenset(deleted)
+
     def purge(self) -> bool:
         """Remove what could not be removed before, and have the engine overwrite it."""
-        for key in list(self._owed):
-            self._forget(key)
         try:
+            if self._deleted:
+                self._owed.update(key for key in self._engine.record_keys() if key[:16] in self._deleted)
+                self._deleted = frozenset()
+            for key in list(self._owed):
+                self._forget(key)
             self._engine.purge()
         except EngineError as error:
             _tell("purged", error)

@@ -16,6 +16,7 @@ from recsys_ksa.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ksa_serving.event_log import EventLog
     from ksa_serving.models import Model
     from ksa_serving.settings import ServeSettings
     from ksa_serving.state_store import StateStore
@@ -143,9 +144,9 @@ def prepare_state_dir(path: Path) -> Path:
 
 
 def open_store(
-    kind: str, state_dir: Path, models: "Mapping[str, Model]", salt: bytes, settings: "ServeSettings"
+    kind: str, state_dir: Path, models: "Mapping[str, Model]", log: "EventLog", settings: "ServeSettings"
 ) -> "StateStore":
-    """Return the store that `--store` names.
+    """Return the store that `--store` names, without what a crash left of users whom the log knows as deleted.
 
     Raises:
         UsageError: it cannot be opened.
@@ -169,8 +170,9 @@ def open_store(
             raise UsageError(f"--store: expected lmdb, memory or redis://HOST:PORT/DB, got {kind!r}.")
     except (EngineError, ValueError) as error:
         raise UsageError(f"--store {kind}: cannot be opened: {error}.") from error
-    cold = ColdStateStore(engine, models, salt)
-    cold.purge()  # what a crash left of deletions
+    cold = ColdStateStore(engine, models, log.salt)
+    cold.owe(log.deleted())
+    cold.purge()
 
     def worth_keeping(num_events: int) -> bool:
         return any(model.replay_start(num_events) > 0 for model in models.values())
@@ -216,7 +218,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
     )
     try:
         models: dict[str, Model] = {release.state_fingerprint: release.model}
-        store = open_store(args.store, state_dir, models, log.salt, settings)
+        store = open_store(args.store, state_dir, models, log, settings)
         num_users, num_events = log.counts()
         service = Service(release, log, store, settings, models=models, releases=args.releases, load=load)
         ports = [listener.getsockname()[1] for listener in listeners]

@@ -208,6 +208,12 @@ class EventLog:
             rows = connection.execute("SELECT user_id, tenant FROM users WHERE num_events > 0 ORDER BY user_key")
             return [Owner(user_id, tenant) for user_id, tenant in rows]
 
+    def deleted(self) -> frozenset[bytes]:
+        """Return the keys (`Owner.key`) of all users who were deleted and have not come back."""
+        with self._reader() as connection:
+            rows = connection.execute("SELECT owner_key FROM users WHERE user_id IS NULL AND length(owner_key) = 16")
+            return frozenset(key for (key,) in rows)
+
     def counts(self) -> tuple[int, int]:
         """Return the number of users and of events."""
         with self._reader() as connection:

@@ -140,11 +140,16 @@ class LmdbEngine(BytesEngine):
 
     def remove_ending(self, suffix: bytes) -> None:
         """Remove records whose keys end with `suffix`."""
-        with self._transaction(write=False) as txn, txn.cursor(self._written) as cursor:
-            keys = [bytes(value) for name, value in cursor if name[:1] == b"n"]
-        for key in keys:
+        for key in list(self.record_keys()):
             if key.endswith(suffix):
                 self.remove(key)
+
+    def record_keys(self) -> Iterator[bytes]:
+        """Yield the keys of all records."""
+        with self._transaction(write=False) as txn, txn.cursor(self._written) as cursor:
+            for name, value in cursor:
+                if name[:1] == b"n":
+                    yield bytes(value)
 
     def num_records(self) -> int:
         """Return how many records are kept."""

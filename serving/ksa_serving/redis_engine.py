@@ -8,7 +8,7 @@ whose it is, and is verified.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ from ksa_serving.circuit import Circuit, CircuitOpenError
 from ksa_serving.cold_store import BytesEngine, EngineAwayError, EngineError
 
 T = TypeVar("T")
+PREFIX = b"ksa:state:"
+"""Of every record's name."""
 
 
 class RedisEngine(BytesEngine):
@@ -95,7 +97,12 @@ class RedisEngine(BytesEngine):
 
     def remove_ending(self, suffix: bytes) -> None:
         """Remove records whose keys end with `suffix`."""
-        self._remove_matching(b"ksa:state:*" + suffix.hex().encode())
+        self._remove_matching(PREFIX + b"*" + suffix.hex().encode())
+
+    def record_keys(self) -> Iterator[bytes]:
+        """Yield the keys of all records, those of other logs too."""
+        for names in self._pages(PREFIX + b"*"):
+            yield from self._call(partial(_keys, names))
 
     def num_records(self) -> int:
         """Return how many records the server keeps."""
@@ -116,12 +123,16 @@ class RedisEngine(BytesEngine):
         self._client.close()
 
     def _remove_matching(self, pattern: bytes) -> None:
-        """Remove records a page at a time: all of them may take longer than one call may."""
+        for names in self._pages(pattern):
+            self._call(partial(self._client.delete, *names))
+
+    def _pages(self, pattern: bytes) -> Iterator[list[Any]]:
+        """Yield records' names a page at a time: all of them may take longer than one call may."""
         cursor = None
         while cursor != 0:
             cursor, names = self._call(partial(self._client.scan, cursor or 0, pattern, 1000))  # type: ignore[misc]
             if names:
-                self._call(partial(self._client.delete, *names))
+                yield names
 
     def _call(self, work: Callable[[], T]) -> T:
         me = threading.get_ident()
@@ -146,5 +157,9 @@ class RedisEngine(BytesEngine):
                 self._client.connection_pool.disconnect(inuse_connections=True)  # its reader is told at once
 
 
+def _keys(names: Iterable[bytes]) -> list[bytes]:
+    return [bytes.fromhex(name.removeprefix(PREFIX).decode()) for name in names]
+
+
 def _name(key: bytes) -> bytes:
-    return b"ksa:state:" + key.hex().encode()
+    return PREFIX + key.hex().encode()

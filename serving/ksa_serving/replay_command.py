@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace) -> None:
     tolerance = {"exact": settings.audit_tolerance, "int8": settings.audit_tolerance_int8}
     log = EventLog(prepare_state_dir(args.state_dir), release.tie)
     models = {release.state_fingerprint: release.model}
-    store = open_store(args.store, args.state_dir, models, log.salt, settings)
+    store = open_store(args.store, args.state_dir, models, log, settings)
     stored = UserStates(release, log, store, settings.rebuild_step_events)
     fresh = UserStates(release, log, MemoryStateStore(1), settings.rebuild_step_events)
     found, different, worst = 0, 0, 0.0

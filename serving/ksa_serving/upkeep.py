@@ -123,6 +123,7 @@ class Upkeep:
             moved = self._log.ownership is not None and not self._log.ownership.owns(owner.user_id)
             if moved or (await self._workers.run(self._log.head, owner)).generation != record.generation:
                 self._store.drop(owner)
+                self.purge()
         except Exception:
             logger.exception("a state could not be computed in the background")
         finally:

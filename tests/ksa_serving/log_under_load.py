@@ -47,7 +47,7 @@ def open_service(directory: Path) -> Service:
     )
     log = EventLog(directory, "arrival")
     models = {release.state_fingerprint: release.model}
-    store = open_store("lmdb", directory, models, log.salt, settings)
+    store = open_store("lmdb", directory, models, log, settings)
     return Service(release, log, store, settings, models=models)
 
 
@@ -73,7 +73,7 @@ async def delete_users(service: Service, seed: int) -> None:
     for number in itertools.count():
         user = f"doomed-{seed}-{number}"
         for start in range(0, 40, 10):
-            wire = [EventMessage(f"item-{n}", 1_000_000 + n) for n in range(start, start + 10)]
+            wire = [EventMessage(f"{user}-item-{n}", 1_000_000 + n) for n in range(start, start + 10)]
             await service.events.post(user, EventsRequest(wire))
             await service.questions.recommend(user, RecommendRequest(k=1))
         await service.events.forget(user)

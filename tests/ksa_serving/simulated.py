@@ -12,7 +12,7 @@ import hashlib
 import heapq
 import queue
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -209,6 +209,10 @@ class SimulatedEngine(BytesEngine):
     def remove_ending(self, suffix: bytes) -> None:
         self._fail()
         self._records = {key: parts for key, parts in self._records.items() if not key.endswith(suffix)}
+
+    def record_keys(self) -> Iterator[bytes]:
+        self._fail()
+        return iter(list(self._records))
 
     def num_records(self) -> int:
         return len(self._records)

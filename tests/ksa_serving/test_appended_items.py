@@ -115,7 +115,7 @@ def test_cold_states_remember_which_items_were_known(tmp_path: Path, kind: str):
         object.__setattr__(release, "model", ToyModel(num_items=num_items))
         log = EventLog(tmp_path, "arrival")
         models: dict[str, Any] = {release.state_fingerprint: release.model}
-        store = open_store(kind, tmp_path, models, log.salt, settings)
+        store = open_store(kind, tmp_path, models, log, settings)
         return Service(release, log, store, settings, models=models)
 
     def items(user: int) -> list[str]:

@@ -43,7 +43,7 @@ def service(proxy: FaultyProxy, tmp_path: Path) -> Service:
     release, settings = toy_release(), ServeSettings(state_bytes=3000, spill_events=4)
     log = EventLog(tmp_path, "arrival")
     models = {release.state_fingerprint: release.model}
-    store = open_store(f"redis://127.0.0.1:{proxy.port}/0", tmp_path, models, log.salt, settings)
+    store = open_store(f"redis://127.0.0.1:{proxy.port}/0", tmp_path, models, log, settings)
     service = Service(release, log, store, settings, models=models)
     for number, user in enumerate(USERS):
         log.append(Owner(user), [NewEvent(f"{user}-{n}", n) for n in range(40 + number)])

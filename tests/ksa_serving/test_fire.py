@@ -4,18 +4,22 @@ import asyncio
 import os
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ksa_serving.cold_store import EngineError
 from ksa_serving.command import open_store
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
 from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
+from ksa_serving.state_store import StateRecord
 from ksa_serving.testing import toy_release
 
 pytestmark = pytest.mark.service
@@ -26,12 +30,12 @@ NUM_DELETED = int(os.environ.get("KSA_DELETED", "60"))
 MakeService = Callable[..., Service]
 
 
-def open_service(folder: Path, store: str) -> Service:
+def open_service(folder: Path, store: str, **told: Any) -> Service:
     folder.mkdir(exist_ok=True)
-    release, settings = toy_release(), ServeSettings(state_bytes=3000, spill_events=4, cold_bytes=10**8)
+    release, settings = toy_release(), ServeSettings(state_bytes=3000, spill_events=4, cold_bytes=10**8, **told)
     log = EventLog(folder, "arrival")
     models = {release.state_fingerprint: release.model}
-    opened = open_store(store, folder, models, log.salt, settings)
+    opened = open_store(store, folder, models, log, settings)
     return Service(release, log, opened, settings, models=models)
 
 
@@ -75,6 +79,80 @@ def test_deleted_users_stay_deleted_while_everyone_reads_and_writes(tmp_path: Pa
         assert again.log.head(Owner(f"d{n}")).num_events == 0
     for file in tmp_path.iterdir():
         assert b"secret-" not in file.read_bytes(), file
+    again.store.close()
+    again.log.close()
+
+
+@pytest.mark.parametrize("thread", ["model", "slow"])
+def test_a_state_that_is_computed_while_its_user_is_deleted_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread: str
+):
+    inline = {"model": 1000, "slow": 10}[thread]  # for a question that waits for it, or in the background
+    service = open_service(tmp_path, "lmdb", inline_events=inline, model_threads=2, purge_after_seconds=0.05)
+    go_on, puts, put = threading.Event(), threading.Event(), service.store.put
+
+    def put_late(record: StateRecord) -> None:
+        if threading.current_thread().name.startswith((thread, "alone")):
+            puts.set()
+            go_on.wait(30)
+        put(record)
+
+    monkeypatch.setattr(service.store, "put", put_late)
+
+    async def story() -> None:
+        await service.events.post("ann", EventsRequest([EventMessage(f"secret-{n}", n) for n in range(60)]))
+        asked = asyncio.create_task(service.questions.recommend("ann", RecommendRequest(k=1)))
+        assert await asyncio.to_thread(puts.wait, 30)
+        forgetting = asyncio.create_task(service.events.forget("ann"))
+        await asyncio.wait([forgetting], timeout=0.2)
+        go_on.set()
+        await asyncio.gather(asked, forgetting)
+        while service.upkeep.num_settling:
+            await asyncio.sleep(0.01)
+        assert service.store.memory.records() == []  # type: ignore[attr-defined]
+        assert len(service.store.cold) == 0  # type: ignore[attr-defined]
+        while any(b"secret-" in file.read_bytes() for file in tmp_path.iterdir()):
+            await asyncio.sleep(0.05)
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "redis"])
+@pytest.mark.parametrize("crashes", ["before the store knew", "while the store failed"])
+def test_a_crash_while_a_user_is_deleted_leaves_nothing_in_the_cold_store(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str, crashes: str, monkeypatch: pytest.MonkeyPatch
+):
+    store = request.getfixturevalue("redis_url") if kind == "redis" else kind
+    service = open_service(tmp_path, store)
+    cold: Any = service.store.cold  # type: ignore[attr-defined]
+    before = len(cold)
+    for user in ("ann", "bob"):
+        service.log.append(Owner(user), [NewEvent(f"secret-{user}-{n}", n) for n in range(60)])
+        service.served.states.current(Owner(user))
+    assert len(cold) == before + 2
+    if crashes == "before the store knew":
+        service.log.forget(Owner("ann")).result()
+    else:
+
+        def failing(prefix: bytes) -> None:
+            raise EngineError("it is being compacted")
+
+        monkeypatch.setattr(cold._engine, "remove", failing)
+        asyncio.run(service.events.forget("ann"))
+    service.log.close()  # as a crash leaves them: nothing was dropped, nothing is flushed
+    cold._engine.close()
+    again = open_service(tmp_path, store)
+    while again.log.purging:
+        time.sleep(0.01)
+    cold = again.store.cold  # type: ignore[attr-defined]
+    parts = [part for key in cold._engine.record_keys() for part in cold._engine.read(key).values()]
+    assert len(cold) == before + 1
+    assert any(b"secret-bob" in part for part in parts)
+    assert not any(b"secret-ann" in part for part in parts)
+    for file in tmp_path.iterdir():
+        assert b"secret-ann" not in file.read_bytes(), file
+    again.store.drop(Owner("bob"))
     again.store.close()
     again.log.close()
 

@@ -111,8 +111,13 @@ def check_against_log(directory: Path, acknowledged: dict[str, set[int]], forgot
         assert set(kept.values()) <= {1}, "applied twice"
         assert head.num_events == len(events)
         check_state(service, user)
+    while log.purging:
+        time.sleep(0.005)
     service.store.close()
     log.close()
+    for file in directory.iterdir():
+        content = file.read_bytes()
+        assert not [user for user in forgotten if f"{user}-item-".encode() in content], f"deleted, and in {file.name}"
 
 
 def check_state(service: Service, user: str) -> None:

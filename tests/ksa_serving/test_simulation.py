@@ -121,6 +121,7 @@ class SimulatedProcess:
         log._connection.wal_autocheckpoint(world.draw.choice([2, 10, 100]))
         models: dict[str, Any] = {}
         cold = ColdStateStore(self.engine, models, log.salt)
+        cold.owe(log.deleted())
         toy = ToyModel(world.tie)
         store = TieredStateStore(600, cold, lambda n: toy.replay_start(n) > 0, spill_events=4, largest_share=0.8)
         settings = ServeSettings(
@@ -441,6 +442,8 @@ class World:
             assert process.service is not None
             log, states = process.service.log, process.service.served.states
             log.check()
+            assert process.service.store.purge()
+            assert not {key[:16] for key in process.engine.record_keys()} & log.deleted(), "deleted, and kept cold"
             for owner in log.owners():
                 assert owner.user_id not in found, "in two processes"
                 _, events = log.read(owner)

@@ -111,6 +111,13 @@ class TestMemoryStateStore(StateStoreContract):
         assert store.get(Owner("ann"), "f") is not None
         assert store.get(Owner("big"), "f") is None
 
+    def test_one_user_takes_no_more_than_the_largest_share(self):
+        store = MemoryStateStore(100, largest_share=0.25)
+        for name in ("ann", "bob", "cat"):
+            store.put(record(name, nbytes=25))
+        store.put(record("big", nbytes=26))
+        assert [held.owner.user_id for held in store.records()] == ["ann", "bob", "cat"]
+
     def test_a_record_that_outgrows_the_store_leaves_no_older_one(self):
         store = self.make(30)
         store.put(record(seq=1))

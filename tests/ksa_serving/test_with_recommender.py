@@ -157,7 +157,7 @@ def test_answers_from_rounded_rows_say_so_until_the_state_is_computed_anew(tiny_
     settings = ServeSettings(spill_events=10, cold_parity="int8")
     log = EventLog(tmp_path, release.tie)
     models = {release.state_fingerprint: release.model}
-    service = Service(release, log, open_store("lmdb", tmp_path, models, log.salt, settings), settings, models=models)
+    service = Service(release, log, open_store("lmdb", tmp_path, models, log, settings), settings, models=models)
 
     async def story() -> None:
         events = history(5, 155)
@@ -215,7 +215,7 @@ def test_replaying_a_stopped_services_log_finds_what_it_stored(
     settings = ServeSettings(spill_events=10)
     log = EventLog(tmp_path, release.tie)
     models = {release.state_fingerprint: release.model}
-    service = Service(release, log, open_store("lmdb", tmp_path, models, log.salt, settings), settings, models=models)
+    service = Service(release, log, open_store("lmdb", tmp_path, models, log, settings), settings, models=models)
 
     async def story() -> None:
         for n, user in enumerate(("ann", "bob", "cat")):

@@ -18,7 +18,7 @@ def main(state_dir: Path, port: int, admin_port: int) -> None:
     settings = ServeSettings(state_bytes=200_000, spill_events=20, cold_bytes=10**8)
     log = EventLog(state_dir, release.tie)
     models = {release.state_fingerprint: release.model}
-    service = Service(release, log, open_store("lmdb", state_dir, models, log.salt, settings), settings, models=models)
+    service = Service(release, log, open_store("lmdb", state_dir, models, log, settings), settings, models=models)
     listeners = [listen("127.0.0.1", port), listen("127.0.0.1", admin_port)]
     app = create_app(service, admin_port=listeners[1].getsockname()[1])
     ready = f"ready: http://127.0.0.1:{listeners[0].getsockname()[1]}"
