@@ -148,8 +148,9 @@ class LmdbEngine(BytesEngine):
         """Yield the keys of all records."""
         with self._transaction(write=False) as txn, txn.cursor(self._written) as cursor:
             for name, value in cursor:
-                if name[:1] == b"n":
-                    yield bytes(value)
+                if name[:1] != b"n":  # they come first
+                    return
+                yield bytes(value)
 
     def num_records(self) -> int:
         """Return how many records are kept."""
