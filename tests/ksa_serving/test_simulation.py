@@ -49,6 +49,8 @@ from ksa_serving.tiered_store import TieredStateStore
 T = TypeVar("T")
 NUM_RUNS = int(os.environ.get("KSA_SIMULATIONS", "40"))
 """10^4 with `make nightly FULL=1`."""
+NUM_LONG_RUNS, LONG = max(1, NUM_RUNS // 100), max(1, min(100, NUM_RUNS // 10))
+"""100 with FULL=1, each as long as 100 others: some thousand faults."""
 NOW = 1_700_000_000
 USERS = [f"u{number}" for number in range(4)]
 PASSING = (ConnectionError, EventLogError, OverloadedError, NotOwnerError, DeadlineError, asyncio.CancelledError)
@@ -206,7 +208,8 @@ def _hand_over(done: "asyncio.Task[Any]", reply: "asyncio.Future[Any]") -> None:
 class World:
     """One run."""
 
-    def __init__(self, seed: int, folder: Path, vfs: FaultyVfs, loop: SimulatedLoop, draw: random.Random):
+    def __init__(self, folder: Path, vfs: FaultyVfs, loop: SimulatedLoop, draw: random.Random, length: int):
+        self.length = length
         self.draw, self.folder, self.vfs, self.loop = draw, folder, vfs, loop
         self.tie: Any = draw.choice(["arrival", "id", "hash"])
         self.model = ListModel(self.tie)
@@ -245,7 +248,7 @@ class World:
     async def client(self, user: str) -> None:
         """Send one user's calls, one after the other."""
         known: list[str] = []
-        for _ in range(self.draw.randint(4, 20)):
+        for _ in range(self.length * self.draw.randint(4, 20)):
             what = self.draw.random()
             if what < 0.45:
                 await self.send(user, known, self.draw.choice([1, 2, 5, 40]))
@@ -525,11 +528,11 @@ def drawn(seed: int) -> Iterator[tuple[random.Random, SimulatedLoop, FaultyVfs]]
         yield draw, loop, vfs
 
 
-def simulate(seed: int, folder: Path) -> World:
-    """Live through the run of a seed."""
+def simulate(seed: int, folder: Path, length: int = 1) -> World:
+    """Live through the run of a seed; a longer one has more of everything."""
     folder.mkdir()
     with drawn(seed) as (draw, loop, vfs):
-        world = World(seed, folder, vfs, loop, draw)
+        world = World(folder, vfs, loop, draw, length)
         try:
             loop.run_until_complete(world.run())
         finally:
@@ -552,6 +555,15 @@ def test_whatever_happens_the_service_knows_what_it_acknowledged(
     if NUM_RUNS >= 40:
         assert {"ends", "disk_fault", "disk_chance", "cold_store", "release", "move"} <= met.keys()
         assert {"host", "store", "rebuilt", "ConnectionError", "EventLogError", "NotOwnerError"} <= met.keys()
+
+
+def test_whatever_happens_for_long_it_still_does(tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.CRITICAL)
+    met = Counter[str]()
+    for number in range(seed, seed + NUM_LONG_RUNS):
+        print(f"KSA_TEST_SEED={number} KSA_SIMULATIONS={NUM_RUNS}")
+        met += simulate(number, tmp_path / str(number), LONG).met
+    print(dict(met))
 
 
 def test_a_run_replays_from_its_seed(tmp_path: Path, seed: int):
