@@ -46,6 +46,7 @@ class LiveService:
     """A service that runs."""
 
     url: str
+    admin: str
     process_id: int
     proxy_id: int | None = None
 
@@ -67,11 +68,13 @@ def live_service(args: argparse.Namespace, run: Path | None = None) -> Iterator[
     """
     folder = args.state_dir or Path(tempfile.mkdtemp())
     command = [sys.executable, "-c", "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += ["serve", str(run or reference_run()), "--index", args.index]
+    run = run or reference_run()
+    command += ["serve", str(run), "--index", args.index, "--releases", str(run.parent), "--admin-port", "0"]
     command += ["--port", "0", "--state-dir", str(folder), *(part for one in args.set for part in ("--set", one))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    url = process.stdout.readline().split()[1]
+    ready = process.stdout.readline().split()
+    url, admin = ready[1], ready[-1]
     try:
         with Client(url, timeout=300) as client:
             if client.state("u0").num_events == 0:
@@ -80,7 +83,7 @@ def live_service(args: argparse.Namespace, run: Path | None = None) -> Iterator[
             while any(client.recommend(f"u{user}", k=1).degraded for user in range(NUM_USERS)):
                 time.sleep(1)
             print(f"all states ready: {time.perf_counter() - began:.0f} s", flush=True)
-        yield LiveService(url, process.pid)
+        yield LiveService(url, admin, process.pid)
     finally:
         process.terminate()
         process.wait()

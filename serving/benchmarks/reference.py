@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,27 @@ for name, value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0"), ("O
     os.environ.setdefault(name, value)
 
 REFERENCE = Path("runs/reference")
+OTHER = Path("runs/reference-other")
 NUM_ITEMS = 200_000
 LARGE = Path("runs/large")
 NUM_LARGE_ITEMS = 1_000_000
 T0 = 1_600_000_000
 
 
+REFERENCE_SHAPE = [
+    *("dim=64", "num_heads=2", "num_kv_heads=2", "head_dim=32", "feed_forward_dim=128"),
+    *("chunk_size=16", "window_chunks=8", 'layers=["summary","summary","summary","summary"]'),
+]
+
+
 def reference_run() -> Path:
     """Return the reference run, written if it is not there: random weights, and no data set behind it."""
-    shape = ["dim=64", "num_heads=2", "num_kv_heads=2", "head_dim=32", "feed_forward_dim=128"]
-    shape += ["chunk_size=16", "window_chunks=8", 'layers=["summary","summary","summary","summary"]']
-    return written_run(REFERENCE, NUM_ITEMS, shape)
+    return written_run(REFERENCE, NUM_ITEMS, REFERENCE_SHAPE)
+
+
+def other_run() -> Path:
+    """Return a run beside the reference run, of the same shape and items, with other weights."""
+    return written_run(OTHER, NUM_ITEMS, REFERENCE_SHAPE, seed=1)
 
 
 def large_run() -> Path:
@@ -38,22 +49,23 @@ def large_run() -> Path:
     return written_run(LARGE, NUM_LARGE_ITEMS, shape)
 
 
-def written_run(run: Path, num_items: int, shape: list[str]) -> Path:
+def written_run(run: Path, num_items: int, shape: list[str], seed: int = 0) -> Path:
     """Return a run of clustered random items, written if it is not there."""
     from recsys_ksa.testing import random_run
 
     if not (run / "run.json").exists():
-        random_run(run, num_items, [f"model.{one}" for one in shape], cluster_items)
+        changes = [f"seed={seed}", *(f"model.{one}" for one in shape)]
+        random_run(run, num_items, changes, partial(cluster_items, seed=seed))
     return run
 
 
-def cluster_items(network: Any) -> None:
+def cluster_items(network: Any, seed: int = 0) -> None:
     """Put a network's items around 2,000 centres, as trained ones lie: random ones have no nearness."""
     import torch
 
     num_rows = network.features.num_items
     (table,) = [value for value in network.state_dict().values() if value.dim() == 2 and len(value) == num_rows]
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     centres = torch.randn(2000, table.shape[1], generator=draw)
     near = 0.5 * torch.randn(table.shape, generator=draw)
     table.copy_(0.1 * (centres[torch.randint(2000, (len(table),), generator=draw)] + near))

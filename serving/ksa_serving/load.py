@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 from recsys_ksa.cli import Verb
 from recsys_ksa.errors import UsageError
 
+Answered = Callable[[int, bytes], None]
+"""Told an answer's status and body; status 0 where the connection broke."""
 CALL_EVENTS = 1000
 """Events in one call that sends a history."""
 FIRST_TIME = 1_500_000_000
@@ -49,11 +51,11 @@ class Connection(asyncio.Protocol):
     def __init__(self, idle: "list[Connection]"):
         self._idle = idle
         self._transport: Any = None
-        self._answered: Callable[[int], None] | None = None
+        self._answered: Answered | None = None
         self._read = b""
 
-    def send(self, request: bytes, answered: Callable[[int], None]) -> None:
-        """Send a request; `answered` is told its status, 0 where the connection broke."""
+    def send(self, request: bytes, answered: Answered) -> None:
+        """Send a request."""
         self._answered = answered
         self._transport.write(request)
 
@@ -79,18 +81,18 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         else:
             self._idle.append(self)
-        self._tell(int(head[9:12]))
+        self._tell(int(head[9:12]), body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         if self in self._idle:
             self._idle.remove(self)
-        self._tell(0)
+        self._tell(0, b"")
 
-    def _tell(self, status: int) -> None:
+    def _tell(self, status: int, body: bytes) -> None:
         answered, self._answered = self._answered, None
         if answered is not None:
-            answered(status)
+            answered(status, body)
 
 
 class Wire:
@@ -111,8 +113,8 @@ class Wire:
         self._idle: list[Connection] = []
         self._opening: set[asyncio.Task[None]] = set()
 
-    def post(self, path: str, body: bytes, answered: Callable[[int], None]) -> None:
-        """Send a request at once, over a new connection where all are taken; `answered` is told its status."""
+    def post(self, path: str, body: bytes, answered: Answered) -> None:
+        """Send a request at once, over a new connection where all are taken."""
         request = f"POST {path}{self._head}content-length: {len(body)}\r\n\r\n".encode() + body
         if self._idle:
             self._idle.pop().send(request, answered)
@@ -131,11 +133,11 @@ class Wire:
         _, connection = await connect(lambda: Connection(self._idle), self._host, self._port)
         self._idle.append(connection)
 
-    async def _post_anew(self, request: bytes, answered: Callable[[int], None]) -> None:
+    async def _post_anew(self, request: bytes, answered: Answered) -> None:
         try:
             await self.open()
         except OSError:
-            answered(0)
+            answered(0, b"")
         else:
             self._idle.pop().send(request, answered)
 
@@ -178,7 +180,7 @@ async def run_plan(url: str, token: str | None, plan: Plan) -> dict[str, Outcome
     requests = _requests(plan, sorted(due))
     begin = time.perf_counter()
 
-    def answered(kind: str, at: float, status: int) -> None:
+    def answered(kind: str, at: float, status: int, _: bytes) -> None:
         nonlocal under_way
         outcomes[kind].seconds[status].append(time.perf_counter() - begin - at)
         under_way -= 1
