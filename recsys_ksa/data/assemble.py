@@ -150,10 +150,11 @@ def assemble(
     offsets = offsets_of(lengths)
     rows = ragged_arange(base + start, lengths)
     timestamp = np.asarray(histories.timestamp[rows], dtype=np.int64)
-    before = np.asarray(histories.timestamp[np.maximum(rows - 1, 0)], dtype=np.int64)
-    gap_bucket = gap_buckets(timestamp - before)
-    whole = (start == 0) & (lengths > 0)
-    gap_bucket[offsets[:-1][whole]] = NO_GAP
+    gap = np.diff(timestamp, prepend=0)
+    first = offsets[:-1][lengths > 0]
+    gap[first] = timestamp[first] - histories.timestamp[np.maximum(rows[first] - 1, 0)]
+    gap_bucket = gap_buckets(gap)
+    gap_bucket[offsets[:-1][(start == 0) & (lengths > 0)]] = NO_GAP
 
     user, cut = questions.user, questions.cut
     known = cut > 0

@@ -170,8 +170,10 @@ def _grouped(key: Ints, rows: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def _find(wanted: Ints, key: Ints) -> tuple[Ints, Ints]:
-    """Return which of the wanted keys are there, and where. [M], ascending [O] -> [H], [H]."""
+    """Return which of the wanted keys are there, by key, and where. [M], ascending [O] -> [H], [H]."""
+    order = np.argsort(wanted)  # neighbours are found next to each other: twice as fast
+    wanted = wanted[order]
     at = np.searchsorted(key, wanted)
     there = np.flatnonzero(at < len(key))
     there = there[key[at[there]] == wanted[there]]
-    return there, at[there]
+    return order[there], at[there]
