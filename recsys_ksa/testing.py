@@ -14,7 +14,7 @@ from recsys_ksa.commands.config_files import config_file
 from recsys_ksa.data.dataset import Dataset, open_dataset
 
 if TYPE_CHECKING:
-    from recsys_ksa.model.network import Network
+    from recsys_ksa.model.scoring import ScoringNetwork
 
 DAY = 86_400
 START = 1_577_836_800
@@ -157,7 +157,7 @@ def trained_run(run: Path, data: Path, changes: Sequence[str] = (), *, steps: in
 
 
 def random_run(
-    run: Path, num_items: int, changes: Sequence[str] = (), alter: "Callable[[Network], None] | None" = None
+    run: Path, num_items: int, changes: Sequence[str] = (), alter: "Callable[[ScoringNetwork], None] | None" = None
 ) -> Path:
     """Write a run of random weights with no data set behind it, for what needs neither Polars nor training.
 

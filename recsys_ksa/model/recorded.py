@@ -77,7 +77,7 @@ class Recorder:
         return num_events <= MOST_EVENTS
 
     @torch.inference_mode()
-    def warm_up(self, most: int, widths: Sequence[int] = (NARROWEST, 8 * NARROWEST)) -> None:
+    def warm_up(self, most: int, widths: Sequence[int] = (NARROWEST, 8 * NARROWEST, 64 * NARROWEST)) -> None:
         """Record passes of every size up to `most` events, and tables of summaries so many pages wide."""
         sizes = {Size.of(count, NARROWEST, width) for count in range(1, most + 1) for width in widths}
         with self._lock:
@@ -232,6 +232,7 @@ class AppendRecording:
             )
             return pool.inputs
 
+        self._layout = layout  # its plans hold what the launches count with
         self.replay, _ = _recorded(run, network, graphs)
 
 
@@ -261,6 +262,7 @@ class AnswerRecording:
             asked = pool.inputs[numbers["input_places"]]
             return network.answer(asked, numbers["bucket"], rows, layout, rotary, attention_impl=impl, told=told)
 
+        self._layout = layout  # its plans hold what the launches count with
         self.replay, self.hidden = _recorded(run, network, graphs)
 
 
@@ -275,9 +277,15 @@ def _recorded(run: Callable[[], Tensor], network: Network, graphs: Graphs) -> tu
         result = run()  # compiles kernels and readies libraries, which cannot be recorded
         if graphs is None:
             return lambda: result.copy_(run()), result
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, graphs, capture_error_mode="thread_local"):
-            result = run()
+        graph, apart = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        apart.wait_stream(torch.cuda.current_stream())
+        # Not torch.cuda.graph(): it collects garbage and empties the allocator's cache first, while others wait.
+        with torch.cuda.stream(apart):
+            graph.capture_begin(graphs, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
     return graph.replay, result
 
 

@@ -1,4 +1,4 @@
-"""Recorded passes are passes: padded to their sizes they leave the rows, and give the answers, of those that are not."""
+"""Recorded passes are passes: padded to their sizes they leave the rows and give the answers of those that are not."""
 
 import os
 import subprocess
