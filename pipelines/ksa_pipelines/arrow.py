@@ -34,12 +34,10 @@ def encode(values: pl.Series) -> tuple[NDArray[np.int32], pl.Series]:
     return indices.to_numpy(), pl.Series(values.name, found.dictionary, dtype=values.dtype)
 
 
-def find_texts(texts: pl.Series, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return where each text is among others, -1 where it is not; nulls are nowhere."""
-    if not len(texts):
-        return np.empty(0, dtype=np.int64)
-    options = pc.SetLookupOptions(among.cast(pa.large_string()), skip_nulls=True)
-    return pc.call_function("index_in", [to_arrow(texts)], options).fill_null(-1).to_numpy().astype(np.int64)
+def find_texts(texts: pa.Array | pa.ChunkedArray, among: pl.Series) -> NDArray[np.int64]:
+    """Return where each text is among others without nulls, -1 where it is not. Best with the fewer ones as `among`."""
+    options = pc.SetLookupOptions(to_arrow(among).cast(texts.type))
+    return pc.call_function("index_in", [texts], options).fill_null(-1).to_numpy().astype(np.int64)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -11,6 +11,7 @@ vocabularies of all buckets:
 """
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class GatherTask:
 
     buckets: range
     most_events: int
-    """What is held at a time, of the log and the data set: with more of them, the buckets are gathered by halves."""
+    """To be held at a time, of the log and of the same users in the data set; of one bucket there can be more."""
     folder: Path
     """To work in, of the log."""
     chunks: tuple[Chunk, ...]
@@ -47,14 +48,9 @@ class GatherTask:
     """Histories of these buckets."""
     known: Known | None = None
 
-    def halves(self) -> tuple["GatherTask", "GatherTask"]:
-        """Return the task as two."""
-        middle = len(self.buckets) // 2
-        first, second = self.buckets[:middle], self.buckets[middle:]
-        return (
-            replace(self, buckets=first, stored=self.stored.of(first)),
-            replace(self, buckets=second, stored=self.stored.of(second)),
-        )
+    def of(self, buckets: range) -> "GatherTask":
+        """Return the part of the task that is about some of its buckets."""
+        return replace(self, buckets=buckets, stored=self.stored.of(buckets))
 
 
 @dataclass(frozen=True)
@@ -71,15 +67,29 @@ class Gathered:
     """Events without a type, then of each type by code; None where the log has none."""
 
 
+def neighbours(num_events: NDArray[np.int64], most: int, first: int = 0) -> Iterator[range]:
+    """Yield all buckets from `first` on, together as long as they have no more than `most` events."""
+    begin, held = first, 0
+    for bucket, count in enumerate(num_events.tolist(), first):
+        if bucket > begin and held + count > most:
+            yield range(begin, bucket)
+            begin, held = bucket, 0
+        held += count
+    yield range(begin, first + len(num_events))
+
+
 def gather(task: GatherTask) -> list[Gathered]:
     """Gather the buckets that the log has events of, together where they are small enough."""
     users, user_rows = read_users(task.chunks, task.buckets)
     if users.is_empty():
         return []
     users = task.stored.recognise(users)
-    num_events = sum(chunk.num_rows(task.buckets) for chunk in task.chunks) + users["num_events"].sum()
-    if num_events > task.most_events and len(task.buckets) > 1:
-        return [gathered for half in task.halves() for gathered in gather(half)]
+    old_events = np.zeros(len(task.buckets), dtype=np.int64)
+    np.add.at(old_events, users["bucket"].to_numpy() - task.buckets.start, users["num_events"].to_numpy())
+    new_events = sum(np.diff(chunk.row_ends[task.buckets.start : task.buckets.stop + 1]) for chunk in task.chunks)
+    smaller = [*neighbours(old_events + new_events, task.most_events, task.buckets.start)]
+    if len(smaller) > 1:
+        return [gathered for buckets in smaller for gathered in gather(task.of(buckets))]
     codes = {column: names.of_chunks() for column, names in task.names.items()}
     events, users = _in_order(read_rows(task.chunks, codes, user_rows, task.buckets), users)
     tied = count_tied_pairs(events, np.asarray(np.memmap(task.audit_ranks, dtype=np.int64, mode="r")))

@@ -90,8 +90,8 @@ def extend_catalogue(
     """
     described, files = read_items_file(items, config, needed=known is None)
     before = known or Catalogue(_unknown_item(config.items, described, items), {})
-    new = counted.items.filter(pl.col("item_index") == UNKNOWN_ITEM).drop("item_index")
-    new = number_items(new, before.num_items)
+    is_new = pl.col("item_index") == UNKNOWN_ITEM
+    new = number_items(counted.items.filter(is_new).drop("item_index"), before.num_items)
     num_described = new.join(described, on="item_id", how="semi").height
     table = new.join(described, on="item_id", how="left", maintain_order="left")
     vocab: dict[str, pl.DataFrame] = {}
@@ -116,7 +116,7 @@ def extend_catalogue(
         table = table.with_columns(values).pipe(with_vector, name, length, items)
     if items is not None:
         report(f"the items file describes {num_described:,} of {new.height:,} new items")
-    rows = pl.concat([_counted_again(before.items, counted.items), table], how="diagonal_relaxed")
+    rows = pl.concat([_counted_again(before.items, counted.items.filter(~is_new)), table], how="diagonal_relaxed")
     return Catalogue(
         rows.select(before.items.columns), vocab, before.items_files + files, before.items_described + num_described
     )
@@ -183,7 +183,6 @@ def _counted_again(items: pl.DataFrame, counts: pl.DataFrame) -> pl.DataFrame:
     index = counts["item_index"].to_numpy()
     count, seen = np.zeros(items.height, dtype=np.int64), np.zeros(items.height, dtype=np.int64)
     count[index], seen[index] = counts["count"].to_numpy(), counts["first_seen"].to_numpy()
-    count[UNKNOWN_ITEM] = 0  # where the new items were put
     seen = pl.when(pl.Series(count > 0)).then(pl.Series(seen))
     return items.with_columns(pl.col("count") + count, pl.min_horizontal("first_seen", seen).alias("first_seen"))
 

@@ -1,7 +1,7 @@
 """A log, brought into gathered buckets: mapped, checked, audited, without duplicates, with a count for each drop."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ksa_pipelines.bucket import Gathered, GatherTask, gather, item_counts, keep_items
+from ksa_pipelines.bucket import Gathered, GatherTask, gather, item_counts, keep_items, neighbours
 from ksa_pipelines.catalogue import Counted
 from ksa_pipelines.checks import refuse_nothing_left
 from ksa_pipelines.config import PrepareConfig
@@ -46,7 +46,7 @@ class Ingested:
     tied: TiedPairs
     names: dict[str, Names]
     """Of the number columns `item` and, where the log has types, `event_type`."""
-    item_index: NDArray[np.int64]
+    item_index: NDArray[np.int32]
     """The number that the data set has for each item, by code; 0 where it does not know the item."""
     has_event_id: bool
 
@@ -141,14 +141,13 @@ def ingest(
         refuse_many_event_types(names["event_type"].count)
     ranks = folder / "audit_ranks"
     audit_ranks(names["item"].values).tofile(ranks)
-    item_index, met, stored = np.zeros(names["item"].count, dtype=np.int64), None, Stored(())
+    item_index, met, stored = np.zeros(names["item"].count, dtype=np.int32), None, Stored(())
     if known is not None:
-        item_index = known.item_index(names["item"])
-        met, stored = known.in_codes_of(names, item_index, folder), known.stored
+        (met, item_index), stored = known.in_codes_of(names, folder), known.stored
     most = resources.memory.bucket_events(workers)
     gather_tasks = [
         GatherTask(buckets, most, folder, chunks, names, ranks, stored.of(buckets), met)
-        for buckets in _neighbours(bucket_rows, most)
+        for buckets in neighbours(bucket_rows, most)
     ]
     parts = list(chain.from_iterable(resources.engine.map(gather, gather_tasks)))
     for path in folder.glob("chunk-*"):
@@ -215,17 +214,6 @@ def _refuse_other_columns(known: KnownNames, spilled: Spilled, log: str) -> None
             f"{log}: expected the optional columns of the data set ({', '.join(sorted(known.columns)) or 'none'}), got "
             f"{', '.join(sorted(there)) or 'none'}. Map or leave out columns in the prepare file ([columns])."
         )
-
-
-def _neighbours(rows: NDArray[np.int64], most: int) -> Iterator[range]:
-    """Yield all buckets, next to each other as long as they have no more than `most` rows together."""
-    first = held = 0
-    for bucket, count in enumerate(rows.tolist()):
-        if bucket > first and held + count > most:
-            yield range(first, bucket)
-            first, held = bucket, 0
-        held += count
-    yield range(first, len(rows))
 
 
 def _with_arrivals(spilled: Sequence[Spilled], first_arrival: int) -> tuple[Chunk, ...]:

@@ -38,18 +38,19 @@ class KnownNames:
     columns: frozenset[str]
     """Of the optional ones, event_type and event_id, those it has."""
 
-    def item_index(self, names: Names) -> NDArray[np.int64]:
-        """Return the data set's number of each item of a log; 0 where it does not know the item."""
-        return np.maximum(find_texts(names.values, to_arrow(self.item_ids)), UNKNOWN_ITEM)
+    def in_codes_of(self, names: dict[str, Names], folder: Path) -> tuple[Known, NDArray[np.int32]]:
+        """Return the names in the codes of a log, and the number of each of its items, 0 where that is not known.
 
-    def in_codes_of(self, names: dict[str, Names], item_index: NDArray[np.int64], folder: Path) -> Known:
-        """Return the names in the codes of a log; a table goes into `folder`."""
-        items = folder / "item_codes"
-        codes = np.full(len(self.item_ids), NOT_IN_LOG, dtype=np.int32)
-        met = np.flatnonzero(item_index)
-        codes[item_index[met]] = met
+        A table goes into `folder`.
+        """
+        codes = find_texts(to_arrow(self.item_ids), names["item"].values).astype(np.int32)
+        met = np.flatnonzero(codes >= 0)
+        item_index = np.full(names["item"].count, UNKNOWN_ITEM, dtype=np.int32)
+        item_index[codes[met]] = met
+        codes[codes < 0] = NOT_IN_LOG
+        items, types = folder / "item_codes", None
         codes.tofile(items)
-        if self.event_types is None:
-            return Known(items, None)
-        there = {name: code for code, name in enumerate(names["event_type"].values)}
-        return Known(items, (-1, *(there.get(name, NOT_IN_LOG) for name in self.event_types[1:])))
+        if self.event_types is not None:
+            there = {name: code for code, name in enumerate(names["event_type"].values)}
+            types = (-1, *(there.get(name, NOT_IN_LOG) for name in self.event_types[1:]))
+        return Known(items, types), item_index

@@ -192,9 +192,11 @@ def _write_log_items(catalogue: Catalogue, ingested: Ingested, path: Path, *, ha
 
     An item that the catalogue does not have (a filter dropped its events) gets 0.
     """
-    item_ids, item_index = ingested.names["item"].values, ingested.item_index.astype(np.int32)
+    item_ids, item_index = ingested.names["item"].values, ingested.item_index.copy()
     new = np.flatnonzero(item_index == UNKNOWN_ITEM)
-    found = find_texts(item_ids.gather(new), to_arrow(catalogue.items["item_id"]))  # rows are by item_index
-    item_index[new] = np.maximum(found, UNKNOWN_ITEM)
+    if len(new):
+        place = find_texts(to_arrow(catalogue.items["item_id"]), item_ids.gather(new))  # of each item_index
+        met = np.flatnonzero(place >= 0)
+        item_index[new[place[met]]] = met
     columns = [pl.Series("item_index", item_index)]
     write_frame(pl.DataFrame([*columns, *([item_hashes(item_ids)] if hashed else [])]), path)

@@ -20,7 +20,7 @@ class Stored:
     """The histories of some buckets. Rows count through its files, one after the other.
 
     Args:
-        files: of their parts, each knowing which of its rows are the newest.
+        files: of their parts, a bucket's oldest first.
     """
 
     def __init__(self, files: Iterable[Rows]) -> None:
@@ -42,8 +42,11 @@ class Stored:
         Args:
             users: user_id, and what stays as it is.
         """
-        ids = pa.chunked_array([file.newest_ids for file in self._files], pa.string())
-        row = find_texts(users["user_id"], ids)  # -1 finds what is appended below
+        ids = pa.chunked_array([file.column("user_id") for file in self._files], pa.string())
+        place = find_texts(ids, users["user_id"])
+        known = np.flatnonzero(place >= 0)
+        row = np.full(users.height, UNKNOWN)  # finds what is appended below
+        row[place[known]] = known  # of a user with several the last, which is the newest
         user_index = np.concatenate([*(file.users for file in self._files), [UNKNOWN]])
         lengths = np.concatenate([*(np.diff(file.offsets) for file in self._files), [0]])
         return users.with_columns(

@@ -34,7 +34,7 @@ class ItemCounts:
         self.count[item] += counts["count"].to_numpy()
         self._first_seen[item] = np.minimum(self._first_seen[item], counts["first_seen"].to_numpy())
 
-    def total(self, item_ids: pl.Series, item_index: NDArray[np.int64]) -> pl.DataFrame:
+    def total(self, item_ids: pl.Series, item_index: NDArray[np.int32]) -> pl.DataFrame:
         """Return item_id, item_index, count, first_seen of the items that have events, by code."""
         columns = {"item_id": item_ids, "item_index": item_index, "count": self.count, "first_seen": self._first_seen}
         return pl.DataFrame(columns).filter(pl.col("count") > 0)

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -59,7 +57,7 @@ def write_rows(rows: pa.Table, path: Path) -> None:
 
 
 class Rows:
-    """The rows of a part. To another process it goes as its name.
+    """The rows of a part. To another process it goes as its name, without what is known of other parts.
 
     Raises:
         DataError: the file is broken.
@@ -81,8 +79,8 @@ class Rows:
         """[rows] whether no later part has this user."""
         self.bucket = bucket_of(path.name)
 
-    def __reduce__(self) -> tuple[type["Rows"], tuple[Path], dict[str, Any]]:
-        return Rows, (self.path,), {"newest": self.newest}
+    def __reduce__(self) -> tuple[type["Rows"], tuple[Path]]:
+        return Rows, (self.path,)
 
     @property
     def names(self) -> list[str]:
@@ -96,12 +94,6 @@ class Rows:
     def of_newest(self, values: NDArray) -> NDArray:
         """Return values of rows, those of the newest rows."""
         return values if self.newest.all() else values[self.newest]
-
-    @property
-    def newest_ids(self) -> pa.StringArray:
-        """[rows] user_id, null where the row is not the newest of the user."""
-        ids = self.column("user_id")
-        return ids if self.newest.all() else pc.call_function("if_else", [pa.array(self.newest), ids, None])
 
     @property
     def digests(self) -> Digests:

@@ -68,6 +68,7 @@ def check_against(reference: Reference, path: Path, columns: list[str]) -> None:
     assert histories.item_index.tolist() == [item for row in expected for item in row["item_index"]]
     assert histories.timestamp.tolist() == [time for row in expected for time in row["timestamp"]]
     assert dataset.items.item_id[1:] == list(reference.items)
+    assert dataset.items.count[0] == 0
     counts = reference.counts()
     assert dict(zip(dataset.items.item_id[1:], zip(dataset.items.count[1:], dataset.items.first_seen[1:]))) == counts
     if "event_type" in columns:
@@ -158,6 +159,20 @@ def test_only_touched_users_are_written_and_late_events_land_in_their_place(prep
     histories = open_dataset(path).histories
     assert histories.user_ids() == ["a", "b", "c"]
     assert histories.timestamp.tolist() == [10, 20, 30, 20, 5]
+
+
+def test_users_whose_newest_rows_lie_in_parts_of_several_versions_stay_who_they_are(prepared, log):
+    path = prepared(FIRST, num_buckets=2).path
+    for number, users in enumerate(["a", "b", "ac", "cb", "abc", "cba"]):
+        times = [40 + number] * len(users)
+        append_log(path, log(user_id=list(users), item_id=["z"] * len(users), timestamp=times), said)
+    histories = open_dataset(path).histories
+    found = dict(zip(histories.user_ids(), np.split(histories.timestamp, histories.offsets[1:-1])))
+    assert {user: times.tolist() for user, times in found.items()} == {
+        "a": [10, 30, 40, 42, 44, 45],
+        "b": [20, 41, 43, 44, 45],
+        "c": [42, 43, 44, 45],
+    }
 
 
 def test_the_same_log_again_adds_nothing_but_its_counts(prepared, log):

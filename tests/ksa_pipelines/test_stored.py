@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from ksa_pipelines.append import append_log
+from ksa_pipelines.bucket import neighbours
 from recsys_ksa.data.cache import CACHE, read_parts
 from recsys_ksa.data.dataset import open_dataset
 from recsys_ksa.data.hashes import content_hash, row_digests
@@ -125,5 +126,16 @@ def test_events_before_a_cut_are_counted_by_halving(rng):
     times = [np.sort(rng.integers(0, 20, size=length)) for length in lengths]
     offsets = np.append(0, np.cumsum(lengths))
     for cut in (-1, 0, 7, 19, 20, 99):
-        found = count_before(np.concatenate(times), offsets, cut)
-        assert found.tolist() == [int((each < cut).sum()) for each in times]
+        before = np.array([(each < cut).sum() for each in times])
+        for guess in (None, before, before + rng.integers(-2, 3, size=50), rng.integers(-9, 20, size=50)):
+            assert count_before(np.concatenate(times), offsets, cut, guess).tolist() == before.tolist()
+
+
+def test_small_neighbours_are_put_together(rng):
+    num_events, first = rng.integers(0, 9, size=50), int(rng.integers(0, 9))
+    found = [*neighbours(num_events, 10, first)]
+    assert [bucket for buckets in found for bucket in buckets] == [*range(first, first + 50)]
+    held = [num_events[buckets.start - first : buckets.stop - first].sum() for buckets in found]
+    assert max(held) <= 10
+    assert all(one + num_events[after.start - first] > 10 for one, after in zip(held, found[1:]))
+    assert [*neighbours(np.array([30, 1, 30]), 10)] == [range(1), range(1, 2), range(2, 3)]
