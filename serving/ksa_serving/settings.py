@@ -91,7 +91,7 @@ class ServeSettings(Strict):
     concurrent_questions: PositiveInt = 32
     """Requests answered from states at once; beyond it: 503. More make all wait longer, and answer nobody sooner; where
     an accelerator answers, some batches of questions are right."""
-    concurrent_writes: PositiveInt = 64
+    concurrent_writes: PositiveInt = 48
     """Requests that change events at once; beyond it: 503."""
     connections: PositiveInt = 4096
     """Kept at once; on one beyond it a request is answered 503, and it is closed."""
