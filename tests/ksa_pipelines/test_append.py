@@ -161,18 +161,21 @@ def test_only_touched_users_are_written_and_late_events_land_in_their_place(prep
     assert histories.timestamp.tolist() == [10, 20, 30, 20, 5]
 
 
-def test_users_whose_newest_rows_lie_in_parts_of_several_versions_stay_who_they_are(prepared, log):
-    path = prepared(FIRST, num_buckets=2).path
-    for number, users in enumerate(["a", "b", "ac", "cb", "abc", "cba"]):
-        times = [40 + number] * len(users)
-        append_log(path, log(user_id=list(users), item_id=["z"] * len(users), timestamp=times), said)
+@pytest.mark.parametrize("num_buckets", [1, 3])
+def test_users_whose_newest_rows_lie_in_parts_of_several_versions_stay_who_they_are(prepared, log, num_buckets):
+    path = prepared(FIRST, num_buckets=num_buckets).path
+    logs = ["b", "ab", "cdef", "a", "fedcba", "ace", "bdf", "abcdef"]
+    for number, users in enumerate(logs):
+        append_log(path, log(user_id=[*users], item_id=["z"] * len(users), timestamp=[40 + number] * len(users)), said)
     histories = open_dataset(path).histories
     found = dict(zip(histories.user_ids(), np.split(histories.timestamp, histories.offsets[1:-1])))
-    assert {user: times.tolist() for user, times in found.items()} == {
-        "a": [10, 30, 40, 42, 44, 45],
-        "b": [20, 41, 43, 44, 45],
-        "c": [42, 43, 44, 45],
-    }
+    first = {"a": [10, 30], "b": [20]}
+    for user in "abcdef":
+        later = [40 + number for number, users in enumerate(logs) if user in users]
+        assert found[user].tolist() == first.get(user, []) + later
+    for bucket in range(num_buckets):
+        numbers = [index for index in histories.user_index.tolist() if index % num_buckets == bucket]
+        assert numbers == [bucket + num_buckets * n for n in range(len(numbers))]
 
 
 def test_the_same_log_again_adds_nothing_but_its_counts(prepared, log):
