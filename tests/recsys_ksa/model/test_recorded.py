@@ -83,6 +83,17 @@ check(build(random_config(rng), 0).float(), rng, "triton", 1e-4, most=5, steps=3
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_what_one_pass_sets_the_next_does_not_find() -> None:
+    pytest.importorskip("triton")
+    from recsys_ksa.model.recorded import Numbers
+
+    numbers = Numbers(torch.int64, torch.device("cpu"), {"rows": (5,), "table": (3, 2)}, {"rows": 9})
+    numbers.set(rows=np.arange(5), table=np.ones((3, 2), np.int64))
+    numbers.set(rows=np.array([7]), table=np.full((1, 2), 4))
+    assert numbers["rows"].tolist() == [7, 9, 9, 9, 9]
+    assert numbers["table"].tolist() == [[4, 4], [0, 0], [0, 0]]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_recorded_passes_equal_others(dtype: torch.dtype, bound: float, seed: int, rng: np.random.Generator) -> None:
