@@ -150,7 +150,8 @@ def assemble(
     offsets = offsets_of(lengths)
     rows = ragged_arange(base + start, lengths)
     timestamp = np.asarray(histories.timestamp[rows], dtype=np.int64)
-    gap = np.diff(timestamp, prepend=0)
+    gap = np.empty_like(timestamp)
+    np.subtract(timestamp[1:], timestamp[:-1], out=gap[1:])
     first = offsets[:-1][lengths > 0]
     gap[first] = timestamp[first] - histories.timestamp[np.maximum(rows[first] - 1, 0)]
     gap_bucket = gap_buckets(gap)

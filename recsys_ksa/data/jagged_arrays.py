@@ -30,7 +30,9 @@ def offsets_of(lengths: Ints) -> Ints:
 def ragged_arange(starts: Ints, lengths: Ints) -> Ints:
     """Return starts[u], starts[u] + 1, ... (lengths[u] of them) for each u, one after the other. [U], [U] -> [T]."""
     offsets = offsets_of(lengths)
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    numbers = np.repeat(starts - offsets[:-1], lengths)
+    numbers += np.arange(offsets[-1])
+    return numbers
 
 
 def run_offsets(values: Ints) -> Ints:

@@ -122,17 +122,17 @@ def own_items(
     stride = 1 + max(int(item.max(initial=0)), int(target_item.max(initial=0)))
     item += np.repeat(np.arange(len(users)) * stride, known)
     key, event_offsets, place = _grouped(item, real)
+    owner = key // stride
     held, slot = _find(question_user[target_question] * stride + target_item, key)
     if max_items is not None:
         latest = place[event_offsets[1:] - 1]
         latest[slot] += len(rows)  # targets come before all others
-        is_kept = lowest_within(key // stride, -latest, max_items)
+        is_kept = lowest_within(owner, -latest, max_items)
         kept, met = np.flatnonzero(is_kept), np.diff(event_offsets)
         place = place[ragged_arange(event_offsets[kept], met[kept])]
-        key, event_offsets = key[kept], offsets_of(met[kept])
+        owner, key, event_offsets = owner[kept], key[kept], offsets_of(met[kept])
         held, slot = held[is_kept[slot]], (np.cumsum(is_kept) - 1)[slot[is_kept[slot]]]
 
-    owner = key // stride
     pair_offsets = offsets_of(questions[owner])
     question_zero = pair_offsets[:-1] - question_offsets[owner]  # the pair an item would have with question 0, [O]
     knows_first = np.repeat(np.arange(len(cut)), newly)[place]  # question, [N]
