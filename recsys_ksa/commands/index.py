@@ -33,6 +33,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from recsys_ksa.bundle import BUNDLE_FILE, write_manifest
     from recsys_ksa.retrieval.index import load_index, write_index
     from recsys_ksa.retrieval.popularity_column import PopularityColumn, popularity_column
     from recsys_ksa.run import BUNDLE_PARTS, INDEX_FOLDER, load_network, open_run
@@ -57,6 +58,8 @@ def _run(args: argparse.Namespace) -> None:
     shutil.rmtree(run.path / INDEX_FOLDER, ignore_errors=True)
     fresh.rename(run.path / INDEX_FOLDER)
     print(f"{run.path / INDEX_FOLDER}: {run.info.num_items - 1} items, {manifest['dim']} dimensions, {index.kind}")
+    if (run.path / BUNDLE_FILE).exists():  # a bundle whose index is new
+        write_manifest(run.path, run.info.release_hash)
     if column is not None:
         print(f"items as popular as on the days before {column.as_of} s, column {column.hash[:12]}")
     if args.export is not None:
@@ -67,7 +70,8 @@ def _run(args: argparse.Namespace) -> None:
                 shutil.copytree(part, args.export / name)
             elif part.exists():
                 shutil.copy2(part, args.export / name)
-        print(f"{args.export}: bundle of release {run.info.release_hash[:12]}")
+        digest = write_manifest(args.export, run.info.release_hash)
+        print(f"{args.export}: bundle of release {run.info.release_hash[:12]}, manifest {digest}")
 
 
 def _counts(run: "Run", data: Path | None) -> "DayCounts":

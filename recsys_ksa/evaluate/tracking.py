@@ -3,20 +3,28 @@
 Metric names keep MLflow's alphabet: `ndcg@10` of slice `all` is `ksa.target.all.ndcg_10`.
 """
 
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys_ksa.errors import MissingPackageError, UsageError
+from tqdm import tqdm
+
+from recsys_ksa.bundle import BUNDLE_FILE, is_bundle_part
+from recsys_ksa.errors import MissingPackageError, RunError, UsageError
 from recsys_ksa.evaluate.plots import read_curves
 
 if TYPE_CHECKING:
+    from recsys_ksa.bundle import BundleManifest
     from recsys_ksa.data.dataset import Dataset
     from recsys_ksa.evaluate.evaluation import Evaluation, NamedRun
 
 FOLDER = "mlruns"
+BUNDLE_FOLDER = "bundle"
 DEFAULT_URI = f"sqlite:///{FOLDER}/mlflow.db"
 EXPERIMENT = "recsys-ksa"
 _SQLITE = "sqlite:///"
@@ -66,6 +74,59 @@ class Store:
             number = self.client.create_run(self.experiment, run_name=name).info.run_id
             self.client.log_batch(number, params=[Param(key, value[:500]) for key, value in params.items()])
         return self._finish(number, artefacts)
+
+    def record_bundle(self, bundle: Path, manifest: "BundleManifest", digest: str) -> str:
+        """Record a bundle's files as one run; return its number."""
+        from mlflow.entities import Param
+
+        params = {"release_hash": manifest.release_hash, "bundle_manifest": digest}
+        with _quiet():
+            number: str = self.client.create_run(self.experiment, run_name=f"bundle {bundle.name}").info.run_id
+            self.client.log_batch(number, params=[Param(key, value) for key, value in params.items()])
+            self.client.log_artifacts(number, str(bundle), BUNDLE_FOLDER)
+            self.client.set_terminated(number)
+        return number
+
+    def fetch_bundle(self, number: str, folder: Path, max_bytes: int) -> None:
+        """Download a run's bundle into a new folder, file by file. Nothing of it is opened.
+
+        Raises:
+            RunError: there is none, it has names that no bundle has, or more bytes than allowed.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            with _quiet():
+                files = [*self._files(number, BUNDLE_FOLDER)]
+                names = [path.removeprefix(f"{BUNDLE_FOLDER}/") for path, _ in files]
+                if unknown := [name for name in names if not is_bundle_part(name)]:
+                    raise RunError(f"MLflow run {number}: expected the files of a bundle, got {unknown[0]!r}.")
+                if BUNDLE_FILE not in names:
+                    raise RunError(f"MLflow run {number}: expected a bundle that `ksa publish` recorded, got none.")
+                if (total := sum(size for _, size in files)) > max_bytes:
+                    raise RunError(
+                        f"MLflow run {number}: expected at most {max_bytes} bytes, got {total}. See --max-bytes."
+                    )
+                os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one a file
+                for name in tqdm(names, desc="fetching", disable=None):
+                    target = folder / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryDirectory(
+                        dir=folder
+                    ) as apart:  # where in it a file lies depends on the store
+                        arrived = self.client.download_artifacts(number, f"{BUNDLE_FOLDER}/{name}", apart)
+                        shutil.copyfile(arrived, target)
+        except (MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"MLflow run {number}: expected its bundle, got: {reason}") from error
+
+    def _files(self, number: str, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield path and size of all files of a run below a folder."""
+        for found in self.client.list_artifacts(number, folder):
+            if found.is_dir:
+                yield from self._files(number, found.path)
+            else:
+                yield found.path, found.file_size or 0
 
     def _finish(self, number: str, artefacts: Sequence[Path]) -> str:
         with _quiet():

@@ -20,7 +20,7 @@ def gap_bucket(gap: int) -> int:
 def gap_buckets(gap: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return `gap_bucket` of each value. int64 [T] -> int64 [T]. Exact: a float64 holds 2^53.
 
-    The bits of a number are told by its exponent, read off as it lies in memory: `np.frexp` takes several times as long.
+    The bits of a number are told by its exponent, read off as it lies in memory; `np.frexp` takes longer.
     """
     number = np.clip(gap, 0, 2**50).astype(np.float64) + 1.0
     return np.minimum((number.view(np.int64) >> 52) - 1022, NUM_GAP_BUCKETS - 1)

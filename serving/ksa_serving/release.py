@@ -61,12 +61,15 @@ def load_release(
     import torch
 
     from ksa_serving.library_model import LibraryModel
+    from recsys_ksa.bundle import BUNDLE_FILE, check_bundle
     from recsys_ksa.recommender import Recommender
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device: expected a GPU that PyTorch can use, got none. Set device to cpu, or see `ksa doctor`."
         )
+    if (run / BUNDLE_FILE).exists():
+        check_bundle(run)
     recommender = Recommender.load(run, device=device, pool_bytes=pool_bytes)
     if device != "cpu" and index == "exact":
         recommender.index = _on_device(recommender, device)
