@@ -233,37 +233,48 @@ def test_a_process_that_is_away_is_not_stood_in_for(cluster: Cluster):
         assert http.get("/v1/items?text=item").status_code == 200
 
 
-def asked_at_once(cluster: Cluster, user: str, call: str, body: dict[str, Any], times: int) -> list[httpx.Response]:
-    async def all_at_once() -> list[httpx.Response]:
+def ask_at_once(
+    cluster: Cluster, user: str, call: str, body: dict[str, Any], times: int, answers: list[httpx.Response]
+) -> None:
+    """Send a call so many times at once; `answers` gets them as they come."""
+
+    async def ask(crowd: httpx.AsyncClient) -> None:
+        answers.append(await crowd.post(user_path(user, call), json=body))
+
+    async def all_at_once() -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60, limits=limits) as crowd:
-            return list(await asyncio.gather(*(crowd.post(user_path(user, call), json=body) for _ in range(times))))
+            await asyncio.gather(*(ask(crowd) for _ in range(times)))
 
-    return asyncio.run(all_at_once())
+    asyncio.run(all_at_once())
 
 
 def test_the_proxy_refuses_what_is_one_too_many_and_the_process_never_does(cluster: Cluster):
-    settings = ServeSettings()
+    settings, times = ServeSettings(), 80
     event = {"events": [{"item_id": "item-1", "timestamp": 1, "event_id": "e1"}]}
+    calls: list[tuple[str, dict[str, Any], int]] = [
+        ("events", event, settings.concurrent_writes),
+        ("recommend", {"k": 1}, settings.concurrent_questions),
+    ]
     held = cluster.files.held()
     assert held is not None
     name = held.owners[virtual_shard("ann")]
     elsewhere = next(user for user in map(str, range(100)) if held.owners[virtual_shard(user)] != name)
-    with Client(cluster.url, tries=60) as client, httpx.Client(base_url=cluster.url) as http:
+    with Client(cluster.url, tries=60) as client, httpx.Client(base_url=cluster.url, timeout=30) as http:
         client.keep("ann", [EventMessage("item-1", 1, "e0")])
-        crowds: dict[str, list[httpx.Response]] = {}
+        answers: dict[str, list[httpx.Response]] = {call: [] for call, _, _ in calls}
+        threads = [
+            threading.Thread(target=ask_at_once, args=(cluster, "ann", call, body, times, answers[call]))
+            for call, body, _ in calls
+        ]
         cluster.shards[name].send_signal(signal.SIGSTOP)
         try:
-            threads = [
-                threading.Thread(
-                    target=lambda c=call, b=body: crowds.update({c: asked_at_once(cluster, "ann", c, b, 80)})
-                )
-                for call, body in (("events", event), ("recommend", {"k": 1}))
-            ]
             for thread in threads:
                 thread.start()
-            time.sleep(1)
-            for call, body in (("events", event), ("recommend", {"k": 1})):
+            give_up = time.monotonic() + 30
+            while any(len(answers[call]) < times - room for call, _, room in calls) and time.monotonic() < give_up:
+                time.sleep(0.05)
+            for call, body, _ in calls:
                 assert_problem(http.post(user_path("ann", call), json=body), 503, "overloaded")
             assert_problem(http.delete(user_path("ann", "events/e0")), 503, "overloaded")
             assert http.post(user_path(elsewhere, "recommend"), json={"k": 1}).status_code == 200
@@ -271,9 +282,9 @@ def test_the_proxy_refuses_what_is_one_too_many_and_the_process_never_does(clust
             cluster.shards[name].send_signal(signal.SIGCONT)
         for thread in threads:
             thread.join()
-        for call, room in (("events", settings.concurrent_writes), ("recommend", settings.concurrent_questions)):
-            refused = [answer for answer in crowds[call] if answer.status_code != 200]
-            assert len(crowds[call]) - len(refused) == room
+        for call, _, room in calls:
+            refused = [answer for answer in answers[call] if answer.status_code != 200]
+            assert (len(answers[call]), len(refused)) == (times, times - room)
             for answer in refused:
                 assert assert_problem(answer, 503, "overloaded") == msgspec.json.decode(no_room().content)
                 assert answer.headers["retry-after"] == "1"
