@@ -32,7 +32,7 @@ class BundleManifest(Strict):
 
 
 def write_manifest(bundle: Path, release_hash: str) -> str:
-    """Write bundle.json; return its own SHA-256, by which a bundle can be asked for."""
+    """Write bundle.json; return its `manifest_hash`."""
     manifest = BundleManifest(
         release_hash=release_hash, files={name: _record(bundle / name) for name in _names(bundle)}
     )
@@ -40,7 +40,12 @@ def write_manifest(bundle: Path, release_hash: str) -> str:
     fresh = bundle / f"{BUNDLE_FILE}.new"
     fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, bundle / BUNDLE_FILE)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return manifest_hash(bundle)
+
+
+def manifest_hash(bundle: Path) -> str:
+    """Return the SHA-256 of bundle.json, by which a bundle is asked for."""
+    return hashlib.sha256((bundle / BUNDLE_FILE).read_bytes()).hexdigest()
 
 
 def is_bundle_part(name: str) -> bool:

@@ -6,7 +6,6 @@ only then is the folder put in place, in one rename. What fails leaves nothing.
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import tempfile
@@ -32,7 +31,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from recsys_ksa.bundle import BUNDLE_FILE
+    from recsys_ksa.bundle import manifest_hash
     from recsys_ksa.evaluate.tracking import open_store
 
     if args.out.exists() or args.out.is_symlink():
@@ -43,7 +42,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         folder = quarantine / args.out.name
         store.fetch_bundle(args.number, folder, args.max_bytes)
-        found = hashlib.sha256((folder / BUNDLE_FILE).read_bytes()).hexdigest()
+        found = manifest_hash(folder)
         if args.manifest is not None and found != args.manifest.lower():
             raise RunError(
                 f"MLflow run {args.number}: expected a bundle with manifest {args.manifest[:12]}, got {found[:12]}. "

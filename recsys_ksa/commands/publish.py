@@ -12,13 +12,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    import hashlib
-
-    from recsys_ksa.bundle import BUNDLE_FILE, check_bundle
+    from recsys_ksa.bundle import check_bundle, manifest_hash
     from recsys_ksa.evaluate.tracking import open_store
 
     manifest = check_bundle(args.bundle)
-    digest = hashlib.sha256((args.bundle / BUNDLE_FILE).read_bytes()).hexdigest()
+    digest = manifest_hash(args.bundle)
     number = open_store(args.tracking).record_bundle(args.bundle, manifest, digest)
     print(f"MLflow run {number}: bundle of release {manifest.release_hash[:12]}, manifest {digest}")
     print(f"fetch it with: ksa fetch {number} --manifest {digest} --out RELEASES/{args.bundle.name}")

@@ -229,3 +229,13 @@ def test_replaying_a_stopped_services_log_finds_what_it_stored(
     asyncio.run(story())
     assert main(["replay", str(tiny_run), "--state-dir", str(tmp_path)]) == 0
     assert "450 events of 3 users; 3 states stored" in capsys.readouterr().out
+
+
+def test_a_bundle_is_served_only_as_it_was_exported(tiny_run: Path, tmp_path: Path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    call_verb("index", [str(tmp_path / "run"), "--export", str(tmp_path / "bundle")])
+    assert load_release(tmp_path / "bundle").model_version == load_release(tiny_run).model_version
+    with (tmp_path / "bundle" / "metrics.jsonl").open("a") as metrics:  # nothing else looks at this file
+        metrics.write("{}\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: expected .* bytes with SHA-256"):
+        load_release(tmp_path / "bundle")
