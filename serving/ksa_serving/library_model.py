@@ -14,7 +14,7 @@ from torch import Tensor
 from ksa_serving.attribution import explain
 from ksa_serving.errors import InvalidRequestError, OverloadedError
 from ksa_serving.events import StoredEvent
-from ksa_serving.messages import Parity
+from ksa_serving.messages import Parity, StateTier
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts, Vocabulary
 from ksa_serving.ranking import rank_items
 from ksa_serving.state_bytes import StateBytes, num_summary_rows
@@ -39,6 +39,7 @@ class LibraryModel:
     def __init__(self, recommender: Recommender, cold_parity: Parity = "exact"):
         self.recommender = recommender
         self.cold_parity: Parity = cold_parity
+        self.tier: StateTier = "host" if recommender.network.start.device.type == "cpu" else "gpu"
         self._config = recommender.network.config
         self.chunk_size = self._config.chunk_size
         self.window_chunks = self._config.window_chunks

@@ -14,6 +14,7 @@ from ksa_serving.shards import Ownership
 EventStatus = Literal["accepted", "duplicate", "late-applied", "late-queued", "rejected"]
 ItemList = Literal["all", "again", "new"]
 Parity = Literal["exact", "int8"]
+StateTier = Literal["gpu", "host"]
 StateSource = Literal["gpu", "host", "store", "rebuilt", "none", "degraded"]
 
 

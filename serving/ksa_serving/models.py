@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ksa_serving.events import StoredEvent
-from ksa_serving.messages import Parity
+from ksa_serving.messages import Parity, StateTier
 
 Scored = list[tuple[str, float]]
 """(item id, score), best first."""
@@ -103,6 +103,8 @@ class Model(Protocol):
     window_chunks: int
     cold_parity: Parity
     """Of a state made from `dump`'s bytes."""
+    tier: StateTier
+    """Where the rows of a state that is held are."""
     vocabulary: Vocabulary
 
     def new_state(self) -> Any:

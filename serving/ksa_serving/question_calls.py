@@ -139,7 +139,7 @@ class QuestionCalls:
         return StateAnswer(
             num_events=head.num_events,
             seq=head.last_seq,
-            state_source="none" if record is None else "store" if record.cold else "host",
+            state_source="none" if record is None else "store" if record.cold else served.release.model.tier,
             state_seq=0 if record is None else record.seq,
             state_parity="exact" if record is None else record.parity,
             nbytes=0 if record is None else record.state.nbytes,

@@ -93,7 +93,7 @@ class StateFinder:
         if source == "degraded":
             self._upkeep.settle(served, owner)
             seq = (await self._workers.run(self._log.head, owner)).last_seq
-        elif source == "host":
+        elif source == served.release.model.tier:
             self._upkeep.audit(served, record)
         return Found(served, record, source, seq, stale, deadline)
 

@@ -14,7 +14,7 @@ import msgspec
 
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.events import StoredEvent
-from ksa_serving.messages import Parity
+from ksa_serving.messages import Parity, StateTier
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts, Vocabulary
 from ksa_serving.release import Clock, Release
 from recsys_ksa.errors import OutOfOrderError, StateError
@@ -72,8 +72,10 @@ class ToyModel:
         fingerprint: str = "toy-state",
         cold_parity: Parity = "exact",
         num_items: int = len(CATALOGUE),
+        tier: StateTier = "host",
     ):
         self.cold_parity: Parity = cold_parity
+        self.tier: StateTier = tier
         self.vocabulary = Vocabulary(num_items)
         self._tie: TieKind = tie
         self._fingerprint = fingerprint

@@ -82,7 +82,7 @@ class UserStates:
         self._store.put(done)
         if work.why in self.rebuilds:
             return done, "rebuilt"
-        return done, "store" if work.record.cold else "host"
+        return done, "store" if work.record.cold else self._model.tier
 
     def current_together(self, owners: Sequence[Owner]) -> list[Current | None]:
         """Return what `current` returns for each of several users, their new events appended in one pass.
@@ -101,7 +101,7 @@ class UserStates:
         for record in grown.values():
             self._store.put(record)
         return [
-            None if work is None else (grown[owner], "host") if owner in grown else self._as_it_is(work)
+            None if work is None else (grown[owner], self._model.tier) if owner in grown else self._as_it_is(work)
             for owner, work in zip(owners, works)
         ]
 
@@ -219,7 +219,7 @@ class UserStates:
         """Return a record that needs no work: entries that left nothing behind are behind it now."""
         if not work.head.num_events:
             return self._moved(self.empty(work.record.owner, work.head), work.head), "none"
-        return self._moved(work.record, work.head), "host"
+        return self._moved(work.record, work.head), self._model.tier
 
     def _do(self, work: Work) -> StateRecord:
         """Return the record that `work` leads to."""

@@ -67,6 +67,8 @@ def same_answers(clients: list[httpx.Client], user: int, now: int, draw: random.
     np.testing.assert_allclose(*scored, rtol=1e-4, atol=1e-4)
     recommended = ask("recommend", k=20, exclude_seen=exclude)
     assert recommended[0]["num_events"] == recommended[1]["num_events"]
+    held = [answer["state_source"] for answer in ask("recommend", k=1)]  # just asked, so nothing is left to compute
+    assert held == (["host", "gpu"] if recommended[0]["num_events"] else ["none", "none"])
     best = [[one["score"] for one in answer["items"]] for answer in recommended]
     np.testing.assert_allclose(*best, rtol=1e-4, atol=1e-4)
     if recommended[0]["num_events"]:

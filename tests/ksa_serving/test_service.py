@@ -10,7 +10,7 @@ import pytest
 
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.events import Owner
-from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
+from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest, StateTier
 from ksa_serving.service import Service
 from ksa_serving.settings import Limits, ServeSettings
 from ksa_serving.testing import ToyModel, toy_release
@@ -78,6 +78,23 @@ def test_an_answer_knows_every_acknowledged_event(make_service: MakeService):
             assert (asked.num_events, asked.state_seq, asked.seq) == (n + 1, answer.seq, answer.seq)
         assert asked.state_source == "host"
         await service.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("tier", ["host", "gpu"])
+def test_answers_name_the_memory_that_held_their_state(make_service: MakeService, tier: StateTier):
+    async def story() -> None:
+        service = make_service(replace(toy_release(), model=ToyModel(tier=tier)), ServeSettings(audit_share=1.0))
+        await post(service, "ann", event())
+        assert (await ask(service, "ann")).state_source == "rebuilt"
+        for timestamp in (200, 50):  # appended, and late
+            assert (await ask(service, "ann")).state_source == tier
+            await post(service, "ann", event("item-2", timestamp))
+            assert (await ask(service, "ann")).state_source == tier
+        assert (await service.questions.state("ann")).state_source == tier
+        await service.close()
+        assert service.metrics.audits.labels("equal")._value.get() > 0
 
     asyncio.run(story())
 
