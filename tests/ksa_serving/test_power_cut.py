@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -34,6 +34,16 @@ Change = Callable[[ListModel], object]
 
 class LostError(AssertionError):
     """The log is not what it was after any of the changes that it may know."""
+
+
+@contextlib.contextmanager
+def errors_after_the_cut(disk: Disk) -> Iterator[None]:
+    """Let the log fail once the power is off, and not before: a log that is told damaged is lost too."""
+    try:
+        yield
+    except (EventLogError, apsw.Error) as error:
+        if not disk.off:
+            raise LostError(f"with the power on: {error}") from error
 
 
 class PowerStory:
@@ -62,7 +72,7 @@ class PowerStory:
         disk = self._disk
         disk.trusts_syncs = self._trusts_syncs
         disk.cut_at = None if last else self.draw.randint(1, self.draw.choice([15, 60, 400]))
-        with contextlib.suppress(EventLogError, apsw.Error):
+        with errors_after_the_cut(disk):
             log = EventLog(disk.folder, "arrival", clock=lambda: 1.7e9)
             try:
                 log._connection.pragma("synchronous", self._synchronous)
@@ -176,10 +186,11 @@ def test_a_story_replays_from_its_seed(tmp_path: Path, seed: int):
 @pytest.mark.parametrize("disk", [{"synchronous": "OFF"}, {"synchronous": "NORMAL"}, {"trusts_syncs": False}])
 def test_without_syncs_acknowledged_events_are_lost(tmp_path: Path, seed: int, disk: dict[str, object]):
     """What the test above is worth: it sees a log that acknowledges too early, and a disk that lies."""
-    lost = 0
-    for number in range(10):
+    lost, stories = 0, 40
+    for number in range(stories):
         try:
             tell(tmp_path / str(number), seed + number, **disk)
-        except (LostError, EventLogError, AssertionError):
+        except AssertionError:
             lost += 1
-    assert lost > 2
+    print(lost, "of", stories, "stories lost what was acknowledged")  # 24 to 37 are expected
+    assert lost >= 0.3 * stories
