@@ -1,4 +1,8 @@
-"""Cold states in Redis (or Valkey): one hash a record, written in one transaction, gone after a time without use.
+"""Cold states in Redis (or Valkey): one hash a user, written in one transaction, gone after a time without use.
+
+A record's key is its owner, 16 bytes, and its fingerprint, 8. The owner is the hash's name, the fingerprint the first
+bytes of its fields' names: so all of a user goes by one command, and there is no index that a crash, an expiry or an
+eviction could leave behind. Records of a second fingerprint, while one release follows another, are read along.
 
 Redis is a cache here: what it forgets is rebuilt from the event log. While it fails, calls are refused at once
 (`circuit.py`), so that answers wait for it once and not each. Calls are synchronous, in worker threads: a cancelled
@@ -8,7 +12,7 @@ whose it is, and is verified.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,8 +22,11 @@ from ksa_serving.circuit import Circuit, CircuitOpenError
 from ksa_serving.cold_store import BytesEngine, EngineAwayError, EngineError
 
 T = TypeVar("T")
-PREFIX = b"ksa:state:"
-"""Of every record's name."""
+PREFIX = b"ksa:user:"
+"""Of every hash's name."""
+OWNER_BYTES, KEY_BYTES = 16, 24
+PAGE = 100
+"""Users looked at in one call: all of them may take longer than one call may."""
 
 
 class RedisEngine(BytesEngine):
@@ -53,59 +60,73 @@ class RedisEngine(BytesEngine):
 
     def read(self, key: bytes) -> dict[bytes, bytes]:
         """Return all parts of a record; it is kept for longer."""
+        name, fingerprint = _split(key)
 
         def work() -> Any:
             with self._client.pipeline(transaction=True) as pipe:
-                pipe.hgetall(_name(key))
-                pipe.expire(_name(key), self._seconds)
+                pipe.hgetall(name)
+                pipe.expire(name, self._seconds)
+                fields = ((memoryview(field).tobytes(), part) for field, part in pipe.execute()[0].items())
                 return {
-                    memoryview(name).tobytes(): memoryview(part).tobytes() for name, part in pipe.execute()[0].items()
+                    field.removeprefix(fingerprint): memoryview(part).tobytes()
+                    for field, part in fields
+                    if field.startswith(fingerprint)
                 }
 
         return self._call(work)
 
     def read_part(self, key: bytes, name: bytes) -> bytes | None:
         """Return one part."""
+        user, fingerprint = _split(key)
 
         def work() -> Any:
-            found: Any = self._client.hget(_name(key), name)  # type: ignore[arg-type]
+            found: Any = self._client.hget(user, fingerprint + name)  # type: ignore[arg-type]
             return None if found is None else memoryview(found).tobytes()
 
         return self._call(work)
 
     def write(self, key: bytes, parts: Mapping[bytes, bytes], gone: Iterable[bytes]) -> None:
         """Write parts of a record, all or none."""
-        gone = list(gone)
+        user, fingerprint = _split(key)
+        removed = [fingerprint + name for name in gone]
+        written: Any = {fingerprint + name: part for name, part in parts.items()}
 
         def work() -> Any:
             with self._client.pipeline(transaction=True) as pipe:
-                if gone:
-                    pipe.hdel(_name(key), *gone)  # type: ignore[arg-type]
-                if parts:
-                    pipe.hset(_name(key), mapping=dict(parts))  # type: ignore[arg-type]
-                pipe.expire(_name(key), self._seconds)
+                if removed:
+                    pipe.hdel(user, *removed)  # type: ignore[arg-type]
+                if written:
+                    pipe.hset(user, mapping=written)
+                pipe.expire(user, self._seconds)
                 return pipe.execute()
 
         self._call(work)
 
     def remove(self, prefix: bytes) -> None:
-        """Remove records whose keys start with `prefix`."""
-        if len(prefix) == 24:
-            self._call(lambda: self._client.delete(_name(prefix)))
+        """Remove records whose keys start with `prefix`: a user's, or one record; shorter ones search the server."""
+        user, fingerprint = _split(prefix)
+        if len(prefix) < OWNER_BYTES:
+            for users in self._pages(user + b"*"):
+                self._call(partial(self._client.unlink, *users))
+        elif not fingerprint:
+            self._call(partial(self._client.unlink, user))
         else:
-            self._remove_matching(_name(prefix) + b"*")
+            self._remove_fields([user], fingerprint)
 
     def remove_ending(self, suffix: bytes) -> None:
-        """Remove records whose keys end with `suffix`."""
-        self._remove_matching(PREFIX + b"*" + suffix.hex().encode())
+        """Remove records whose keys end with `suffix`, a fingerprint."""
+        for users in self._pages(PREFIX + b"*"):
+            self._remove_fields(users, suffix)
 
     def record_keys(self) -> Iterator[bytes]:
         """Yield the keys of all records, those of other logs too."""
-        for names in self._pages(PREFIX + b"*"):
-            yield from self._call(partial(_keys, names))
+        for users in self._pages(PREFIX + b"*"):
+            for user, fields in zip(users, self._fields(users)):
+                owner = bytes.fromhex(user.removeprefix(PREFIX).decode())
+                yield from {owner + field[: KEY_BYTES - OWNER_BYTES] for field in fields}
 
     def num_records(self) -> int:
-        """Return how many records the server keeps."""
+        """Return of how many users the server keeps records."""
         return self._call(lambda: int(self._client.dbsize()))  # type: ignore[arg-type]
 
     def nbytes(self) -> int:
@@ -122,17 +143,41 @@ class RedisEngine(BytesEngine):
         self._closed.set()
         self._client.close()
 
-    def _remove_matching(self, pattern: bytes) -> None:
-        for names in self._pages(pattern):
-            self._call(partial(self._client.delete, *names))
+    def _remove_fields(self, users: Sequence[bytes], fingerprint: bytes) -> None:
+        """Remove what is of `fingerprint`; what is written meanwhile may stay without its head, and is no record."""
+        gone = [
+            (user, [field for field in fields if field.startswith(fingerprint)])
+            for user, fields in zip(users, self._fields(users))
+        ]
 
-    def _pages(self, pattern: bytes) -> Iterator[list[Any]]:
-        """Yield records' names a page at a time: all of them may take longer than one call may."""
+        def work() -> None:
+            with self._client.pipeline(transaction=False) as pipe:
+                for user, fields in gone:
+                    if fields:
+                        pipe.hdel(user, *fields)  # type: ignore[arg-type]
+                pipe.execute()
+
+        self._call(work)
+
+    def _fields(self, users: Sequence[bytes]) -> list[list[bytes]]:
+        """Return the names of each user's fields."""
+
+        def work() -> list[list[bytes]]:
+            with self._client.pipeline(transaction=False) as pipe:
+                for user in users:
+                    pipe.hkeys(user)  # type: ignore[arg-type]
+                return [[memoryview(field).tobytes() for field in fields] for fields in pipe.execute()]
+
+        return self._call(work)
+
+    def _pages(self, pattern: bytes) -> Iterator[list[bytes]]:
+        """Yield the names of users' hashes a page at a time."""
         cursor = None
         while cursor != 0:
-            cursor, names = self._call(partial(self._client.scan, cursor or 0, pattern, 1000))  # type: ignore[misc]
-            if names:
-                yield names
+            cursor, found = self._call(partial(self._client.scan, cursor or 0, pattern, PAGE))  # type: ignore[misc]
+            users: list[Any] = found
+            if users:
+                yield users
 
     def _call(self, work: Callable[[], T]) -> T:
         me = threading.get_ident()
@@ -157,9 +202,6 @@ class RedisEngine(BytesEngine):
                 self._client.connection_pool.disconnect(inuse_connections=True)  # its reader is told at once
 
 
-def _keys(names: Iterable[bytes]) -> list[bytes]:
-    return [bytes.fromhex(name.removeprefix(PREFIX).decode()) for name in names]
-
-
-def _name(key: bytes) -> bytes:
-    return PREFIX + key.hex().encode()
+def _split(key: bytes) -> tuple[bytes, bytes]:
+    """Return the name of the hash and the prefix of its fields that a record's key, or the start of one, says."""
+    return PREFIX + key[:OWNER_BYTES].hex().encode(), key[OWNER_BYTES:]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 
 from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineError
 from ksa_serving.events import Owner, StoredEvent
@@ -153,6 +154,55 @@ def test_a_dropped_user_is_gone_in_every_fingerprint(engine: BytesEngine):
     assert store.get(ANN, "f") is None
     assert store.get(ANN, "new") is None
     assert store.get(BOB, "f") is not None
+
+
+def test_deleting_a_user_asks_redis_of_that_user_alone(redis_url: str, seed: int):
+    draw, server = random.Random(seed), redis.Redis.from_url(redis_url)
+    engine = RedisEngine(redis_url)
+    engine.remove(b"")
+    store = ColdStateStore(engine, MODELS, SALT)
+    others = [Owner(f"user-{n}") for n in range(draw.randrange(150, 400))]
+    for owner in [*others, ANN]:
+        store.put(record(owner, 20))
+    store.put(record(fingerprint="new"))
+    server.config_resetstat()
+    store.drop(ANN)
+    asked = {str(name).removeprefix("cmdstat_"): told["calls"] for name, told in server.info("commandstats").items()}
+    assert sum(asked.values()) - asked.get("config|resetstat", 0) - asked.get("info", 0) == 1, asked
+    assert store.get(ANN, "f") is None
+    assert store.get(ANN, "new") is None
+    assert all(same(store.get(owner, "f"), record(owner, 20)) for owner in draw.sample(others, 20))
+    assert len(store) == len(others)
+    keys = {store._key(owner, "f") for owner in others}
+    assert set(engine.record_keys()) == keys
+    assert {server.ttl(name) > 0 for name in server.scan_iter()} == {True}  # nothing is kept for ever
+    engine.close()
+
+
+def test_a_fingerprint_that_retires_while_others_are_written_takes_nothing_of_them(redis_url: str, seed: int):
+    draw, engine = random.Random(seed), RedisEngine(redis_url)
+    engine.remove(b"")
+    store = ColdStateStore(engine, MODELS, SALT)
+    owners = [Owner(f"user-{n}") for n in range(250)]
+    for owner in owners:
+        store.put(record(owner, 20))
+    end = threading.Event()
+    written: list[Owner] = []
+
+    def write() -> None:
+        while not end.is_set() and len(written) < len(owners):
+            store.put(record(owners[len(written)], draw.randrange(1, 60), fingerprint="new"))
+            written.append(owners[len(written)])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    store.retire("f")
+    end.set()
+    writer.join()
+    assert written
+    assert all(store.get(owner, "new") for owner in written)
+    assert not any(store.get(owner, "f") for owner in owners)
+    engine.close()
 
 
 def test_less_never_replaces_more(engine: BytesEngine):
