@@ -37,6 +37,7 @@ RESULTS: dict[Outcome, EventResult] = {
     "late-far": EventResult("late-queued"),
     "duplicate": EventResult("duplicate"),
     "conflict": EventResult("rejected", "conflict"),
+    "full": EventResult("rejected", "history-full"),
     "unknown": EventResult("rejected", "unknown-event"),
 }
 MOST_SHOWN = 10_000
@@ -108,8 +109,13 @@ class EventCalls:
     async def correct(
         self, user_id: str, event_id: str, event: EventMessage, context: Context = NOBODY
     ) -> EventsAnswer:
-        """Put a payload in place of the one kept under `event_id`; kept as new where there is none."""
+        """Put a payload in place of the one kept under `event_id`; kept as new where there is none.
+
+        Raises:
+            OverloadedError, DeadlineError, EventLogError: nothing was changed; the call can be sent again.
+        """
         owner = context.owner(user_id, self._limits)
+        deadline = context.work_until(self._deadline_seconds)
         if event.event_id not in (None, event_id):
             raise InvalidRequestError("event_id: expected the one of the path, or none, got another.", "contradiction")
         new = NewEvent(event.item_id, event.timestamp, event_id, event.event_type, event.value)
@@ -119,25 +125,32 @@ class EventCalls:
         if rejection is not None:
             head = await self._workers.run(self._log.head, owner)
             return self._counted([rejection], head.last_seq)
-        return await self._changed(owner, await self._workers.wait_for(self._log.correct(owner, new)))
+        return await self._changed(owner, await self._workers.wait_for(self._log.correct(owner, new, deadline)))
 
     async def retract(self, user_id: str, event_id: str, context: Context = NOBODY) -> EventsAnswer:
         """Take an event back.
 
         Raises:
             UnknownEventError: the log has none of this id.
+            OverloadedError, DeadlineError, EventLogError: nothing was changed; the call can be sent again.
         """
         owner = context.owner(user_id, self._limits)
-        result = await self._workers.wait_for(self._log.retract(owner, event_id))
+        deadline = context.work_until(self._deadline_seconds)
+        result = await self._workers.wait_for(self._log.retract(owner, event_id, deadline))
         if result.outcomes == ["unknown"]:
             raise UnknownEventError("event: expected one that was kept, got another id.")
         return await self._changed(owner, result)
 
     async def forget(self, user_id: str, context: Context = NOBODY) -> ForgottenAnswer:
-        """Delete a user: at once for every later request, from the disks within a minute."""
+        """Delete a user: at once for every later request, from the disks within a minute.
+
+        Raises:
+            OverloadedError, DeadlineError, EventLogError: nothing was deleted; the call can be sent again.
+        """
         owner = context.owner(user_id, self._limits)
+        deadline = context.work_until(self._deadline_seconds)
         async with self._locks.of(owner):  # so that no state of the old generation is put after it was dropped
-            num_events = await self._workers.wait_for(self._log.forget(owner))
+            num_events = await self._workers.wait_for(self._log.forget(owner, deadline))
             await self._workers.run(self._store.drop, owner)
         self._metrics.forgotten.inc()
         self._upkeep.purge()

@@ -62,6 +62,7 @@ class EventLog:
         group_events: int = 4096,
         waiting_calls: int = 4096,
         late_horizon: int | None = None,
+        user_events: int | None = None,
         clock: Callable[[], float] = time.time,
     ):
         """Open or create the log in `directory`, which exists.
@@ -71,6 +72,7 @@ class EventLog:
             group_events: most events in one transaction.
             waiting_calls: calls that may wait before others are refused.
             late_horizon: an event before more than so many others is `late-far`; None: there is no such thing.
+            user_events: of one user; one more is `full`. None: no bound.
 
         Raises:
             EventLogError: another process has it open, it is no event log, or SQLite is too old.
@@ -85,7 +87,7 @@ class EventLog:
                 self._connection = open_writer(self._path)
                 opened.callback(self._connection.close, force=True)
                 self.salt = salt_of(self._connection)
-                self._entries = LogEntries(self._connection, self.salt, tie, late_horizon, clock)
+                self._entries = LogEntries(self._connection, self.salt, tie, late_horizon, clock, user_events)
                 self.writer = LogWriter(self._connection, self._entries, group_events, waiting_calls)
             except DAMAGE as error:
                 raise EventLogError(f"{self._path}: expected an event log, got: {error}. Check --state-dir.") from error
@@ -98,6 +100,7 @@ class EventLog:
 
         Args:
             deadline: on `time.monotonic`'s clock; they are kept in a transaction that begins before it, or not at all.
+                So it is with `retract`, `correct` and `forget`.
 
         Raises:
             OverloadedError: too many calls wait already.
@@ -107,22 +110,22 @@ class EventLog:
         insert = partial(self._entries.insert, owner, events)
         return self.writer.submit(insert, len(events), (owner, events), deadline)
 
-    def retract(self, owner: Owner, event_id: str) -> "Future[AppendResult]":
+    def retract(self, owner: Owner, event_id: str, deadline: float = math.inf) -> "Future[AppendResult]":
         """Ask for the event of this id to be taken back: accepted, duplicate (it was already) or unknown."""
-        return self.writer.submit(lambda: self._entries.retract(owner, event_id), 1)
+        return self.writer.submit(lambda: self._entries.retract(owner, event_id), 1, deadline=deadline)
 
-    def correct(self, owner: Owner, event: NewEvent) -> "Future[AppendResult]":
+    def correct(self, owner: Owner, event: NewEvent, deadline: float = math.inf) -> "Future[AppendResult]":
         """Ask for `event` to take the place of the one that has its id; kept as new where none has."""
-        return self.writer.submit(lambda: self._entries.correct(owner, event), 1)
+        return self.writer.submit(lambda: self._entries.correct(owner, event), 1, deadline=deadline)
 
-    def forget(self, owner: Owner) -> "Future[int]":
+    def forget(self, owner: Owner, deadline: float = math.inf) -> "Future[int]":
         """Ask for all of a user to be deleted; the future tells how many events went."""
 
         def forget() -> int:
             self.writer.purging = True
             return self._entries.forget(owner)
 
-        return self.writer.submit(forget, 1)
+        return self.writer.submit(forget, 1, deadline=deadline)
 
     def append(self, owner: Owner, events: Sequence[NewEvent]) -> AppendResult:
         """Keep `events` and return when they are on disk."""

@@ -1,8 +1,9 @@
 """What the event log does inside its writer's transactions: insert, retract, correct, forget, overwrite."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain as joined
 from typing import Any, Literal
 
@@ -10,13 +11,14 @@ import apsw
 
 from ksa_serving.errors import ShardError
 from ksa_serving.events import NewEvent, Owner, StoredEvent, chain_after, is_late
+from ksa_serving.lateness import Lateness
 from ksa_serving.shard_rows import Page, generation_elsewhere, highest_seq, keep_page, let_go, not_owned
 from ksa_serving.shards import Ownership
 from ksa_serving.sqlite_file import keep_ownership, ownership_of
 from ksa_serving.user_view import COLUMNS, UserHead, read_user, stored_event
 from recsys_ksa.order import TieKind
 
-Outcome = Literal["accepted", "late", "late-far", "duplicate", "conflict", "unknown"]
+Outcome = Literal["accepted", "late", "late-far", "duplicate", "conflict", "full", "unknown"]
 MAX_KNOWN_USERS = 10_000
 """Users whose heads the writer remembers, the last active ones."""
 PURGE_ROWS = 2000
@@ -27,10 +29,13 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class AppendResult:
-    """One outcome an event, in the order given; the user's head after them."""
+    """One outcome an event, in the order given; the user's head after them; how many events lie after the earliest late
+    one (`Lateness`).
+    """
 
     outcomes: list[Outcome]
     head: UserHead
+    events_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class LogEntries:
 
     Args:
         late_horizon: an event before more than so many others is `late-far`; None: there is no such thing.
+        user_events: of one user; one more is `full`. None: no bound.
     """
 
     def __init__(
@@ -63,11 +69,14 @@ class LogEntries:
         tie: TieKind,
         late_horizon: int | None,
         clock: Callable[[], float],
+        user_events: int | None = None,
     ):
         self._connection = connection
         self._salt = salt
         self._tie: TieKind = tie
         self._late_horizon = late_horizon
+        self._lateness = None if late_horizon is None else Lateness(connection, late_horizon)
+        self._user_events = math.inf if user_events is None else user_events
         self._clock = clock
         self._users: OrderedDict[Owner, _User] = OrderedDict()
         self._unsaved: set[Owner] = set()
@@ -106,6 +115,8 @@ class LogEntries:
         self._is_known.clear()
         self._seq = None
         self._coming = None
+        if self._lateness is not None:
+            self._lateness.clear()
 
     def committed(self) -> None:
         """Note that the transaction is on disk."""
@@ -147,20 +158,28 @@ class LogEntries:
         before = user.last
         self._look_up([(user, event.identity) for event in events if (user.key, event.identity) not in self._is_known])
         outcomes: list[Outcome] = []
+        most_after = 0
         for event in events:
             head = user.head
             if self._is_known[user.key, event.identity]:
                 outcomes.append(self._compare(user.key, head.generation, event))
                 continue
+            if head.num_events >= self._user_events:
+                outcomes.append("full")
+                continue
             seq, chain = self._insert_event(user.key, head, event)
             head = UserHead(head.generation, head.num_events + 1, seq, chain)
             stored = StoredEvent(seq, event.item_id, event.timestamp, event.event_id, event.event_type, event.value)
-            late = before is not None and is_late(stored, before, self._tie)
-            outcomes.append(self._how_late(user.key, head, stored) if late else "accepted")
+            if before is not None and is_late(stored, before, self._tie):
+                after = self._events_after(user.key, head, stored)
+                most_after = max(most_after, after)
+                outcomes.append("late" if self._late_horizon is None or after <= self._late_horizon else "late-far")
+            else:
+                outcomes.append("accepted")
             goes_last = user.last is None or not is_late(stored, user.last, self._tie)
             user = _User(user.key, head, stored if goes_last else user.last)
             self._change(owner, user)
-        return AppendResult(outcomes, user.head)
+        return AppendResult(outcomes, user.head, most_after)
 
     def retract(self, owner: Owner, event_id: str) -> AppendResult:
         """Take an event back: accepted, duplicate (it was already) or unknown."""
@@ -171,7 +190,8 @@ class LogEntries:
         event, live = found
         if not live:
             return AppendResult(["duplicate"], user.head)
-        return AppendResult(["accepted"], self._bury(owner, user, event, b"i" + event_id.encode()))
+        after = self._events_after(user.key, user.head, event)
+        return AppendResult(["accepted"], self._bury(owner, user, event, b"i" + event_id.encode()), after)
 
     def correct(self, owner: Owner, event: NewEvent) -> AppendResult:
         """Put an event in the place of the one that has its id; kept as new where none has."""
@@ -183,13 +203,17 @@ class LogEntries:
         old, live = found
         if live and old.has_payload(event):
             return AppendResult(["duplicate"], user.head)
+        if not live and user.head.num_events >= self._user_events:
+            return AppendResult(["full"], user.head)
         freed = b"x" + old.seq.to_bytes(8, "big")
+        after = self._events_after(user.key, user.head, old)
         if live:
             self._bury(owner, user, old, freed)
         else:
             self._connection.execute("UPDATE events SET identity = ? WHERE seq = ?", (freed, old.seq))
         self._is_known.pop((user.key, event.identity), None)
-        return self.insert(owner, [event])
+        inserted = self.insert(owner, [event])
+        return replace(inserted, events_after=max(after, inserted.events_after))
 
     def forget(self, owner: Owner) -> int:
         """Start a user's next generation; return how many events the last one had. Their rows are owed to `purge`."""
@@ -326,16 +350,10 @@ class LogEntries:
         old, live = found
         return "duplicate" if not live or old.has_payload(event) else "conflict"
 
-    def _how_late(self, user_key: int, head: UserHead, event: StoredEvent) -> Outcome:
-        if self._late_horizon is None:
-            return "late"
-        self._write_rows()
-        after = self._connection.execute(
-            "SELECT count(*) FROM (SELECT 1 FROM events WHERE user_key = ? AND generation = ? AND live = 1"
-            " AND timestamp > ? LIMIT ?)",
-            (user_key, head.generation, event.timestamp, self._late_horizon + 1),
-        ).fetchone()
-        return "late-far" if after is not None and after[0] > self._late_horizon else "late"
+    def _events_after(self, user_key: int, head: UserHead, event: StoredEvent) -> int:
+        if self._lateness is None:
+            return 0
+        return self._lateness.events_after(user_key, head, event.timestamp, self._write_rows)
 
     def _find(self, user_key: int, generation: int, event_id: str) -> tuple[StoredEvent, bool] | None:
         """Return the event of this id and whether it is live."""

@@ -110,26 +110,42 @@ def test_events_beyond_the_room_are_refused_and_not_kept(make_service: MakeServi
         assert client.post("/v1/users/u0/events", json=bodies[0]).status_code == 200
 
 
-def test_events_whose_deadline_passed_are_not_kept(make_service: MakeService, serve_in_thread: Any):
+EVENT = {"item_id": "item-1", "timestamp": 1, "event_id": "e1"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/events", {"events": [{**EVENT, "event_id": "e2"}]}),
+        ("PUT", "/events/e1", {**EVENT, "item_id": "item-2"}),
+        ("PUT", "/events/e2", {**EVENT, "event_id": "e2"}),
+        ("DELETE", "/events/e1", None),
+        ("DELETE", "", None),
+    ],
+)
+def test_what_expired_while_it_waited_to_be_written_was_not_done(
+    make_service: MakeService, serve_in_thread: Any, method: str, path: str, body: Any
+):
     service = make_service()
-    event = {"item_id": "item-1", "timestamp": 1}
     with serve_in_thread(service) as client:
+
+        def call(milliseconds: int) -> httpx.Response:
+            headers = {"x-deadline-ms": str(milliseconds)}
+            return client.request(method, f"/v1/users/ann{path}", json=body, headers=headers)
+
+        client.post("/v1/users/ann/events", json={"events": [EVENT]})
+        before = service.log.read(Owner("ann"))
         late: list[httpx.Response] = []
-
-        def call() -> None:
-            headers = {"x-deadline-ms": "50"}
-            late.append(client.post("/v1/users/ann/events", json={"events": [event]}, headers=headers))
-
         with writer_held(service):
-            thread = threading.Thread(target=call)
+            thread = threading.Thread(target=lambda: late.append(call(50)))
             thread.start()
             eventually(lambda: service.log.writer.num_waiting == 1)
             time.sleep(0.06)
         thread.join()
         assert_problem(late[0], 504, "deadline-exceeded")
-        assert service.log.read(Owner("ann"))[1] == []
-        again = client.post("/v1/users/ann/events", json={"events": [event]}).json()
-        assert again["results"][0]["status"] == "accepted"
+        assert service.log.read(Owner("ann")) == before
+        assert call(60_000).status_code == 200
+        assert service.log.read(Owner("ann")) != before
 
 
 def test_an_open_loop_beyond_capacity(make_service: MakeService, serve_in_thread: Any):
