@@ -30,7 +30,8 @@ from recsys_ksa.model.pages import PagePool
 from recsys_ksa.model.seen import SeenItems
 from recsys_ksa.model.state import UserState
 from recsys_ksa.order import OrderKey, order_key
-from recsys_ksa.retrieval.index import Found, Index, TorchIndex, load_index, row_products
+from recsys_ksa.retrieval.index import FaissIndex, Found, Index, IndexKind, TorchIndex, read_vectors, row_products
+from recsys_ksa.retrieval.ivf import load_ivf
 from recsys_ksa.retrieval.popularity_column import PopularityColumn, popularity_column
 from recsys_ksa.run import INDEX_FOLDER, Run, load_counts, load_network, open_run
 from recsys_ksa.schema import UNKNOWN_ITEM
@@ -83,6 +84,7 @@ class Recommender:
         device: str = "cpu",
         precision: Literal["float32", "float64", "bf16"] = "float32",
         pool_bytes: int | None = None,
+        index: IndexKind = "exact",
     ) -> "Recommender":
         """Load a run or bundle.
 
@@ -93,10 +95,12 @@ class Recommender:
             precision: of the network; `bf16` keeps parameters in float32 and states in bf16.
             pool_bytes: keep the states' rows in pages of one pool of so many bytes on the device, for many users a call
                 on an accelerator; None: each state has tensors of its own.
+            index: how items are searched; `ivf` takes the lists that `ksa index --kind ivf` has written.
 
         Raises:
             ConfigError: the network's states cannot be kept in pages.
-            RunError: something is missing or damaged, or index and run disagree.
+            MissingPackageError: the index is searched by faiss, which is not installed.
+            RunError: something is missing or damaged, index and run disagree, or the index misses too many items.
         """
         run = open_run(run_or_bundle)
         weights = load_network(run, "cpu")
@@ -108,11 +112,8 @@ class Recommender:
             popularity = (
                 PopularityColumn.load(folder) if folder.exists() else popularity_column(weights, load_counts(run))
             )
-        if folder.exists():
-            index: Index = load_index(folder, vectors, run.info.release_hash, popularity)
-        else:
-            index = TorchIndex(vectors if popularity is None else popularity.added_to(vectors))
-        log.info("searching %d items: %s", run.info.num_items - 1, index.kind)
+        found = _open_index(index, folder, weights, vectors, run.info.release_hash, popularity)
+        log.info("searching %d items: %s", run.info.num_items - 1, found.kind)
         if popularity is not None:
             log.info("items are as popular as on the days before %d s", popularity.as_of)
         network = weights.to(device, torch.float64 if precision == "float64" else None)
@@ -126,7 +127,7 @@ class Recommender:
                 from recsys_ksa.model.recorded import Recorder  # imports Triton
 
                 pool.recorder = Recorder.of(network, pool)
-        return Recommender(run, network, index, popularity=popularity, pool=pool)
+        return Recommender(run, network, found, popularity=popularity, pool=pool)
 
     # --- states ---
 
@@ -441,3 +442,15 @@ def owned_items(states: Sequence[UserState], device: torch.device) -> tuple[Tens
     counts = torch.tensor([len(state.seen) for state in states], device=device)
     items = torch.from_numpy(np.concatenate([state.seen.item_index for state in states])).to(device)
     return torch.arange(len(states), device=device).repeat_interleave(counts, output_size=len(items)), items.long()
+
+
+def _open_index(
+    kind: IndexKind, folder: Path, network: Network, vectors: Tensor, release: str, column: PopularityColumn | None
+) -> Index:
+    """Return what searches `vectors` [I, E (+ 1)], from the run's index folder where it has one."""
+    if not folder.exists() and kind == "exact":
+        return TorchIndex(vectors if column is None else column.added_to(vectors))
+    if kind == "ivf":
+        return load_ivf(folder, network, vectors, release, column)
+    stored = read_vectors(folder, vectors, release, column)
+    return FaissIndex(stored.vectors, stored.version)

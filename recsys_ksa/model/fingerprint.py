@@ -17,7 +17,7 @@ from recsys_ksa.model.scoring import ScoringNetwork
 
 STATE_LAYOUT = 1
 """Raised when the meaning of a stored row changes."""
-_ITEM_TABLES = (".item.weight", ".candidate_item.weight")
+ITEM_TABLES = (".item.weight", ".candidate_item.weight")
 _ANSWER_ONLY = (
     "start",
     "norm.",
@@ -67,7 +67,7 @@ def appended_hash(network: Network, first: int, num_items: int) -> str:
 def _item_rows(network: Network, first: int, stop: int) -> dict[str, Tensor]:
     """Return these rows of the tables that have one for each item."""
     tables = network.state_dict()
-    return {name: value[first:stop] for name, value in tables.items() if name.endswith(_ITEM_TABLES)}
+    return {name: value[first:stop] for name, value in tables.items() if name.endswith(ITEM_TABLES)}
 
 
 def _items_read(network: Network, first: int, stop: int) -> dict[str, dict[str, str]]:
@@ -94,7 +94,7 @@ def release_hash(network: ScoringNetwork) -> str:
 
 def vectors_hash(vectors: Tensor) -> str:
     """Return the SHA-256, as 64 hex digits, of item vectors as little-endian float32."""
-    return _array_hash(vectors.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return _array_hash(vectors.detach().to("cpu", torch.float32).contiguous().view(-1).numpy().data)
 
 
 def _hash(about: dict[str, object], weights: dict[str, Tensor]) -> str:
@@ -102,9 +102,10 @@ def _hash(about: dict[str, object], weights: dict[str, Tensor]) -> str:
     for name in sorted(weights):
         value = weights[name].detach().to("cpu").contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes() if value.dim() else str(value.item()).encode())
+        # Not a copy as bytes: making one of a large table would keep Python from all other threads.
+        digest.update(value.view(torch.uint8).view(-1).numpy().data if value.dim() else str(value.item()).encode())
     return digest.hexdigest()
 
 
-def _array_hash(data: bytes) -> str:
+def _array_hash(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()

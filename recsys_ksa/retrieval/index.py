@@ -1,4 +1,4 @@
-"""Exact maximum-inner-product search over a run's item vectors.
+"""Maximum-inner-product search over a run's item vectors: exact here, approximate in `ivf.py`.
 
 `ksa index` writes `index/`: the vectors as safetensors and a manifest that ties them to the run. FAISS builds its flat
 index from them at load, so no file of FAISS's own format is ever read. A run without `index/` is searched exactly by
@@ -6,8 +6,9 @@ torch, in memory; `Recommender` says which.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ ROWS_AT_ONCE = 2048
 VECTORS_FILE = "item_vectors.safetensors"
 MANIFEST_FILE = "manifest.json"
 
+IndexKind = Literal["exact", "ivf"]
+"""How items are searched: all of them, or those in the lists near by (`recsys_ksa.retrieval.ivf`)."""
 Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 """(item_index, score), best first; fewer than asked where fewer items may be returned."""
 
@@ -35,6 +38,8 @@ class Index(Protocol):
 
     version: str
     kind: str
+    recall: float
+    """Share of the 100 best items that it finds, as measured when it was loaded; 1: exact."""
 
     def search(self, vector: NDArray[np.float32], k: int, exclude: NDArray[np.integer] | None = None) -> Found:
         """Return the k items of largest inner product with `vector` [E], none of `exclude` among them."""
@@ -55,10 +60,19 @@ def row_products(
     return products
 
 
+@dataclass(frozen=True)
+class StoredVectors:
+    """What an index folder has searched: float32 [I, E (+ 1)], popularity added; and its hash."""
+
+    vectors: torch.Tensor
+    version: str
+
+
 class TorchIndex:
     """Exact search in memory by torch."""
 
     kind = "exact, in memory"
+    recall = 1.0
 
     def __init__(self, vectors: torch.Tensor) -> None:
         """Hold `vectors`, float32 [I, E]."""
@@ -80,6 +94,7 @@ class FaissIndex:
     """Exact search by FAISS (`IndexFlatIP`)."""
 
     kind = "FAISS flat inner product"
+    recall = 1.0
 
     def __init__(self, vectors: torch.Tensor, version: str) -> None:
         """Build from `vectors`, float32 [I, E]."""
@@ -133,8 +148,10 @@ def write_index(
     return manifest
 
 
-def load_index(folder: Path, vectors: torch.Tensor, release: str, column: PopularityColumn | None = None) -> FaissIndex:
-    """Load the index of a run and check it against the run.
+def read_vectors(
+    folder: Path, vectors: torch.Tensor, release: str, column: PopularityColumn | None = None
+) -> StoredVectors:
+    """Return what the index of a run searches, checked against the run.
 
     Args:
         folder: the run's `index/`.
@@ -159,9 +176,9 @@ def load_index(folder: Path, vectors: torch.Tensor, release: str, column: Popula
             f"{str(manifest.get('release_hash'))[:12]}. Run `ksa index` again."
         )
     if column is None:
-        return FaissIndex(stored, version)
+        return StoredVectors(stored, version)
     found = (manifest.get("popularity_as_of"), manifest.get("popularity_hash"))
     if found != (column.as_of, column.hash) or len(column.gain) != len(stored):
         raise RunError(f"{folder}: its popularity column is not the one its manifest names. Run `ksa index` again.")
     stored = column.added_to(stored)
-    return FaissIndex(stored, vectors_hash(stored))
+    return StoredVectors(stored, vectors_hash(stored))

@@ -65,6 +65,10 @@ class _ServiceCollector:
                 "Users whose states are computed at length",
                 lambda: service.upkeep.num_settling,
             ),
+            "index_recall": (
+                "Recall@100 of the index, as measured when it was loaded",
+                lambda: service.served.release.index_recall,
+            ),
             "ready": ("1 when ready", lambda: service.unready() is None),
         }
         for name, (text, value) in gauges.items():

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from ksa_serving.messages import Parity
 from ksa_serving.models import Model
-from recsys_ksa.errors import ConfigError, RunError
+from recsys_ksa.errors import ConfigError
 from recsys_ksa.order import TieKind
 
 if TYPE_CHECKING:
     from recsys_ksa.recommender import Recommender
-    from recsys_ksa.retrieval.index import TorchIndex
+    from recsys_ksa.retrieval.index import IndexKind, TorchIndex
 
 Clock = Literal["unix", "relative", "ordinal"]
 
@@ -35,13 +35,15 @@ class Release:
     """Events; longer histories are answered and flagged."""
     index_source: str = "memory"
     """Where retrieval comes from, for people."""
+    index_recall: float = 1.0
+    """Of its index against exact search, at 100 items, as measured when it was loaded."""
     name: str = ""
     """The run's folder, for people."""
 
 
 def load_release(
     run: Path,
-    index: Literal["exact", "ivf"] = "exact",
+    index: "IndexKind" = "exact",
     cold_parity: Parity = "exact",
     device: str = "cpu",
     pool_bytes: int | None = None,
@@ -49,13 +51,13 @@ def load_release(
     """Load a run or bundle for serving.
 
     Args:
-        index: how items are searched: as the run says, exactly, or by an approximate index that passes the recall gate.
+        index: how items are searched: exactly, or by the approximate index that `ksa index --kind ivf` has put into it.
         cold_parity: how its states are kept cold.
         device: where the network runs, and the exact search; on another than the CPU states are kept in pages.
         pool_bytes: of those pages.
 
     Raises:
-        RunError: it is damaged, its index belongs to other weights, or misses too many items.
+        RunError: it is damaged, its index is missing, belongs to other weights, or misses too many items.
         ConfigError: the device is not there, or the run's states cannot be kept in pages.
     """
     import torch
@@ -70,14 +72,9 @@ def load_release(
         )
     if (run / BUNDLE_FILE).exists():
         check_bundle(run)
-    recommender = Recommender.load(run, device=device, pool_bytes=pool_bytes)
+    recommender = Recommender.load(run, device=device, pool_bytes=pool_bytes, index=index)
     if device != "cpu" and index == "exact":
         recommender.index = _on_device(recommender, device)
-    if index == "ivf":
-        from ksa_serving.ivf_index import IvfIndex
-
-        recommender.index = IvfIndex(recommender.item_vectors, recommender.index.version)
-        check_recall(recommender)
     info = recommender.run.info
     model = LibraryModel(recommender, cold_parity)
     model.warm_up(WARM_QUESTIONS)
@@ -90,6 +87,7 @@ def load_release(
         state_fingerprint=recommender.fingerprint,
         longest_trained_history=info.longest_trained_history,
         index_source=recommender.index.kind,
+        index_recall=recommender.index.recall,
         name=run.name,
     )
 
@@ -107,36 +105,3 @@ def _on_device(recommender: "Recommender", device: str) -> "TorchIndex":
 
 WARM_QUESTIONS = 64
 """Users up to which batches of every size are compiled before a release is served."""
-MIN_RECALL = 0.98
-"""Of an approximate index against exact search, at 100 items; a release below it is not loaded."""
-
-
-def check_recall(recommender: "Recommender", num_queries: int = 1000, seed: int = 0) -> float:
-    """Return the index's recall@100 on user vectors drawn around item vectors.
-
-    Raises:
-        RunError: it is below `MIN_RECALL`.
-    """
-    import numpy as np
-    import torch
-
-    from recsys_ksa.retrieval.index import TorchIndex
-
-    vectors = recommender.item_vectors
-    exact = TorchIndex(torch.from_numpy(vectors))
-    draw = np.random.default_rng(seed)
-    rows = draw.integers(1, len(vectors), num_queries)
-    near = vectors[rows] + draw.normal(0, 0.5 / vectors.shape[1] ** 0.5, (num_queries, vectors.shape[1]))
-    found = hits = 0
-    for query in near.astype(np.float32):
-        wanted, _ = exact.search(query, 100)
-        got, _ = recommender.index.search(query, 100)
-        found += len(wanted)
-        hits += len(np.intersect1d(wanted, got))
-    recall = hits / max(1, found)
-    if recall < MIN_RECALL:
-        raise RunError(
-            f"{recommender.run.path}: index: expected recall@100 of at least {MIN_RECALL} against exact search, got "
-            f"{recall:.4f}. Serve it with --index exact."
-        )
-    return recall

@@ -2,31 +2,32 @@
 
 import asyncio
 import hashlib
-import itertools
+import json
 import os
 import random
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ksa_serving.errors import ReleaseError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import StoredEvent
-from ksa_serving.ivf_index import IvfIndex
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.models import Question
-from ksa_serving.release import Release, check_recall, load_release
+from ksa_serving.release import Release, load_release
 from ksa_serving.service import Service
 from ksa_serving.settings import ServeSettings
 from ksa_serving.testing import ToyModel, toy_release
+from recsys_ksa.bundle import write_manifest
+from recsys_ksa.cli import call_verb
 from recsys_ksa.errors import RunError
-from recsys_ksa.retrieval.index import TorchIndex
 
 NOW = 1_700_000_000
 NUM_SWAPS = int(os.environ.get("KSA_SWAPS", "30"))
@@ -160,8 +161,6 @@ def test_a_link_in_the_releases_folder_is_refused(service: Service, tmp_path: Pa
 
 @pytest.mark.service
 def test_releases_over_http_on_the_admin_listener(tiny_run: Path, tmp_path: Path):
-    import shutil
-
     import httpx
 
     from ksa_serving.app import create_app
@@ -202,42 +201,55 @@ def test_releases_over_http_on_the_admin_listener(tiny_run: Path, tmp_path: Path
         listener.close()
 
 
-def test_an_index_that_misses_too_much_is_refused(tiny_run: Path):
-    model: Any = load_release(tiny_run).model
-    assert check_recall(model.recommender, num_queries=20) == 1.0
-    search = model.recommender.index.search
-    counter = itertools.count()
-
-    class Lossy:
-        kind, version = "lossy", "v"
-
-        def search(self, vector: Any, k: int, exclude: Any = None) -> Any:
-            rows, scores = search(vector, k, exclude)
-            lost = 5 if next(counter) % 2 else 0
-            return rows[lost:], scores[lost:]
-
-    model.recommender.index = Lossy()
-    with pytest.raises(RunError, match=r"recall@100 of at least 0\.98"):
-        check_recall(model.recommender, num_queries=20)
-
-
-def test_an_approximate_index_finds_almost_all_and_hides_what_it_is_told(rng: np.random.Generator):
-    centres = rng.normal(size=(200, 16))
-    vectors = (centres[rng.integers(200, size=20_000)] + 0.3 * rng.normal(size=(20_000, 16))).astype(np.float32)
-    exact, index = TorchIndex(torch.from_numpy(vectors)), IvfIndex(vectors, "v")
-    hits = 0
-    for query in vectors[rng.integers(1, 20_000, 100)]:
-        hidden = rng.integers(1, 20_000, 500)
-        wanted, _ = exact.search(query, 50, hidden)
-        rows, scores = index.search(query, 50, hidden)
-        assert not set(rows.tolist()) & {0, *hidden.tolist()}
-        np.testing.assert_allclose(scores, vectors[rows] @ query, rtol=1e-4)
-        hits += len(set(rows.tolist()) & set(wanted.tolist()))
-    assert hits / 5000 > 0.98
-    assert index.version == IvfIndex(vectors, "v").version
-
-
-def test_a_run_is_served_by_an_approximate_index_with_its_own_version(tiny_run: Path):
-    exact, approximate = load_release(tiny_run), load_release(tiny_run, "ivf")
+def test_a_run_is_served_by_the_approximate_index_in_it(tiny_run: Path, tmp_path: Path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    with pytest.raises(RunError, match="expected an approximate index, got no such file"):
+        load_release(run, "ivf")
+    call_verb("index", [str(run), "--kind", "ivf"])
+    exact, approximate = load_release(run), load_release(run, "ivf")
     assert approximate.index_version != exact.index_version
+    assert approximate.state_fingerprint == exact.state_fingerprint
     assert "IVF" in approximate.index_source
+    assert exact.index_recall == 1.0
+    assert approximate.index_recall >= 0.98
+
+
+def test_a_release_whose_index_is_bad_or_missing_is_refused_and_serving_goes_on(tiny_run: Path, tmp_path: Path):
+    """In a bundle whose files are as its manifest says: only the recall can tell, and tells before it is served."""
+    (tmp_path / "state").mkdir()
+    first = Path(shutil.copytree(tiny_run, tmp_path / "first"))
+    call_verb("index", [str(first), "--kind", "ivf", "--export", str(tmp_path / "runs" / "good")])
+    bad = Path(shutil.copytree(tmp_path / "runs" / "good", tmp_path / "runs" / "bad"))
+    lists = load_file(bad / "index" / "ivf.safetensors")
+    lists["centroids"] = lists["centroids"].clone()
+    lists["list_index"] = torch.zeros_like(lists["list_index"])  # every item in a list that questions do not look into
+    lists["centroids"] = torch.cat([-lists["centroids"].sum(0, keepdim=True), lists["centroids"]])
+    save_file(lists, bad / "index" / "ivf.safetensors")
+    record = json.loads((bad / "index" / "ivf.json").read_text())
+    record |= {"lists_hash": hashlib.sha256((bad / "index" / "ivf.safetensors").read_bytes()).hexdigest(), "probes": 1}
+    (bad / "index" / "ivf.json").write_text(json.dumps(record))
+    write_manifest(bad, load_release(first).model_version)
+    shutil.copytree(tiny_run, tmp_path / "runs" / "none")
+
+    async def story() -> None:
+        release = load_release(first, "ivf")
+        log = EventLog(tmp_path / "state", release.tie)
+        service = Service(
+            release,
+            log,
+            MemoryStateStore(10**7),
+            releases=tmp_path / "runs",
+            load=lambda run: load_release(run, "ivf"),
+        )
+        for name, message in (("bad", r"release bad: .*recall@100 of at least 0\.98"), ("none", "ksa index")):
+            with pytest.raises(ReleaseError, match=message):
+                await service.operator.load(name)
+        await service.operator.load("good")
+        await service.operator.activate("good")
+        answer = await service.questions.recommend("ann", RecommendRequest())
+        assert answer.index_version == release.index_version
+        assert f"ksa_index_recall {release.index_recall}" in service.metrics.text().decode()
+        await service.close()
+        log.close()
+
+    asyncio.run(story())
