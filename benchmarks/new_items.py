@@ -87,24 +87,24 @@ def bench(folder: Path, steps: int, seconds: float) -> None:
         call_verb("index", [str(path), "--data", str(folder / "newer"), "--popularity-as-of", str(asked)])
         runs[name] = Recommender.load(path)
     added = set(runs["with the items met since"].run.items.index_of) - set(runs["as trained"].run.items.index_of)
-    rows, new_targets, shown = [], [], 0
+    values, recalls, shown = [], [], 0
     for items, times, basket, when in questions(folder / "whole", asked):
         answers = []
         for rec in runs.values():
             state = rec.append(rec.new_state(), items, times)
             answers.append([item for item, _ in rec.recommend(state, BEST, when)])
-        rows.append([ndcg(answer, basket) for answer in answers])
-        new_targets.append([len(added & basket & set(answer)) / max(1, len(added & basket)) for answer in answers])
+        values.append([ndcg(answer, basket) for answer in answers])
         shown += len(added & set(answers[1]))
-        if not added & basket:
-            new_targets.pop()
-    found = Bootstrap(np.array(rows), resamples=2000)
-    for at, name in enumerate(runs):
-        print(f"{name:<26} {found.interval(at)}")
-    print(f"difference                 {found.difference(1, 0)}")
-    print(f"{len(added)} items added; {shown} of {BEST * len(rows)} recommended are among them")
-    recall = np.array(new_targets).mean(0)
-    print(f"recall@10 of their purchases, {len(new_targets)} baskets: {recall[0]:.4f}, {recall[1]:.4f}")
+        if bought := added & basket:
+            recalls.append([len(bought & set(answer)) / len(bought) for answer in answers])
+    found = Bootstrap(np.array(values), resamples=2000)
+    print(f"{len(added)} items added; {shown} of {BEST * len(values)} recommended are among them")
+    for at, (name, recall) in enumerate(zip(runs, np.mean(recalls, axis=0), strict=True)):
+        mean = found.interval(at)
+        ndcgs = f"NDCG@10 {mean.value:.4f} [{mean.low:.4f}, {mean.high:.4f}]"
+        print(f"{name:<26} {ndcgs}, recall@10 of added items' purchases {recall:.4f} in {len(recalls)} baskets")
+    gain = found.difference(1, 0)
+    print(f"difference                 NDCG@10 {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
 
 
 if __name__ == "__main__":
