@@ -104,22 +104,3 @@ class Tokens:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UsageError(f"--tokens {self._path}: {where}: {first['msg']}.") from error
-
-
-class RateLimit:
-    """A bucket for each caller that fills at `per_second` up to twice that; callers long silent are forgotten."""
-
-    def __init__(self, per_second: float):
-        self._rate = per_second
-        self._buckets: dict[str, tuple[float, float]] = {}
-
-    def allows(self, name: str) -> bool:
-        """Take one from the caller's bucket, if it has one."""
-        now = time.monotonic()
-        if len(self._buckets) > 10_000:
-            self._buckets = {n: pair for n, pair in self._buckets.items() if now - pair[1] < 2}
-        level, since = self._buckets.get(name, (2 * self._rate, now))
-        level = min(max(1.0, 2 * self._rate), level + (now - since) * self._rate)
-        allowed = level >= 1
-        self._buckets[name] = (level - allowed, now)
-        return allowed

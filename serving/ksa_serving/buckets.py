@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -17,11 +17,10 @@ class Buckets(Generic[Key]):
     Of more than `keys` keys the one untouched longest is forgotten, as if it were full: it is the likeliest to be.
     """
 
-    def __init__(self, per_second: float, most: float, keys: int = 10_000, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, per_second: float, most: float, keys: int = 10_000):
         self._rate = per_second
         self._most = most
         self._keys = keys
-        self._clock = clock
         self._levels: OrderedDict[Key, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -31,7 +30,7 @@ class Buckets(Generic[Key]):
         More than a bucket holds is taken from a full one, which owes the rest.
         """
         with self._lock:
-            now = self._clock()
+            now = time.monotonic()
             level = self._level(key, now)
             missing = min(amount, self._most) - level
             if missing <= 0:
@@ -41,13 +40,13 @@ class Buckets(Generic[Key]):
     def owe(self, key: Key, amount: float) -> None:
         """Take `amount` although it may not be there."""
         with self._lock:
-            now = self._clock()
+            now = time.monotonic()
             self._set(key, self._level(key, now) - amount, now)
 
     def wait(self, key: Key, amount: float = 0.0) -> float:
         """Return the seconds until `amount` is there; for 0, until nothing is owed."""
         with self._lock:
-            missing = min(amount, self._most) - self._level(key, self._clock())
+            missing = min(amount, self._most) - self._level(key, time.monotonic())
         return max(0.0, missing / self._rate)
 
     def __len__(self) -> int:

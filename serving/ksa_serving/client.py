@@ -129,10 +129,10 @@ class Client:
             ClientError: the service refused the call, or could not be reached in all tries.
         """
         content = None if body is None else msgspec.json.encode(body)
-        reason, refused = "", False
+        reason, refused, told = "", False, 0.0
         for turn in range(self._tries):
             if turn:
-                self._sleep(min(2.0, 0.1 * 2**turn))
+                self._sleep(max(told, min(2.0, 0.1 * 2**turn)))
             try:
                 response = self._http.request(method, path, content=content)
             except httpx.TransportError as error:
@@ -141,6 +141,7 @@ class Client:
             if response.status_code == 200:
                 return msgspec.json.decode(response.content, type=kind)
             reason = _detail(response)
+            told = float(response.headers["retry-after"]) if response.status_code == 429 else 0.0
             if response.status_code not in (429, 503):
                 refused = response.status_code in (400, 404, 413, 431)
                 break

@@ -112,14 +112,16 @@ class ColdStateStore(StateStore):
         engine: where the bytes are.
         models: the model of each fingerprint served, to turn bytes into states.
         salt: the event log's; records of another log are not found, and keys do not tell who it is.
+        largest: bytes of a state beyond which it is not written: one user must not drive out many. None: no bound.
     """
 
-    def __init__(self, engine: BytesEngine, models: Mapping[str, Model], salt: bytes):
+    def __init__(self, engine: BytesEngine, models: Mapping[str, Model], salt: bytes, largest: int | None = None):
         self._misses: Counter[str] = Counter()
         self.evictions = 0
         self._engine = engine
         self._models = models
         self._salt = salt
+        self._largest = largest
         self._writing = threading.Lock()
         self._owed: set[bytes] = set()
         self._deleted: frozenset[bytes] = frozenset()
@@ -161,6 +163,9 @@ class ColdStateStore(StateStore):
             return
         if record.parity not in ("exact", model.cold_parity):
             return  # would be taken for better than it is
+        if self._largest is not None and record.nbytes > self._largest:
+            self._misses["too-large"] += 1
+            return
         key = self._key(record.owner, record.fingerprint)
         try:
             with self._writing:

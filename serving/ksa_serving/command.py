@@ -156,12 +156,14 @@ def open_store(
     from ksa_serving.tiered_store import TieredStateStore
 
     if kind == "memory":
-        return MemoryStateStore(settings.state_bytes)
+        return MemoryStateStore(settings.state_bytes, settings.largest_share)
+    largest = None
     try:
         if kind == "lmdb":
             from ksa_serving.lmdb_engine import LmdbEngine
 
             engine = LmdbEngine(state_dir, settings.cold_bytes)
+            largest = int(settings.largest_share * settings.cold_bytes)
         elif kind.startswith(("redis://", "rediss://", "unix://")):
             from ksa_serving.redis_engine import RedisEngine
 
@@ -170,7 +172,7 @@ def open_store(
             raise UsageError(f"--store: expected lmdb, memory or redis://HOST:PORT/DB, got {kind!r}.")
     except (EngineError, ValueError) as error:
         raise UsageError(f"--store {kind}: cannot be opened: {error}.") from error
-    cold = ColdStateStore(engine, models, log.salt)
+    cold = ColdStateStore(engine, models, log.salt, largest)
     cold.owe(log.deleted())
     cold.purge()
 
@@ -215,6 +217,7 @@ def serve(args: argparse.Namespace, listeners: list[socket.socket]) -> None:
         group_events=settings.group_events,
         waiting_calls=settings.waiting_calls,
         late_horizon=settings.inline_events,
+        user_events=settings.limits.user_events,
     )
     try:
         models: dict[str, Model] = {release.state_fingerprint: release.model}

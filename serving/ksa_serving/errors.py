@@ -1,5 +1,7 @@
 """The service's typed errors; `problems.py` turns them into answers."""
 
+import math
+
 from recsys_ksa.errors import RecsysKsaError
 
 
@@ -8,6 +10,8 @@ class ServiceError(RecsysKsaError):
 
     status = 500
     code = "internal-error"
+    retry_after: int | None = None
+    """Seconds after which the caller may try again; None: trying again changes nothing."""
 
     def __init__(self, detail: str, code: str | None = None):
         super().__init__(detail)
@@ -26,6 +30,18 @@ class OverloadedError(ServiceError):
 
     status = 503
     code = "overloaded"
+    retry_after = 1
+
+
+class RateError(ServiceError):
+    """More comes for one user than the settings allow; nothing was kept. The caller tries again after some seconds."""
+
+    status = 429
+    code = "user-rate-limited"
+
+    def __init__(self, detail: str, seconds: float):
+        super().__init__(detail)
+        self.retry_after = max(1, math.ceil(seconds))
 
 
 class EventLogError(ServiceError):
@@ -33,6 +49,7 @@ class EventLogError(ServiceError):
 
     status = 503
     code = "event-log-unavailable"
+    retry_after = 1
 
 
 class UnknownEventError(ServiceError):
@@ -54,6 +71,7 @@ class NotOwnerError(ServiceError):
 
     status = 503
     code = "user-elsewhere"
+    retry_after = 1
 
 
 class ShardError(ServiceError):

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from ksa_serving import admission
+from ksa_serving.buckets import Buckets
 from ksa_serving.context import NOBODY, Context
-from ksa_serving.errors import InvalidRequestError, UnknownEventError
+from ksa_serving.errors import InvalidRequestError, RateError, UnknownEventError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner, StoredEvent
 from ksa_serving.log_entries import AppendResult, Outcome
@@ -26,6 +27,7 @@ from ksa_serving.metrics import Metrics
 from ksa_serving.models import Model
 from ksa_serving.releases import Releases
 from ksa_serving.settings import ServeSettings
+from ksa_serving.state_plan import replay_cost
 from ksa_serving.state_store import StateStore
 from ksa_serving.upkeep import Upkeep
 from ksa_serving.user_locks import UserLocks
@@ -40,6 +42,8 @@ RESULTS: dict[Outcome, EventResult] = {
     "full": EventResult("rejected", "history-full"),
     "unknown": EventResult("rejected", "unknown-event"),
 }
+BURST_SECONDS = 10
+"""Of `user_events_per_second`, which may be sent for a user at once."""
 MOST_SHOWN = 10_000
 """Events in one answer that shows a history."""
 
@@ -58,6 +62,7 @@ class EventCalls:
         metrics: Metrics,
         settings: ServeSettings,
         clock: Callable[[], float],
+        replays: Buckets[Owner],
     ):
         self._log = log
         self._store = store
@@ -69,24 +74,46 @@ class EventCalls:
         self._limits = settings.limits
         self._deadline_seconds = settings.deadline_seconds
         self._clock = clock
+        self._replays = replays
+        rate = settings.user_events_per_second
+        self._rates = Buckets[Owner](rate, BURST_SECONDS * rate) if rate else None
+
+    def check_rate(self, owner: Owner) -> None:
+        """Refuse a user for whom too many events came lately; asked before a body is decoded, too.
+
+        A call is taken while there is room for one event, and may overdraw: so who is refused costs nothing, and who
+        comes back when told to is not refused again for being large.
+
+        Raises:
+            RateError: nothing was kept.
+        """
+        if self._rates is not None and (wait := self._rates.wait(owner, 1)):
+            raise RateError("events: more come for this user than are kept. Send them again later.", wait)
 
     async def post(self, user_id: str, request: EventsRequest, context: Context = NOBODY) -> EventsAnswer:
         """Keep events; return when they are on disk.
 
         Raises:
             InvalidRequestError: the user id or the number of events is out of its limits.
-            OverloadedError, DeadlineError, EventLogError: nothing was kept; the call can be sent again.
+            OverloadedError, RateError, DeadlineError, EventLogError: nothing was kept; the call can be sent again.
         """
         owner = context.owner(user_id, self._limits)
         admission.check_num_events(len(request.events), self._limits)
         deadline = context.work_until(self._deadline_seconds)
-        results = [self._rejection(event) for event in request.events]
+        self.check_rate(owner)
+        return await self._kept(owner, request.events, deadline)
+
+    async def _kept(self, owner: Owner, events: Sequence[EventMessage], deadline: float) -> EventsAnswer:
+        """Keep those of one user's events that can be kept."""
+        if self._rates is not None:
+            self._rates.owe(owner, len(events))
+        results = [self._rejection(event) for event in events]
         kept = [place for place, rejection in enumerate(results) if rejection is None]
         if kept:
-            future = self._log.submit(owner, [new_event(request.events[place]) for place in kept], deadline)
+            future = self._log.submit(owner, [new_event(events[place]) for place in kept], deadline)
             appended = await self._workers.wait_for(future)
-            for place, outcome in zip(kept, appended.outcomes):
-                results[place] = RESULTS[outcome]
+            for place, result in zip(kept, self._results(owner, appended)):
+                results[place] = result
             seq = appended.head.last_seq
             self._upkeep.catch_up(owner)
         else:
@@ -98,13 +125,22 @@ class EventCalls:
 
         Raises:
             InvalidRequestError: too many users or events, or a user id out of its limits: nothing was kept.
+            RateError: too many came lately for one of them: nothing was kept.
+            OverloadedError, DeadlineError, EventLogError: some users' events may be kept; the call can be sent again.
         """
         admission.check_num_users(len(request.users), self._limits)
         admission.check_num_events(sum(len(user.events) for user in request.users), self._limits)
-        for user in request.users:
-            context.owner(user.user_id, self._limits)
-        calls = [self.post(user.user_id, EventsRequest(user.events), context) for user in request.users]
-        return EventsBatchAnswer(list(await asyncio.gather(*calls)))
+        deadline = context.work_until(self._deadline_seconds)
+        owners = [context.owner(user.user_id, self._limits) for user in request.users]
+        for owner in owners:
+            self.check_rate(owner)
+        calls = [self._kept(owner, user.events, deadline) for owner, user in zip(owners, request.users)]
+        answers: list[EventsAnswer] = []
+        for answer in await asyncio.gather(*calls, return_exceptions=True):  # nothing is kept after the call's answer
+            if isinstance(answer, BaseException):
+                raise answer
+            answers.append(answer)
+        return EventsBatchAnswer(answers)
 
     async def correct(
         self, user_id: str, event_id: str, event: EventMessage, context: Context = NOBODY
@@ -186,7 +222,17 @@ class EventCalls:
         """Answer a change of what was kept before."""
         self._upkeep.catch_up(owner)
         seq = (await self._workers.run(self._log.head, owner)).last_seq
-        return self._counted([RESULTS[outcome] for outcome in result.outcomes], seq)
+        return self._counted(self._results(owner, result), seq)
+
+    def _results(self, owner: Owner, appended: AppendResult) -> list[EventResult]:
+        """Return what callers are told: late events that cost more than is left to their user wait."""
+        results = [RESULTS[outcome] for outcome in appended.outcomes]
+        if "late" in appended.outcomes:
+            num_events = appended.head.num_events
+            model = self._releases.active.release.model
+            if self._replays.wait(owner, replay_cost(model, num_events, num_events - appended.events_after)):
+                return [RESULTS["late-far"] if result is RESULTS["late"] else result for result in results]
+        return results
 
     def _counted(self, results: list[EventResult], seq: int) -> EventsAnswer:
         for result in results:

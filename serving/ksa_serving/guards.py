@@ -1,5 +1,6 @@
 """What stands before the routes: counting, header size, foreign pages, who may do what, rates, deadlines, bodies."""
 
+import math
 import time
 from contextlib import suppress
 from typing import Any, cast
@@ -8,7 +9,8 @@ from urllib.parse import urlsplit
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from ksa_serving.auth import Caller, RateLimit, Tokens, open_door
+from ksa_serving.auth import Caller, Tokens, open_door
+from ksa_serving.buckets import Buckets
 from ksa_serving.context import Context
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.problems import no_room, problem, send_response
@@ -93,7 +95,7 @@ class _Gate:
         self._rooms = service.rooms
         self._refused = service.metrics.refused
         rate = service.settings.requests_per_second
-        self._rate = RateLimit(rate) if rate else None
+        self._rate = Buckets[str](rate, max(1.0, 2 * rate)) if rate else None
         self._log = service.log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,9 +178,10 @@ class _Gate:
         needed = scope_of(method, path)
         if needed not in caller.scopes:
             return problem(403, "forbidden", f"token: expected the scope {needed}, which this token has not.")
-        if self._rate is not None and path.startswith("/v1/") and not self._rate.allows(caller.name):
+        if self._rate is not None and path.startswith("/v1/") and (wait := self._rate.take(caller.name)):
             self._refused.labels("rate-limited").inc()
-            return problem(429, "rate-limited", "requests: too many from this client. Slow down.", {"retry-after": "1"})
+            headers = {"retry-after": str(math.ceil(wait))}
+            return problem(429, "rate-limited", "requests: too many from this client. Slow down.", headers)
         return None
 
 

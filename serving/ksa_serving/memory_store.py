@@ -13,7 +13,8 @@ class MemoryStateStore(StateStore):
 
     Args:
         max_bytes: of all records.
-        largest_share: a record larger than this share of `max_bytes` is not held: one user must not drive out many.
+        largest_share: records larger than this share of `max_bytes` go before all others, also one that was just put:
+            they are held where others leave room, and one user never drives out many.
     """
 
     def __init__(self, max_bytes: int, largest_share: float = 1.0):
@@ -23,6 +24,7 @@ class MemoryStateStore(StateStore):
         self._largest = int(largest_share * max_bytes)
         self._nbytes = 0
         self._records: OrderedDict[tuple[Owner, str], StateRecord] = OrderedDict()
+        self._large: OrderedDict[tuple[Owner, str], None] = OrderedDict()
         self._fingerprints: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -38,6 +40,8 @@ class MemoryStateStore(StateStore):
                 self._misses["owner" if record.owner != owner else "fingerprint"] += 1
                 return None
             self._records.move_to_end((owner, fingerprint))
+            if (owner, fingerprint) in self._large:
+                self._large.move_to_end((owner, fingerprint))
             return record
 
     @property
@@ -56,15 +60,15 @@ class MemoryStateStore(StateStore):
             held = self._records.get((record.owner, record.fingerprint))
             if held is not None and is_newer(held, record):
                 return []
-            self._remove((record.owner, record.fingerprint))
+            key = record.owner, record.fingerprint
+            self._remove(key)
+            self._records[key] = record
             if record.nbytes > self._largest:
-                evicted.append(record)
-            else:
-                self._records[record.owner, record.fingerprint] = record
-                self._fingerprints[record.fingerprint] += 1
-                self._nbytes += record.nbytes
-                while self._nbytes > self._max_bytes:
-                    evicted.append(self._remove(next(iter(self._records))))
+                self._large[key] = None
+            self._fingerprints[record.fingerprint] += 1
+            self._nbytes += record.nbytes
+            while self._nbytes > self._max_bytes:
+                evicted.append(self._remove(next(iter(self._large or self._records))))
             self.evictions += len(evicted)
         return evicted
 
@@ -97,6 +101,7 @@ class MemoryStateStore(StateStore):
     def _remove(self, key: tuple[Owner, str]) -> Any:
         record = self._records.pop(key, None)
         if record is not None:
+            self._large.pop(key, None)
             self._nbytes -= record.nbytes
             self._fingerprints[key[1]] -= 1
             if not self._fingerprints[key[1]]:

@@ -9,7 +9,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 from litestar.types import Message, Send
 
-from ksa_serving.errors import DeadlineError, NotOwnerError, OverloadedError, ServiceError
+from ksa_serving.errors import DeadlineError, NotOwnerError, OverloadedError, RateError, ServiceError
 from ksa_serving.messages import Problem
 from ksa_serving.metrics import Metrics
 
@@ -42,11 +42,12 @@ def on_service_error(request: Request[Any, Any, Any], error: ServiceError) -> Re
 
 def service_problem(error: ServiceError, metrics: Metrics) -> Response[bytes]:
     """Return what `on_service_error` answers."""
-    if isinstance(error, OverloadedError | DeadlineError | NotOwnerError):
+    if isinstance(error, OverloadedError | DeadlineError | NotOwnerError | RateError):
         metrics.refused.labels(error.code).inc()
     elif error.status >= 500:
         logger.error("%s: %s", error.code, error)
-    return problem(error.status, error.code, str(error), {"Retry-After": "1"} if error.status == 503 else None)
+    headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return problem(error.status, error.code, str(error), headers)
 
 
 def on_http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:

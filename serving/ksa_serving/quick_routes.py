@@ -22,6 +22,7 @@ JSON = [(b"content-type", b"application/json")]
 
 def quick(app: ASGIApp, service: Service) -> ASGIApp:
     """Return `app` with a quicker way to the two calls."""
+    limits = service.settings.limits
     calls: dict[str, Call] = {
         "events": (EventsRequest, service.events.post),
         "recommend": (RecommendRequest, service.questions.recommend),
@@ -37,7 +38,10 @@ def quick(app: ASGIApp, service: Service) -> ASGIApp:
         try:
             body = cast(dict[str, Any], await receive())["body"]  # whole: `guards.py` has read it
             kind, answer = call
-            content = msgspec.json.encode(await answer(text_of(parts[3]), decoded(body, kind), asked["ksa"]))
+            user_id, context = text_of(parts[3]), asked["ksa"]
+            if kind is EventsRequest:  # who sends too many is refused before they are decoded
+                service.events.check_rate(context.owner(user_id, limits))
+            content = msgspec.json.encode(await answer(user_id, decoded(body, kind), context))
         except ServiceError as error:
             await send_response(service_problem(error, service.metrics), send)
         except Exception as error:

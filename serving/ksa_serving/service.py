@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ksa_serving.batcher import Batcher
+from ksa_serving.buckets import Buckets
 from ksa_serving.event_calls import EventCalls
 from ksa_serving.event_log import EventLog
+from ksa_serving.events import Owner
 from ksa_serving.metrics import Metrics
 from ksa_serving.models import Model
 from ksa_serving.question_calls import QuestionCalls
@@ -60,11 +62,14 @@ class Service:
         self.rooms = Rooms(Room(settings.concurrent_writes), Room(settings.concurrent_questions))
         self._models = {} if models is None else models
         self.workers = workers = Workers(settings.model_threads)
+        self._replays = Buckets[Owner](settings.replay_events_per_second, settings.inline_events)
         self.releases = Releases(release, releases, self._prepare, load)
         locks = UserLocks()
-        self.upkeep = Upkeep(log, store, self.releases, locks, workers, self.metrics, settings)
+        self.upkeep = Upkeep(log, store, self.releases, locks, workers, self.metrics, settings, self._replays)
         finder = StateFinder(log, self.releases, locks, workers, self.upkeep, settings.deadline_seconds)
-        self.events = EventCalls(log, store, self.releases, locks, workers, self.upkeep, self.metrics, settings, clock)
+        self.events = EventCalls(
+            log, store, self.releases, locks, workers, self.upkeep, self.metrics, settings, clock, self._replays
+        )
         self.questions = QuestionCalls(log, self.releases, finder, workers, settings, clock)
         self.shards = ShardCalls(log, store, locks, workers, self.upkeep)
         self.operator = ReleaseCalls(self.releases, store, workers, self._models, settings.warm_users)
@@ -96,10 +101,11 @@ class Service:
         """Return a release with what serves it."""
         settings = self.settings
         self._models.setdefault(release.state_fingerprint, release.model)
-        states = UserStates(release, self.log, self.store, settings.rebuild_step_events, settings.inline_events)
-        threads, most = self.workers.threads, settings.batch_questions
-        updates = Batcher(states.current_together, threads, most)
-        answers, long_answers = (Batcher(release.model.recommend, threads, most, self._on_batch) for _ in range(2))
+        steps, most = settings.rebuild_step_events, settings.inline_events
+        states = UserStates(release, self.log, self.store, steps, most, self._replays)
+        threads, batch = self.workers.threads, settings.batch_questions
+        updates = Batcher(states.current_together, threads, batch)
+        answers, long_answers = (Batcher(release.model.recommend, threads, batch, self._on_batch) for _ in range(2))
         return Served(release, states, updates, answers, long_answers, settings.long_history_events)
 
     def _on_commit(self, seconds: float, num_calls: int) -> None:

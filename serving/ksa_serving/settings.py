@@ -32,6 +32,8 @@ class Limits(Strict):
     """Longest event id, as UTF-8."""
     event_type_bytes: PositiveInt = 64
     """Longest event type, as UTF-8."""
+    user_events: PositiveInt = 1_000_000
+    """Events kept of one user; one more is rejected (`history-full`) until some are taken back."""
     seconds_ahead: NonNegativeFloat = 300.0
     """How far ahead of the server's clock an event may lie, where the clock is unix."""
 
@@ -50,8 +52,9 @@ class ServeSettings(Strict):
     cold_parity: Literal["exact", "int8"] = "exact"
     """How rows are kept cold: as they are, or rounded to int8 in about a quarter of the bytes. States made from
     rounded ones are approximate, and every answer from one says `state_parity: int8`."""
-    largest_share: PositiveFloat = 0.25
-    """Of the memory for states, the most one user may take; a larger state is kept cold only."""
+    largest_share: PositiveFloat = 0.01
+    """Of the memory for states, and of the embedded cold store, what one user may take from others. A larger state is
+    held in memory where others leave room, and is the first to go; it is not written to the cold store."""
     spill_events: PositiveInt = 256
     """A long history's cold record is written again after so many further events."""
     model_threads: PositiveInt = 4
@@ -70,10 +73,16 @@ class ServeSettings(Strict):
     """Events appended at once while a state is rebuilt; bounds its memory."""
     inline_events: PositiveInt = 20_000
     """An answer computes at most so many events; where more are missing it is degraded, and the rest is done after."""
+    replay_events_per_second: PositiveFloat = 512.0
+    """What late, corrected and retracted events of one user may cost: events read again, counted from some before the
+    change. A user begins with `inline_events` of them; beyond it answers are degraded, and the replay is done in the
+    background, as often as that refills."""
     deadline_seconds: PositiveFloat = 10.0
     """How long a request may wait for work to begin, unless its `x-deadline-ms` header says; beyond it: 504."""
     requests_per_second: PositiveFloat | None = None
     """Of one client (token, else address), with bursts of twice as many; beyond it: 429. None: no bound."""
+    user_events_per_second: PositiveFloat | None = 1000.0
+    """Sent for one user, with bursts of ten seconds' worth; beyond it: 429. None: no bound."""
     purge_after_seconds: PositiveFloat = 10.0
     """Deletions are gathered so long before the cold store is rewritten without them."""
     audit_share: NonNegativeFloat = 1e-4

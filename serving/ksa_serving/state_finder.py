@@ -91,7 +91,7 @@ class StateFinder:
             record, source = await self._current(served, owner, deadline)
         seq = record.seq
         if source == "degraded":
-            self._upkeep.settle(served, owner)
+            self._upkeep.settle(owner)
             seq = (await self._workers.run(self._log.head, owner)).last_seq
         elif source == served.release.model.tier:
             self._upkeep.audit(served, record)
@@ -99,6 +99,8 @@ class StateFinder:
 
     async def _current(self, served: Served, owner: Owner, deadline: float) -> Current:
         """Return the user's state: together with others' where that is quick, else alone."""
+        if self._upkeep.is_settling(owner):
+            return await self._workers.run_alone(served.states.meanwhile, owner)
         quick = await served.updates.ask(owner, deadline)
         return quick or await self._workers.run_alone(served.states.current, owner)
 

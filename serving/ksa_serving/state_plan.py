@@ -61,6 +61,11 @@ def plan_work(record: StateRecord, view: UserView, model: Model, tie: TieKind) -
     return Work(record, view.head, kept, mark, first, events, None if changes.retracted else changes.added, why)
 
 
+def replay_cost(model: Model, num_events: int, kept: int) -> int:
+    """Return how many events are read again where of a history of `num_events` the first `kept` stay as they were."""
+    return num_events - model.replay_start(max(0, kept))
+
+
 def what_changed(record: StateRecord, view: UserView, tie: TieKind) -> tuple[Why, Changes]:
     """Return what happened since `record`, and what that asks for."""
     changes = view.changes(record.seq)

@@ -7,6 +7,7 @@ import random
 import time
 from itertools import islice
 
+from ksa_serving.buckets import Buckets
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import Owner
 from ksa_serving.metrics import Metrics
@@ -38,6 +39,7 @@ class Upkeep:
         workers: Workers,
         metrics: Metrics,
         settings: ServeSettings,
+        replays: Buckets[Owner],
     ):
         self._log = log
         self._store = store
@@ -46,7 +48,8 @@ class Upkeep:
         self._workers = workers
         self._metrics = metrics
         self._settings = settings
-        self._behind: dict[Owner, None] = {}
+        self._replays = replays
+        self._behind: dict[Owner, float] = {}
         self._catching_up = False
         self._settling: set[Owner] = set()
         self._purging: asyncio.Task[None] | None = None
@@ -57,20 +60,29 @@ class Upkeep:
         """Users whose states are computed at length."""
         return len(self._settling)
 
+    @property
+    def lag_seconds(self) -> float:
+        """How long the state that waits longest has not followed the log."""
+        return time.monotonic() - next(iter(self._behind.values()), time.monotonic())
+
+    def is_settling(self, owner: Owner) -> bool:
+        """Whether a user's state is computed at length, or waits for it."""
+        return owner in self._settling
+
     def catch_up(self, owner: Owner) -> None:
         """Bring a held state up to the log, together with others' that are behind; a hint, done when there is time."""
         if len(self._behind) >= MAX_BEHIND or self._workers.draining:
             return
-        self._behind[owner] = None
+        self._behind.setdefault(owner, time.monotonic())
         if not self._catching_up:
             self._catching_up = True
             self._workers.begin(self._catch_up())
 
-    def settle(self, served: Served, owner: Owner) -> None:
-        """Compute a state at length, one user after the other."""
+    def settle(self, owner: Owner) -> None:
+        """Compute a state at length, one user after the other, once what its user's last replays cost has refilled."""
         if owner not in self._settling and len(self._settling) < MAX_SETTLING and not self._workers.draining:
             self._settling.add(owner)
-            self._workers.begin(self._settle(served, owner))
+            self._workers.begin(self._settle(owner))
 
     def audit(self, served: Served, record: StateRecord) -> None:
         """Compute a share of the states that were used anew, one at a time, and compare."""
@@ -110,16 +122,22 @@ class Upkeep:
             for owner, current in zip(owners, caught_up):
                 if current is None:  # late, retracted, or many events
                     async with self._locks.of(owner):
-                        await self._workers.run_alone(states.catch_up, owner)
+                        done = await self._workers.run_alone(states.catch_up, owner)
+                    if not done:
+                        self.settle(owner)
         except Exception:  # the events are safe; the next answers try again
             logger.exception("states could not catch up with the event log")
             for owner in owners:
                 self._store.drop(owner)
 
-    async def _settle(self, served: Served, owner: Owner) -> None:
+    async def _settle(self, owner: Owner) -> None:
         try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._workers.closing.wait(), self._replays.wait(owner))
+            if self._workers.draining:
+                return
             # Not under the user's lock: answers go on meanwhile, and a record never replaces one that knows more.
-            record = await self._workers.run_slowly(served.states.settle, owner)
+            record = await self._workers.run_slowly(self._releases.active.states.settle, owner)
             moved = self._log.ownership is not None and not self._log.ownership.owns(owner.user_id)
             if moved or (await self._workers.run(self._log.head, owner)).generation != record.generation:
                 self._store.drop(owner)

@@ -14,12 +14,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ksa_serving.buckets import Buckets
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner, StoredEvent, sort_events
 from ksa_serving.messages import StateSource
 from ksa_serving.models import Mark, SizedState
 from ksa_serving.release import Release
-from ksa_serving.state_plan import Work, appending, follow, newest_mark, plan_work, rebuilding, what_changed
+from ksa_serving.state_plan import (
+    Work,
+    appending,
+    follow,
+    newest_mark,
+    plan_work,
+    rebuilding,
+    replay_cost,
+    what_changed,
+)
 from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.user_view import UserHead, UserView
 from recsys_ksa.errors import OutOfOrderError, StateError
@@ -48,12 +58,15 @@ class UserStates:
         store: StateStore,
         rebuild_step_events: int = 8192,
         inline_events: int | None = None,
+        replays: Buckets[Owner] | None = None,
     ):
         """Keep states of `release`.
 
         Args:
             rebuild_step_events: events appended at once.
             inline_events: `current` computes at most so many events; beyond it answers degraded. None: always all.
+            replays: the events that `current` may read again of each user where some were late or taken back; beyond
+                it answers degraded. What `settle` reads again is owed there. None: always all.
         """
         self.release = release
         self.rebuilds: Counter[str] = Counter()
@@ -64,18 +77,20 @@ class UserStates:
         self._store = store
         self._step = rebuild_step_events
         self._inline = inline_events
+        self._replays = replays
 
     def current(self, owner: Owner, inline: bool = True) -> Current:
         """Return the record that knows every event of the log at this instant, and where it came from.
 
-        Where that takes more than `inline_events` and `inline` is set, a *degraded* one: the record held, which knows
-        less, or one of the newest events alone. `settle` does the work then.
+        Where that takes more than `inline_events`, or than is left of the user's replays, and `inline` is set, a
+        *degraded* one: the record held, which knows less, or one of the newest events alone. `settle` does the work
+        then.
         """
         record = self.held(owner)
         with self._log.view(owner) as view:
             work = self._plan(owner, record, view)
-            if inline and self._inline is not None and work.num_appended > self._inline:
-                return self._degraded(record, work, view)
+            if not self._may(work, inline):
+                return self._degraded(owner, None if work.why == "mismatch" else record, view)
         if not work.head.num_events or work.why == "nothing":
             return self._as_it_is(work)
         done = self._do(work)
@@ -105,6 +120,12 @@ class UserStates:
             for owner, work in zip(owners, works)
         ]
 
+    def meanwhile(self, owner: Owner) -> Current:
+        """Return the degraded record that `current` does, without looking what changed: while `settle` is at work."""
+        record = self.held(owner)
+        with self._log.view(owner) as view:
+            return self._degraded(owner, record, view)
+
     def settle(self, owner: Owner) -> StateRecord:
         """Return the whole state whatever it costs, and hold it; for background work."""
         return self.current(owner, inline=False)[0]
@@ -121,13 +142,14 @@ class UserStates:
         anew = self._append(self.empty(record.owner, UserHead(record.generation)), events)
         return self._model.difference(record.state, anew.state)
 
-    def catch_up(self, owner: Owner) -> None:
-        """Bring a state that is held up to the log, where that is cheap.
+    def catch_up(self, owner: Owner) -> bool:
+        """Bring a state that is held up to the log; return False where that is for `settle`.
 
         States that are not held are left to the next answer that needs one: loading a log costs no model work.
         """
-        if self._store.ready(owner, self.release.state_fingerprint) is not None:
-            self.current(owner)
+        if self._store.ready(owner, self.release.state_fingerprint) is None:
+            return True
+        return self.current(owner)[1] != "degraded"
 
     def held(self, owner: Owner) -> StateRecord | None:
         """Return the record held, as it is."""
@@ -195,6 +217,18 @@ class UserStates:
             return work
         self._store.drop(owner)
         return replace(work, record=self.empty(owner, view.head))
+
+    def _may(self, work: Work, inline: bool) -> bool:
+        """Return whether this work may be done now, and take it from the user's replays where it is one."""
+        if inline and self._inline is not None and work.num_appended > self._inline:
+            return False
+        if self._replays is None or work.why not in ("late", "retracted"):
+            return True
+        owner, cost = work.record.owner, replay_cost(self._model, work.head.num_events, work.kept)
+        if inline:
+            return not self._replays.take(owner, cost)
+        self._replays.owe(owner, cost)
+        return True
 
     def _few(self, owner: Owner) -> Work | None:
         """Return the work for a user's state where that is next to nothing."""
@@ -273,19 +307,13 @@ class UserStates:
             cold=False,
         )
 
-    def _degraded(self, record: StateRecord | None, work: Work, view: UserView) -> Current:
+    def _degraded(self, owner: Owner, record: StateRecord | None, view: UserView) -> Current:
         """Return what can be had at once: the state held before the change, or one of the newest events alone."""
-        if (
-            record is not None
-            and not record.cold
-            and record.generation == work.head.generation
-            and work.why != "mismatch"
-        ):
+        if record is not None and not record.cold and record.generation == view.head.generation:
             return record, "degraded"
-        span = self._log_span()
-        events = view.newest(min(span, work.head.num_events))
-        newest = self._append(self.empty(work.record.owner, work.head), events)
-        return replace(self._moved(newest, work.head), marks=()), "degraded"
+        events = view.newest(min(self._log_span(), view.head.num_events))
+        newest = self._append(self.empty(owner, view.head), events)
+        return replace(self._moved(newest, view.head), marks=()), "degraded"
 
     def _log_span(self) -> int:
         """Return how many of the newest events a degraded answer reads."""

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ksa_serving.auth import RateLimit, Tokens
+from ksa_serving.auth import Tokens
 from ksa_serving.client import Client
 from ksa_serving.errors import ClientError
 from ksa_serving.events import Owner
@@ -222,13 +222,8 @@ def test_a_client_that_asks_too_often_is_told_to_slow_down(make_service: MakeSer
         answers = [ask(client, "ann") for _ in range(8)]
         assert answers[0].status_code == 200
         assert_problem(answers[-1], 429, "rate-limited")
+        assert answers[-1].headers["retry-after"] == "1"
         assert client.get("/livez").status_code == 200
-
-
-def test_rates_are_of_each_caller():
-    limit = RateLimit(1)
-    assert [limit.allows("a") for _ in range(3)] == [True, True, False]
-    assert limit.allows("b")
 
 
 def test_admin_calls_are_on_their_own_listener_only(client: httpx.Client):

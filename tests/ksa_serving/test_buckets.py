@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 
@@ -8,13 +9,16 @@ from ksa_serving.buckets import MOST_OWED_SECONDS, Buckets
 class Clock:
     now = 0.0
 
-    def __call__(self) -> float:
-        return self.now
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    stands = Clock()
+    monkeypatch.setattr(time, "monotonic", lambda: stands.now)
+    return stands
 
 
-def test_a_bucket_is_full_at_first_and_fills_again():
-    clock = Clock()
-    buckets = Buckets[str](per_second=2, most=5, clock=clock)
+def test_a_bucket_is_full_at_first_and_fills_again(clock: Clock):
+    buckets = Buckets[str](per_second=2, most=5)
     assert [buckets.take("a") for _ in range(5)] == [0] * 5
     assert buckets.take("a") == pytest.approx(0.5)
     assert buckets.take("b", 5) == 0
@@ -26,9 +30,8 @@ def test_a_bucket_is_full_at_first_and_fills_again():
     assert [buckets.take("a") > 0 for _ in range(6)] == [False] * 5 + [True]
 
 
-def test_more_than_a_bucket_holds_is_owed():
-    clock = Clock()
-    buckets = Buckets[str](per_second=2, most=5, clock=clock)
+def test_more_than_a_bucket_holds_is_owed(clock: Clock):
+    buckets = Buckets[str](per_second=2, most=5)
     assert buckets.take("a", 9) == 0
     assert buckets.wait("a") == pytest.approx(2)
     assert buckets.take("a", 9) == pytest.approx(4.5)
@@ -39,9 +42,9 @@ def test_more_than_a_bucket_holds_is_owed():
     assert buckets.wait("a") == pytest.approx(MOST_OWED_SECONDS)
 
 
-def test_as_much_is_taken_as_flows_in_however_it_is_asked_for(seed: int):
-    draw, clock = random.Random(seed), Clock()
-    buckets = Buckets[str](per_second=3, most=10, clock=clock)
+def test_as_much_is_taken_as_flows_in_however_it_is_asked_for(seed: int, clock: Clock):
+    draw = random.Random(seed)
+    buckets = Buckets[str](per_second=3, most=10)
     taken = 0.0
     for _ in range(2000):
         clock.now += draw.random() * 0.2

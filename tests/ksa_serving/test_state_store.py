@@ -111,12 +111,29 @@ class TestMemoryStateStore(StateStoreContract):
         assert store.get(Owner("ann"), "f") is not None
         assert store.get(Owner("big"), "f") is None
 
-    def test_one_user_takes_no_more_than_the_largest_share(self):
+    def test_a_record_beyond_the_largest_share_is_the_first_to_go(self):
         store = MemoryStateStore(100, largest_share=0.25)
-        for name in ("ann", "bob", "cat"):
-            store.put(record(name, nbytes=25))
+
+        def held() -> set[str]:
+            return {held.owner.user_id for held in store.records()}
+
+        store.put(record("big", nbytes=60))  # there is room
+        store.put(record("ann", nbytes=25))
+        assert held() == {"big", "ann"}
+        store.get(Owner("big"), "f")
+        store.put(record("bob", nbytes=25))  # of the share, not beyond it
+        assert held() == {"ann", "bob"}
+        assert store.exchange(record("big", nbytes=60)) == [record("big", nbytes=60)]
+        assert held() == {"ann", "bob"}
         store.put(record("big", nbytes=26))
-        assert [held.owner.user_id for held in store.records()] == ["ann", "bob", "cat"]
+        store.put(record("too", nbytes=24))
+        assert held() == {"ann", "bob", "big", "too"}
+        store.get(Owner("big"), "f")
+        store.put(record("huge", nbytes=26))  # of two the one used longer ago
+        assert held() == {"ann", "bob", "huge", "too"}
+        for name in ("cat", "dan"):
+            store.put(record(name, nbytes=25))
+        assert held() == {"bob", "too", "cat", "dan"}
 
     def test_a_record_that_outgrows_the_store_leaves_no_older_one(self):
         store = self.make(30)

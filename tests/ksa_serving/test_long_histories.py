@@ -1,0 +1,166 @@
+"""No user takes the service from the others by what they send: events come at a rate, replays by a budget."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from test_app import assert_problem
+
+from ksa_serving.client import Client
+from ksa_serving.errors import DeadlineError
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import Owner
+from ksa_serving.memory_store import MemoryStateStore
+from ksa_serving.messages import EventMessage, EventsBatchRequest, EventsRequest, RecommendRequest, UserEvents
+from ksa_serving.service import Service
+from ksa_serving.settings import ServeSettings
+from ksa_serving.testing import ToyModel, toy_release
+
+pytestmark = pytest.mark.service
+MakeService = Callable[..., Service]
+HISTORY = 60
+"""Events, of which the toy reads all again where the first changes."""
+
+
+def events(first: int, count: int) -> list[dict[str, Any]]:
+    return [
+        {"item_id": f"item-{n % 50}", "timestamp": 1000 + n, "event_id": f"e{n}"} for n in range(first, first + count)
+    ]
+
+
+def post(client: httpx.Client, user: str, *sent: dict[str, Any]) -> httpx.Response:
+    return client.post(f"/v1/users/{user}/events", json={"events": list(sent)})
+
+
+def test_a_user_for_whom_too_much_comes_is_told_when_to_come_back(make_service: MakeService, serve_in_thread: Any):
+    service = make_service(settings=ServeSettings(user_events_per_second=0.5))  # five at once
+    with serve_in_thread(service) as client:
+        assert post(client, "ann", *events(0, 4)).status_code == 200
+        assert post(client, "ann", *events(4, 3)).status_code == 200  # room for one is room for a call
+        refused = post(client, "ann", *events(7, 1))
+        assert_problem(refused, 429, "user-rate-limited")
+        assert int(refused.headers["retry-after"]) in (5, 6)  # owes two, and one to come
+        assert_problem(client.post("/v1/users/ann/events", content=b"never read"), 429, "user-rate-limited")
+        batch = {"users": [{"user_id": "eve", "events": events(0, 1)}, {"user_id": "ann", "events": events(7, 1)}]}
+        assert_problem(client.post("/v1/events:batch", json=batch), 429, "user-rate-limited")
+        assert post(client, "bob", *events(0, 1)).status_code == 200
+        assert client.post("/v1/users/ann/recommend", json={}).json()["num_events"] == 7
+        assert service.log.head(Owner("eve")).num_events == 0
+        assert b'ksa_refused_total{code="user-rate-limited"} 3.0' in service.metrics.text()
+
+
+def test_the_client_comes_back_when_it_is_told_to(make_service: MakeService, serve_in_thread: Any):
+    service = make_service(settings=ServeSettings(user_events_per_second=2))
+    rates = service.events._rates
+    assert rates is not None
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        rates.owe(Owner("ann"), -1000)
+
+    with serve_in_thread(service) as http, Client(str(http.base_url)) as client:
+        client._sleep = sleep
+        client.keep("ann", [EventMessage(f"item-{n}", n) for n in range(25)])  # five more than there was room for
+        assert client.keep("ann", [EventMessage("item-1", 5000)]).results[0].status == "accepted"
+    assert waits == [3.0]
+
+
+async def keep(service: Service, *numbers: int) -> list[str]:
+    sent = [EventMessage(f"item-{n % 50}", n) for n in numbers]
+    return [result.status for result in (await service.events.post("ann", EventsRequest(sent))).results]
+
+
+def long_service(folder: Any, model: ToyModel | None = None, **settings: Any) -> Service:
+    """A service before whose user's history a late event costs `HISTORY` events, and whose users have 100."""
+    release = toy_release() if model is None else replace(toy_release(), model=model)
+    given = ServeSettings(inline_events=100, catch_up_seconds=0.01, **settings)
+    log = EventLog(folder, "arrival", late_horizon=100)
+    return Service(release, log, MemoryStateStore(10**6), given, clock=lambda: 1_700_000_000)
+
+
+def test_late_events_beyond_their_users_budget_are_queued_and_done_after(tmp_path: Path):
+    async def story() -> None:
+        service = long_service(tmp_path, replay_events_per_second=1e-6)
+        states = service.served.states
+        await keep(service, *range(1000, 1000 + HISTORY))
+        assert not (await service.questions.recommend("ann", RecommendRequest())).degraded
+        assert await keep(service, 900) == ["late-applied"]
+        whole = await service.questions.recommend("ann", RecommendRequest())
+        assert (whole.num_events, whole.degraded) == (HISTORY + 1, False)
+        assert states.replays == {"late": 1}
+        assert await keep(service, 901, 2000) == ["late-queued", "accepted"]  # 40 of 100 are left
+        while states.replays["late"] < 2:  # though nobody asks
+            await asyncio.sleep(0.01)
+        while (await service.questions.recommend("ann", RecommendRequest())).degraded:
+            await asyncio.sleep(0.01)
+        assert (await service.questions.recommend("ann", RecommendRequest())).num_events == HISTORY + 3
+        # What was read is owed: all that comes from here on waits, and is read again together.
+        assert await keep(service, 902) == ["late-queued"]
+        for n in range(903, 923):
+            answer = await service.questions.recommend("ann", RecommendRequest())
+            assert (answer.degraded, answer.num_events) == (True, HISTORY + 3)
+            assert await keep(service, n) == ["late-queued"]
+        assert states.replays == {"late": 2}
+        service.upkeep._replays.owe(Owner("ann"), -1000)
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_what_one_user_owes_no_other_waits_for(tmp_path: Path):
+    async def story() -> None:
+        service = long_service(tmp_path, replay_events_per_second=1e-6)
+        service.upkeep._replays.owe(Owner("eve"), 1000)
+        await keep(service, *range(1000, 1000 + HISTORY))
+        await service.questions.recommend("ann", RecommendRequest())
+        assert await keep(service, 900) == ["late-applied"]
+        assert not (await service.questions.recommend("ann", RecommendRequest())).degraded
+        await service.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("change", ["retract", "correct"])
+def test_corrections_and_retractions_cost_as_late_events_do(tmp_path: Path, change: str):
+    async def story() -> None:
+        service = long_service(tmp_path, replay_events_per_second=1e-6)
+        sent = [EventMessage(f"item-{n % 50}", n, f"e{n}") for n in range(1000, 1000 + HISTORY)]
+        await service.events.post("ann", EventsRequest(sent))
+        degraded: list[bool] = []
+        for n in range(1000, 1003):
+            degraded.append((await service.questions.recommend("ann", RecommendRequest())).degraded)
+            if change == "retract":
+                await service.events.retract("ann", f"e{n}")
+            else:
+                await service.events.correct("ann", f"e{n}", EventMessage("item-99", n))
+        degraded.append((await service.questions.recommend("ann", RecommendRequest())).degraded)
+        assert degraded[:2] == [False, False]
+        assert degraded[2:] == [True, True]
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_a_batch_whose_time_ran_out_says_so_when_nothing_of_it_is_kept_any_more(make_service: MakeService):
+    async def story() -> None:
+        service = make_service()
+        submit, calls = service.log.submit, 0
+
+        def late_for_the_second(owner: Owner, *given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return submit(owner, given[0], 0.0 if calls == 2 else given[1])
+
+        service.log.submit = late_for_the_second  # type: ignore[method-assign]
+        users = [UserEvents(f"u{n}", [EventMessage("item-1", n)]) for n in range(4)]
+        with pytest.raises(DeadlineError, match="passed"):
+            await service.events.post_batch(EventsBatchRequest(users))
+        assert [service.log.head(Owner(f"u{n}")).num_events for n in range(4)] == [1, 0, 1, 1]
+        await service.close()
+
+    asyncio.run(story())
