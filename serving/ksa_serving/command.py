@@ -48,7 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--index",
         choices=["exact", "ivf"],
         default="exact",
-        help="how items are searched; ivf is approximate, for large catalogues, and must reach recall@100 of 0.98",
+        help="how items are searched; ivf is approximate, for large catalogues, by the lists that `ksa index --kind "
+        "ivf` has made of this run and of those in --releases (default: %(default)s)",
     )
     parser.add_argument("--releases", type=Path, metavar="DIR", help="folder of further runs that may be activated")
     parser.add_argument("--admin-port", type=int, metavar="P", help="loopback port for releases; 0 takes a free one")
