@@ -13,16 +13,17 @@ import hashlib
 import hmac
 import time
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from msgspec import Struct
 from pydantic import ValidationError
 
 from recsys_ksa.config import Strict
 from recsys_ksa.errors import UsageError
 
 TokenScope = Literal["read", "ingest", "delete", "admin"]
+ALL_SCOPES: frozenset[TokenScope] = frozenset({"read", "ingest", "delete", "admin"})
 
 
 class Token(Strict):
@@ -38,18 +39,17 @@ class _TokenFile(Strict):
     token: list[Token]
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(Struct, frozen=True):
     """Who asks: the token's name or the address, what they may do, and whose users they see."""
 
     name: str
-    scopes: frozenset[str]
+    scopes: frozenset[TokenScope]
     tenant: str = ""
 
 
 def open_door(address: str) -> Caller:
     """Return the caller where no tokens are asked for: on loopback."""
-    return Caller(address, frozenset({"read", "ingest", "delete", "admin"}))
+    return Caller(address, ALL_SCOPES)
 
 
 class Tokens:

@@ -1,7 +1,8 @@
 """What a request brings beside its body."""
 
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ksa_serving import admission
 from ksa_serving.errors import DeadlineError
@@ -10,8 +11,7 @@ from ksa_serving.settings import Limits
 from ksa_serving.shards import Edge, Ownership
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(Struct, frozen=True):
     """Whose users a request means, and until when its work may begin."""
 
     tenant: str = ""

@@ -1,10 +1,13 @@
-"""Events before and after they are kept, whose they are, and the one order among them."""
+"""Events before and after they are kept, whose they are, and the one order among them.
+
+They are structs and no dataclasses: some of each are made for every call, in an eighth of the time.
+"""
 
 import hashlib
-from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
+from msgspec import Struct
 
 from recsys_ksa.order import OrderKey, TieKind, order_key
 
@@ -12,8 +15,7 @@ Order = tuple[OrderKey, int]
 """What a user's events are sorted by: the one order's key, then arrival (the sequence number)."""
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(Struct, frozen=True):
     """Whose events these are. One tenant today; the key has room for more."""
 
     user_id: str
@@ -25,8 +27,7 @@ class Owner:
         return hashlib.blake2b(named, digest_size=16, key=salt).digest()
 
 
-@dataclass(frozen=True)
-class NewEvent:
+class NewEvent(Struct, frozen=True, dict=True):
     """An event before it is kept. `timestamp` in Unix seconds, 0 <= timestamp < 2^63."""
 
     item_id: str
@@ -44,8 +45,7 @@ class NewEvent:
         return b"c" + hashlib.sha256(same).digest()[:16]
 
 
-@dataclass(frozen=True)
-class StoredEvent:
+class StoredEvent(Struct, frozen=True):
     """An event of the log. `seq` is its arrival."""
 
     seq: int

@@ -2,14 +2,16 @@
 
 import math
 import time
+from collections.abc import Awaitable
 from contextlib import suppress
+from itertools import chain
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from ksa_serving.auth import Caller, Tokens, open_door
+from ksa_serving.auth import Caller, Tokens, TokenScope, open_door
 from ksa_serving.buckets import Buckets
 from ksa_serving.context import Context
 from ksa_serving.errors import InvalidRequestError
@@ -42,18 +44,19 @@ def guard(app: ASGIApp, service: Service, host: str, tokens: Tokens | None, admi
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        raw = cast(dict[str, Any], scope).get("raw_path") or scope["path"].encode()
-        scope = cast(Scope, {**scope, "path": raw.decode("latin-1")})  # as it was sent: %2F is no slash
-        route, began = route_of(scope["path"]), time.perf_counter()
+        began = time.perf_counter()
+        asked: dict[str, Any] = {**scope}  # its own: the gate adds to it
+        path = asked["path"] = (asked.get("raw_path") or asked["path"].encode()).decode("latin-1")  # %2F is no slash
+        route = route_of(path)
 
-        async def counting(message: Message) -> None:
+        def counting(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 metrics.requests.labels(route, str(message["status"])).inc()
                 metrics.seconds.labels(route).observe(time.perf_counter() - began)
-            await send(message)
+            return send(message)
 
         with suppress(ConnectionAbortedError):
-            await gate(scope, receive, counting)
+            await gate(asked, receive, counting, scope_of(asked["method"], path, route))
 
     return counted
 
@@ -68,11 +71,10 @@ def route_of(path: str) -> str:
     return name if name in ROUTES else "other"
 
 
-def scope_of(method: str, path: str) -> str:
+def scope_of(method: str, path: str, route: str) -> TokenScope:
     """Return what a caller must be allowed to do for this request."""
     if path.startswith("/admin/"):
         return "admin"
-    route = route_of(path)
     if method == "DELETE":
         return "delete"
     if method == "PUT" or (method == "POST" and route in ("events", "events:batch")):
@@ -98,39 +100,41 @@ class _Gate:
         self._rate = Buckets[str](rate, max(1.0, 2 * rate)) if rate else None
         self._log = service.log
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        room = cast(dict[str, Any], scope).get(ENTERED)
+    async def __call__(self, asked: dict[str, Any], receive: Receive, send: Send, needed: TokenScope) -> None:
+        room = asked.get(ENTERED)
         try:
-            await self._checked(scope, receive, send, room)
+            await self._checked(asked, receive, send, needed, room)
         finally:
             if room is not None:
                 room.leave()
 
-    async def _checked(self, scope: Scope, receive: Receive, send: Send, entered: Room | None) -> None:
-        headers = dict(scope["headers"])
-        refusal = self._stranger(scope, headers)
+    async def _checked(
+        self, asked: dict[str, Any], receive: Receive, send: Send, needed: TokenScope, entered: Room | None
+    ) -> None:
+        headers = dict(asked["headers"])
+        refusal = self._stranger(asked, headers)
         if refusal is not None:
             await send_response(refusal, send)
             return
-        path, method = scope["path"], cast(str, cast(dict[str, Any], scope)["method"])
-        caller = self._caller(scope, headers)
+        path = asked["path"]
+        caller = self._caller(asked, headers)
         if path not in OPEN:
-            refusal = self._unwelcome(method, path, caller)
+            refusal = self._unwelcome(needed, path, caller)
             if refusal is not None:
                 await send_response(refusal, send)
                 return
         try:
-            context = Context(
+            context = asked["ksa"] = Context(
                 tenant=caller.tenant if caller else "",
                 deadline=_deadline(headers),
                 ownership=self._log.ownership,
-                writing=scope_of(method, path) in ("ingest", "delete"),
+                writing=needed in ("ingest", "delete"),
                 edge=_edge(headers),
             )
         except InvalidRequestError as error:
             await send_response(problem(error.status, error.code, str(error)), send)
             return
-        scope = cast(Scope, {**scope, "ksa": context})
+        scope = cast(Scope, asked)
         if not path.startswith("/v1/"):
             await self._app(scope, receive, send)
             return
@@ -151,31 +155,30 @@ class _Gate:
             finally:
                 room.leave()
 
-    def _stranger(self, scope: Scope, headers: dict[bytes, bytes]) -> Response[bytes] | None:
+    def _stranger(self, asked: dict[str, Any], headers: dict[bytes, bytes]) -> Response[bytes] | None:
         """Refuse too large headers, what a browser sends for a page of another site, and admin on the open port."""
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._header_bytes:
+        if sum(map(len, chain.from_iterable(asked["headers"]))) > self._header_bytes:
             detail = f"headers: expected at most {self._header_bytes} bytes in all. Send fewer."
             return problem(431, "headers-too-large", detail)
         origin = headers.get(b"origin")
         if origin is not None and _host(origin) not in self._hosts:  # only browsers send it
             return problem(403, "foreign-origin", "A page of another site may not call this service.")
-        server = cast(dict[str, Any], scope).get("server")
+        server = asked.get("server")
         on_admin = self._admin_port is not None and server is not None and server[1] == self._admin_port
-        if scope["path"].startswith("/admin/") != on_admin and scope["path"] not in ("/livez", "/metrics"):
+        if asked["path"].startswith("/admin/") != on_admin and asked["path"] not in ("/livez", "/metrics"):
             return problem(404, "not-found", "Not Found")
         return None
 
-    def _caller(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller | None:
+    def _caller(self, asked: dict[str, Any], headers: dict[bytes, bytes]) -> Caller | None:
         if self._tokens is not None:
             return self._tokens.caller(headers.get(b"authorization", b"").decode("latin-1"))
-        client = cast(dict[str, Any], scope).get("client")
+        client = asked.get("client")
         return open_door(client[0] if client else "")
 
-    def _unwelcome(self, method: str, path: str, caller: Caller | None) -> Response[bytes] | None:
+    def _unwelcome(self, needed: TokenScope, path: str, caller: Caller | None) -> Response[bytes] | None:
         if caller is None:
             detail = "token: expected `Authorization: Bearer TOKEN` with a token of --tokens, got none of them."
             return problem(401, "unauthorized", detail, {"www-authenticate": "Bearer"})
-        needed = scope_of(method, path)
         if needed not in caller.scopes:
             return problem(403, "forbidden", f"token: expected the scope {needed}, which this token has not.")
         if self._rate is not None and path.startswith("/v1/") and (wait := self._rate.take(caller.name)):
@@ -193,7 +196,7 @@ async def _read_body(receive: Receive, most: int) -> bytes | None:
     """
     body = b""
     while True:
-        message = cast(dict[str, Any], await receive())
+        message: Any = await receive()
         if message["type"] == "http.disconnect":
             raise ConnectionAbortedError("the caller has gone")
         part = message.get("body", b"")
@@ -227,14 +230,17 @@ def _deadline(headers: dict[bytes, bytes]) -> float | None:
 
 def _edge(headers: dict[bytes, bytes]) -> Edge | None:
     """Return what the proxy says of the user; None where none stands before this process."""
-    values = [headers.get(name) for name in (b"x-ksa-shard", b"x-ksa-epoch")]
-    if values == [None, None]:
+    shard, epoch = headers.get(b"x-ksa-shard"), headers.get(b"x-ksa-epoch")
+    if shard is None and epoch is None:
         return None
-    numbers = [int(value) for value in values if value is not None and value.isdigit() and len(value) < 10]
-    if len(numbers) < 2:
+    if shard is None or epoch is None or not (_is_number(shard) and _is_number(epoch)):
         detail = "x-ksa-shard, x-ksa-epoch: expected two whole numbers, got something else. Mend the proxy."
         raise InvalidRequestError(detail, "invalid-edge")
-    return Edge(*numbers)
+    return Edge(int(shard), int(epoch))
+
+
+def _is_number(value: bytes) -> bool:
+    return value.isdigit() and len(value) < 10
 
 
 def _host(origin: bytes) -> str | None:

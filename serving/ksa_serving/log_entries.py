@@ -4,10 +4,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain as joined
 from typing import Any, Literal
 
 import apsw
+from msgspec import Struct
 
 from ksa_serving.errors import ShardError
 from ksa_serving.events import NewEvent, Owner, StoredEvent, chain_after, is_late
@@ -38,8 +40,7 @@ class AppendResult:
     events_after: int = 0
 
 
-@dataclass(frozen=True)
-class _User:
+class _User(Struct, frozen=True):
     """What the writer knows of a user. last: the last live event in the one order."""
 
     key: int
@@ -386,7 +387,12 @@ def _execute(connection: apsw.Connection, statement: str, rows: Sequence[tuple[A
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         size, width = 1 << (len(some) - 1).bit_length(), len(some[0])
-        values = "VALUES " + ", ".join(["(" + ", ".join("?" * width) + ")"] * size)
         given = (*joined.from_iterable(some), *[None] * (width * (size - len(some))))
-        found += connection.execute(statement.format(values=values), given).fetchall()
+        found += connection.execute(_with_values(statement, size, width), given).fetchall()
     return found
+
+
+@cache
+def _with_values(statement: str, size: int, width: int) -> str:
+    values = "VALUES " + ", ".join(["(" + ", ".join("?" * width) + ")"] * size)
+    return statement.format(values=values)

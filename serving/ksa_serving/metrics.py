@@ -1,7 +1,8 @@
 """`/metrics`: Prometheus names in one place. Labels come from fixed sets; no user is in them."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -9,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 if TYPE_CHECKING:
     from ksa_serving.service import Service
 
+Family = TypeVar("Family", Counter, Histogram)
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -37,10 +39,16 @@ class Metrics:
         self.registry.register(_ServiceCollector(service))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"ksa_{name}", text, labels, registry=self.registry)
+        return _remembered(Counter(f"ksa_{name}", text, labels, registry=self.registry))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"ksa_{name}", text, labels, buckets=buckets, registry=self.registry)
+        return _remembered(Histogram(f"ksa_{name}", text, labels, buckets=buckets, registry=self.registry))
+
+
+def _remembered(family: Family) -> Family:
+    """Have a family remember its few labels: it looks them up under a lock, which costs as much as counting."""
+    vars(family)["labels"] = cache(family.labels)
+    return family
 
 
 class _ServiceCollector:

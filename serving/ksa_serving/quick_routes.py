@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from litestar.types import ASGIApp, Receive, Scope, Send
@@ -29,14 +29,15 @@ def quick(app: ASGIApp, service: Service) -> ASGIApp:
     }
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
-        asked = cast(dict[str, Any], scope)
+        asked: Any = scope
         parts = asked["path"].split("/") if asked["type"] == "http" and asked["method"] == "POST" else []
         call = calls.get(parts[4]) if len(parts) == 5 and parts[1:3] == ["v1", "users"] and parts[3] else None
         if call is None:
             await app(scope, receive, send)
             return
         try:
-            body = cast(dict[str, Any], await receive())["body"]  # whole: `guards.py` has read it
+            message: Any = await receive()
+            body = message["body"]  # whole: `guards.py` has read it
             kind, answer = call
             user_id, context = text_of(parts[3]), asked["ksa"]
             if kind is EventsRequest:  # who sends too many is refused before they are decoded

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from ksa_serving.buckets import Buckets
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner, StoredEvent, sort_events
@@ -178,7 +180,7 @@ class UserStates:
                 return self._append(record, given)
             stored = [event for event in view.newest(view.head.num_events) if event.seq <= record.seq]
         both = sort_events(stored + given, self.release.tie)
-        head = replace(view.head, num_events=len(both))
+        head = structs.replace(view.head, num_events=len(both))
         if len(stored) == record.num_events:  # nothing of what the record knows was retracted since
             kept = sum(event.timestamp < given[0].timestamp for event in stored)
             work = Work(record, head, kept, newest_mark(record, kept), 0, both, given, "late")

@@ -1,10 +1,10 @@
 """One user's events at one instant of the event log: all that states ask of it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import apsw
+from msgspec import Struct
 
 from ksa_serving.errors import EventLogError
 from ksa_serving.events import NewEvent, StoredEvent, chain_after, sort_events
@@ -13,8 +13,7 @@ from recsys_ksa.order import TieKind
 COLUMNS = "seq, item_id, timestamp, event_id, event_type, value"
 
 
-@dataclass(frozen=True)
-class UserHead:
+class UserHead(Struct, frozen=True):
     """How far the log is with a user: all zero for one it does not know."""
 
     generation: int = 0
@@ -24,8 +23,7 @@ class UserHead:
     """Rolling hash of everything kept and retracted, in order of arrival."""
 
 
-@dataclass(frozen=True)
-class Changes:
+class Changes(Struct, frozen=True):
     """What happened after a sequence number: events new and live, in order; times of known ones since retracted."""
 
     added: list[StoredEvent]

@@ -7,6 +7,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -33,7 +34,7 @@ class Workers:
         """Return another thread's result; results that come together wake the event loop once."""
         loop = asyncio.get_running_loop()
         mine: asyncio.Future[T] = loop.create_future()
-        future.add_done_callback(lambda done: self._tell(loop, mine, done))
+        future.add_done_callback(partial(self._tell, loop, mine))
         try:
             return await mine
         except asyncio.CancelledError:

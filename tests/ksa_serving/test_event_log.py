@@ -6,13 +6,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import apsw
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from ksa_serving.errors import EventLogError, OverloadedError
 from ksa_serving.event_log import EventLog
