@@ -9,6 +9,7 @@ Writing again writes only the segments that are new.
 import hashlib
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -57,6 +58,10 @@ class BytesEngine(ABC):
     @abstractmethod
     def record_keys(self) -> Iterator[bytes]:
         """Yield the keys of all records, also of those written meanwhile or not."""
+
+    @abstractmethod
+    def probe(self) -> None:
+        """Write something that leaves nothing behind."""
 
     @abstractmethod
     def num_records(self) -> int:
@@ -123,6 +128,7 @@ class ColdStateStore(StateStore):
         self._salt = salt
         self._largest = largest
         self._writing = threading.Lock()
+        self._unwritable_since: float | None = None
         self._owed: set[bytes] = set()
         self._deleted: frozenset[bytes] = frozenset()
 
@@ -179,7 +185,9 @@ class ColdStateStore(StateStore):
                 head = self._head(record, key[:16], names, parts.about, model.cold_parity)
                 new = {name: parts.segments[name] for name in names if name not in had}
                 self._engine.write(key, {HEAD: seal_head(head), **new}, had.difference(names))
+            self._unwritable_since = None
         except EngineError as error:
+            self._unwritable_since = self._unwritable_since or time.monotonic()
             _tell("written", error)
             self._misses["unwritten"] += 1
 
@@ -216,6 +224,21 @@ class ColdStateStore(StateStore):
             _tell("purged", error)
             return False
         return not self._owed
+
+    @property
+    def unwritable_seconds(self) -> float:
+        """For how long the engine could not be written."""
+        since = self._unwritable_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def probe(self) -> None:
+        """Try to write to the engine."""
+        try:
+            self._engine.probe()
+            self._unwritable_since = None
+        except EngineError as error:
+            self._unwritable_since = self._unwritable_since or time.monotonic()
+            _tell("written", error)
 
     @property
     def is_available(self) -> bool:

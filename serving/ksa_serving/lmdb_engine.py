@@ -24,6 +24,8 @@ from ksa_serving.durable import sync
 KEY_BYTES = 24
 OWED = b"z"
 """Written with a removal: a compaction is owed, also after a crash."""
+PROBE = b"x"
+"""Written and removed in one transaction."""
 FULL_SHARE = 0.8
 """Of the size, beyond which the oldest records are removed."""
 MOST_UNCLOSED = 3
@@ -151,6 +153,12 @@ class LmdbEngine(BytesEngine):
                 if name[:1] != b"n":  # they come first
                     return
                 yield bytes(value)
+
+    def probe(self) -> None:
+        """Commit a transaction that writes a page."""
+        with self._transaction(write=True) as txn:
+            txn.put(PROBE, b"", db=self._written)
+            txn.delete(PROBE, db=self._written)
 
     def num_records(self) -> int:
         """Return how many records are kept."""

@@ -24,6 +24,7 @@ from ksa_serving.cold_store import BytesEngine, EngineAwayError, EngineError
 T = TypeVar("T")
 PREFIX = b"ksa:user:"
 """Of every hash's name."""
+PROBE = b"ksa:probe"
 OWNER_BYTES, KEY_BYTES = 16, 24
 PAGE = 100
 """Users looked at in one call: all of them may take longer than one call may."""
@@ -124,6 +125,10 @@ class RedisEngine(BytesEngine):
             for user, fields in zip(users, self._fields(users)):
                 owner = bytes.fromhex(user.removeprefix(PREFIX).decode())
                 yield from {owner + field[: KEY_BYTES - OWNER_BYTES] for field in fields}
+
+    def probe(self) -> None:
+        """Set a key that is gone a second later."""
+        self._call(lambda: self._client.set(PROBE, b"", ex=1))
 
     def num_records(self) -> int:
         """Return of how many users the server keeps records."""

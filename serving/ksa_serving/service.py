@@ -7,6 +7,7 @@ states (`question_calls.py`).
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from ksa_serving.batcher import Batcher
@@ -62,6 +63,7 @@ class Service:
         self.rooms = Rooms(Room(settings.concurrent_writes), Room(settings.concurrent_questions))
         self._models = {} if models is None else models
         self.workers = workers = Workers(settings.model_threads)
+        self._probing: Future[None] | None = None
         self._replays = Buckets[Owner](settings.replay_events_per_second, settings.inline_events)
         self.releases = Releases(release, releases, self._prepare, load)
         locks = UserLocks()
@@ -85,10 +87,16 @@ class Service:
         """Return why no requests should come here, or None."""
         if self.workers.draining:
             return "draining"
-        if self.log.writer.healthy:
-            return None
-        self.log.writer.probe()
-        return "event log cannot be written"
+        if not self.log.writer.healthy:
+            self.log.writer.probe()
+            return "event log cannot be written"
+        most = self.settings.unready_after_seconds
+        unwritable = self.store.unwritable_seconds
+        if unwritable and (self._probing is None or self._probing.done()):
+            self._probing = self.workers.threads.submit(self.store.probe)
+        if unwritable > most:
+            return "cold store cannot be written"
+        return "states lag behind the event log" if self.upkeep.lag_seconds > most else None
 
     async def close(self) -> None:
         """Let background work end, write what waits, close log and store."""

@@ -104,6 +104,8 @@ class ServeSettings(Strict):
     """Requests that change events at once; beyond it: 503."""
     connections: PositiveInt = 4096
     """Kept at once; on one beyond it a request is answered 503, and it is closed."""
+    unready_after_seconds: PositiveFloat = 60.0
+    """How long states may lag behind the event log, or the cold store be unwritable, before `/readyz` says so."""
     graceful_seconds: PositiveInt = 20
     """How long requests may take to finish after SIGTERM."""
     keep_alive_seconds: PositiveFloat = 15

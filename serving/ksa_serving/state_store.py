@@ -93,6 +93,14 @@ class StateStore(ABC):
         return True
 
     @property
+    def unwritable_seconds(self) -> float:
+        """For how long nothing could be written to the disk or server behind; 0 while it can."""
+        return 0.0
+
+    def probe(self) -> None:  # noqa: B027
+        """Try to write without keeping anything: so `unwritable_seconds` tells of recovery also when nothing comes."""
+
+    @property
     def is_available(self) -> bool:
         """Whether the disk or server behind is asked; while it fails, everything there is a miss at once."""
         return True

@@ -105,6 +105,15 @@ class TieredStateStore(StateStore):
         return self.cold.purge()
 
     @property
+    def unwritable_seconds(self) -> float:
+        """For how long the cold tier could not be written."""
+        return self.cold.unwritable_seconds
+
+    def probe(self) -> None:
+        """Try to write to the cold tier."""
+        self.cold.probe()
+
+    @property
     def is_available(self) -> bool:
         """Whether the cold tier is."""
         return self.cold.is_available

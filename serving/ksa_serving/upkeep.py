@@ -51,6 +51,7 @@ class Upkeep:
         self._replays = replays
         self._behind: dict[Owner, float] = {}
         self._catching_up = False
+        self._at_work: float | None = None
         self._settling: set[Owner] = set()
         self._purging: asyncio.Task[None] | None = None
         self._auditing = False
@@ -62,8 +63,9 @@ class Upkeep:
 
     @property
     def lag_seconds(self) -> float:
-        """How long the state that waits longest has not followed the log."""
-        return time.monotonic() - next(iter(self._behind.values()), time.monotonic())
+        """How long the state that waits longest, or is at work, has not followed the log."""
+        now = time.monotonic()
+        return now - next(iter(self._behind.values()), now) if self._at_work is None else now - self._at_work
 
     def is_settling(self, owner: Owner) -> bool:
         """Whether a user's state is computed at length, or waits for it."""
@@ -112,8 +114,8 @@ class Upkeep:
         states = self._releases.active.states
         free = (owner for owner in self._behind if not self._locks.of(owner).locked())
         owners = list(islice(free, CAUGHT_UP_TOGETHER))
-        for owner in owners or list(self._behind):  # from here on, what is kept needs another turn
-            del self._behind[owner]
+        # From here on, what is kept needs another turn.
+        self._at_work = min(self._behind.pop(owner) for owner in owners or list(self._behind))
         try:
             async with contextlib.AsyncExitStack() as held:
                 for owner in owners:
@@ -129,6 +131,8 @@ class Upkeep:
             logger.exception("states could not catch up with the event log")
             for owner in owners:
                 self._store.drop(owner)
+        finally:
+            self._at_work = None
 
     async def _settle(self, owner: Owner) -> None:
         try:

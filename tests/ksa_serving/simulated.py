@@ -201,6 +201,9 @@ class SimulatedEngine(BytesEngine):
         self._records[key] = {name: part for name, part in old.items() if name not in gone} | dict(parts)
         self._fail()
 
+    def probe(self) -> None:
+        self._fail()
+
     def remove(self, prefix: bytes) -> None:
         self._fail()
         self._records = {key: parts for key, parts in self._records.items() if not key.startswith(prefix)}
