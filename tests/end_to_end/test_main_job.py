@@ -1,22 +1,16 @@
 """The whole way, as a user walks it: `ksa demo` on a log of one's own, then the service over HTTP."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from served_runs import ENVIRONMENT, KSA, served
 
 from recsys_ksa import Recommender
 from recsys_ksa.testing import lifelong_log
-
-KSA = [sys.executable, "-c", "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +48,7 @@ def test_the_demo_shows_what_it_promises(demo: Path) -> None:
 @pytest.mark.service
 def test_the_service_answers_as_the_library_does(demo: Path, tmp_path: Path) -> None:
     run = demo / "out" / "ksa"
-    server = subprocess.Popen(
-        [*KSA, "serve", str(run), "--port", "0", "--state-dir", str(tmp_path / "state")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    try:
-        url = _address(server)
+    with served(run, "--state-dir", tmp_path / "state") as (url,):
         rec = Recommender.load(run)
         known = [item for item in rec.run.items.item_id if item][:6]
         events = [{"item_id": item, "timestamp": 1_600_000_000 + 900 * at} for at, item in enumerate(known)]
@@ -75,22 +61,3 @@ def test_the_service_answers_as_the_library_does(demo: Path, tmp_path: Path) -> 
         expected = rec.recommend(state, 5, now)
         assert [item["item_id"] for item in answer["items"]] == [item for item, _ in expected]
         assert answer["num_events"] == len(events)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=30)
-
-
-def _address(server: subprocess.Popen[str]) -> str:
-    """Wait for the line that says where the service listens."""
-    assert server.stdout is not None
-    deadline = time.monotonic() + 120
-    said = []
-    while time.monotonic() < deadline:
-        line = server.stdout.readline()
-        if not line and server.poll() is not None:
-            break
-        said.append(line)
-        for word in line.split():
-            if word.startswith("http://127.0.0.1:"):
-                return word.rstrip("/,.")
-    raise AssertionError("the service did not say where it listens: " + "".join(said))

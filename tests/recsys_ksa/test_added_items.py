@@ -18,6 +18,7 @@ from recsys_ksa.run import open_run
 from recsys_ksa.testing import item_table, lifelong_log, prepared_dataset, trained_run
 
 SIDE = 'items = {side_features = ["category"], multi_features = ["genres"], vectors = {text = ["text"]}}\n'
+ITEMS = 150
 CONTENT = ['model.side_features=["category","genres","text"]', "model.item_vectors=content", "model.own_item_bias=true"]
 
 
@@ -32,7 +33,7 @@ def described(items: int, seed: int) -> pa.Table:
 
 def two_datasets(folder: Path, seed: int, items: pa.Table | None, config: str = "") -> tuple[Path, Path, pa.Table]:
     """Prepare the older 60% of a log, and all of it; return their folders and the log."""
-    log = lifelong_log(seed, users=30, items=60, median_length=25, repeat_share=0.2)
+    log = lifelong_log(seed, users=30, items=ITEMS, median_length=25, repeat_share=0.2)
     older = log.filter(pc.less(log["timestamp"], int(np.quantile(log["timestamp"].to_numpy(), 0.3))))
     found = []
     for name, part in (("older", older), ("all", log)):
@@ -54,7 +55,7 @@ def answer(rec: Recommender, items: Sequence[str], times: Sequence[int]) -> dict
 
 @pytest.mark.parametrize("changes", [CONTENT, ["model.item_vectors=untied", "model.item_bias=learned"]])
 def test_what_was_known_stays_and_what_is_new_is_its_content(tmp_path: Path, seed: int, changes: list[str]):
-    older, whole, log = two_datasets(tmp_path, seed, described(60, seed), SIDE)
+    older, whole, log = two_datasets(tmp_path, seed, described(ITEMS, seed), SIDE)
     run = trained_run(tmp_path / "run", older, changes, steps=2)
     more = add(run, whole, tmp_path / "more")
     before, after = open_run(run), open_run(more)
@@ -73,7 +74,7 @@ def test_what_was_known_stays_and_what_is_new_is_its_content(tmp_path: Path, see
             assert (new == value[1:].min()).all() if name == "item_bias" else not new.any()
 
     items = pq.read_table(more / "items.parquet")
-    told = {row["item_id"]: row for row in described(60, seed).to_pylist()}
+    told = {row["item_id"]: row for row in described(ITEMS, seed).to_pylist()}
     vocab = {n: pq.read_table(more / "vocab" / f"{n}.parquet")["value"].to_pylist() for n in ("category", "genres")}
     for row in items.slice(known).to_pylist():
         expected = told[row["item_id"]]
