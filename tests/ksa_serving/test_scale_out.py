@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -53,7 +54,7 @@ class Cluster:
         self.processes = {name: Process(*(f"127.0.0.1:{port}" for port in ports)) for name, ports in self.ports.items()}
         self.shards: dict[str, Any] = {}
         self.files = MapFiles(folder / "shards.json")
-        self.port = free_port()
+        self.port, self.metrics_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.proxy: Any = None
 
@@ -64,11 +65,21 @@ class Cluster:
         for name in NAMES:
             assert self.shards[name].stdout.readline().startswith("ready")
         self.move(NAMES[:3], "true")
-        (folder / "haproxy.cfg").write_text(CONFIG.read_text().replace(":8000", f":{self.port}"))
+        text = CONFIG.read_text().replace(":8000", f":{self.port}").replace(":8404", f":{self.metrics_port}")
+        (folder / "haproxy.cfg").write_text(text)
         command = [HAPROXY or "", "-f", str(folder / "haproxy.cfg"), "-f", str(folder / "shards.cfg")]
         subprocess.run([*command, "-c", "-q"], check=True)
         self.proxy = subprocess.Popen([*command, "-W", "-db"], stderr=subprocess.DEVNULL)
         self.wait()
+
+    def proxys_503s(self) -> Counter[str]:
+        """How many requests HAProxy itself answered with an error of the server, by backend."""
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+        found = re.findall(r'haproxy_(backend|server)_http_responses_total{proxy="([^"]*)".*code="5xx"} (\d+)', text)
+        counts = Counter[str]()
+        for side, where, count in found:
+            counts[where] += int(count) if side == "backend" else -int(count)
+        return counts
 
     def spawn(self, name: str) -> Any:
         command = [sys.executable, str(Path(__file__).parent / "toy_server.py"), str(self.folder / name)]
@@ -267,6 +278,7 @@ def test_the_proxy_refuses_what_is_one_too_many_and_the_process_never_does(clust
             threading.Thread(target=ask_at_once, args=(cluster, "ann", call, body, times, answers[call]))
             for call, body, _ in calls
         ]
+        before = cluster.proxys_503s()
         cluster.shards[name].send_signal(signal.SIGSTOP)
         try:
             for thread in threads:
@@ -291,6 +303,12 @@ def test_the_proxy_refuses_what_is_one_too_many_and_the_process_never_does(clust
         assert client.recommend("ann", k=1).num_events == 2
         own = httpx.get(f"http://127.0.0.1:{cluster.ports[name][0]}/metrics").text
         assert 'ksa_refused_total{code="overloaded"} 0.0' in own
+        own_503s = {where: after - before[where] for where, after in cluster.proxys_503s().items()}
+        rooms = {f"{name}:writing": times - calls[0][2] + 2, f"{name}:asking": times - calls[1][2] + 1}
+        assert {where: count for where, count in own_503s.items() if count} == rooms
+        told = httpx.get(f"http://127.0.0.1:{cluster.metrics_port}/metrics").text
+        assert "ann" not in told
+        assert httpx.get(f"http://127.0.0.1:{cluster.metrics_port}/").status_code == 404
 
 
 def test_who_sends_slowly_through_the_proxy_takes_no_room(cluster: Cluster):
