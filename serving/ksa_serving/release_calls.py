@@ -42,8 +42,8 @@ class ReleaseCalls:
             ReleaseError: it cannot take the active one's place.
         """
         async with self._changing:
-            served = await self._workers.run_slowly(self._releases.load, run)
-            await self._workers.run_slowly(self._warm, served)
+            served = await self._workers.run_gently(self._releases.load, run)
+            await self._workers.run_gently(self._warm, served)
             return self.list()
 
     async def activate(self, run: str) -> ReleasesAnswer:
