@@ -1,14 +1,20 @@
 """Which chunks of a history carried a score. Importing this imports torch.
 
-The last block's query looks at the summaries of older chunks and at the window's events. Its attention, averaged over
-heads, tells where it looked. Leaving one chunk out is exact in that block: with p the attention and v the values, the
-output without chunk c is (sum p v - sum over c of p v) / (1 - sum over c of p), for all chunks at once. What a chunk
-gave to younger chunks' rows in earlier blocks stays, so the change is what the last block took from it directly.
+A chunk is *left out* where the last event sees none of its rows, neither summaries nor events, in any block: the event
+is passed through all blocks anew, over the rows that the state holds of others. What the chunk gave to other events'
+rows stays, which is little beside it (`attribution_reference.py` has both; `benchmarks/explanations.py` compares them).
+
+Leaving out costs a row in the pass, so of a long history only those chunks are that count most: by how much the last
+event's residual stream would change, block by block. With p the attention and v the values, the output without chunk c
+is (sum p v - sum over c of p v) / (1 - sum over c of p), for all chunks at once.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ksa_kernels.sigmoid_gate import sigmoid_gate
 from ksa_serving.errors import InvalidRequestError
 from ksa_serving.models import ChunkReason
 from recsys_ksa.features import Told, request_bucket
@@ -18,17 +24,27 @@ from recsys_ksa.model.rotary import rotary_table
 from recsys_ksa.model.state import UserState, first_visible_chunk, window_start
 from recsys_ksa.recommender import Recommender
 
+LEFT_OUT = 32
+"""Chunks left out at least, where the history has them."""
+
+# Shapes: n rows seen, C chunks, V variants of the last event (the first sees all), H heads, D head dim, E model dim.
+
 
 @torch.inference_mode()
 def explain(
     recommender: Recommender,
     state: UserState,
+    last_input: Tensor,
     item_id: str,
     request_time: int | None,
     most: int,
     user: Told | None = None,
 ) -> list[ChunkReason]:
-    """Return the chunks the last block attended to, most attended first, `most` of them with their score change.
+    """Return the chunks the last event sees: those left out first, the largest change of the score before the others.
+
+    Args:
+        last_input: the last event's input to the first block, [1, E].
+        most: chunks left out at least.
 
     Raises:
         InvalidRequestError: the model does not know the item.
@@ -38,78 +54,145 @@ def explain(
     if not state.num_events:
         return []
     config, num_events = recommender.network.config, state.num_events
-    look = _Look(recommender, state, request_time, user)
-    order = look.mass.mean(1).argsort(descending=True, stable=True)
-    left_out = order[:most]
-    rest = (1 - look.mass[left_out])[:, :, None]
-    # A history of one chunk has nothing left to look at without it.
-    without = torch.where(rest > 1e-9, (look.whole - look.part[left_out]) / rest.clamp(min=1e-9), 0.0)
-    score, *others = (look.user_vectors(torch.cat((look.whole[None], without))) @ item).tolist()
-    change = {int(at): score - other for at, other in zip(left_out, others)}
-    reasons: list[ChunkReason] = []
-    for at in order.tolist():
-        first = int(look.chunks[at]) * config.chunk_size
-        reasons.append(
-            ChunkReason(
-                first=first,
-                last=min(first + config.chunk_size, num_events) - 1,
-                seen_as="summary" if int(look.chunks[at]) in look.old else "events",
-                attention=float(look.mass[at].mean()),
-                score_change=change.get(at),
-            )
+    look = _Look(recommender, state, last_input, request_time, user)
+    attention, telling = look.shares()
+    chunks = look.chunks
+    chunks = chunks[telling[chunks].argsort(descending=True, stable=True)]
+    left_out, others = chunks.split((min(len(chunks), wanted := max(most, LEFT_OUT)), max(0, len(chunks) - wanted)))
+    score, *without = (look.user_vectors(left_out) @ item).tolist()
+    change = {chunk: score - other for chunk, other in zip(left_out.tolist(), without)}
+    order = sorted(change, key=lambda chunk: -abs(change[chunk])) + others.tolist()
+    window = window_start(config, config.layer_kinds[-1], num_events) // config.chunk_size
+    shares = attention.T.tolist()
+    return [
+        ChunkReason(
+            first=chunk * config.chunk_size,
+            last=min((chunk + 1) * config.chunk_size, num_events) - 1,
+            seen_as="summary" if chunk < window else "events",
+            attention=shares[chunk][-1],
+            attention_by_layer=shares[chunk],
+            score_change=change.get(chunk),
         )
-    return reasons
-
-
-@torch.inference_mode()
-def base_score(
-    recommender: Recommender, state: UserState, item_id: str, request_time: int | None, user: Told | None = None
-) -> float:
-    """Return an item's score without the own-item bias, by this file's arithmetic."""
-    look = _Look(recommender, state, request_time, user)
-    return float(look.user_vectors(look.whole[None])[0] @ _item_vector(recommender, item_id))
+        for chunk in order
+    ]
 
 
 class _Look:
-    """Where the last block looked. C chunks, H heads, D head dim.
+    """The last event of a state, passed through all blocks."""
 
-    chunks [C]; old: those seen through summaries; mass [C, H]: attention; part [C, H, D]: attention times values;
-    whole [H, D]: their sum, the block's attention output.
+    def __init__(
+        self,
+        recommender: Recommender,
+        state: UserState,
+        last_input: Tensor,
+        request_time: int | None,
+        user: Told | None,
+    ):
+        network = recommender.network
+        self._network, self._config, self._input = network, network.config, last_input
+        device = network.start.device
+        self._exact = torch.float64 if network.dtype == torch.float64 else torch.float32
+        self._position = torch.tensor([state.num_events - 1], device=device)
+        self._own_chunk = (state.num_events - 1) // network.config.chunk_size
+        self._seen = [self._rows(state, depth) for depth in range(len(network.blocks))]
+        self._blocks: list[Block] = [block for block in network.blocks if isinstance(block, Block)]
+        self._question = torch.zeros_like(last_input)
+        with network.arithmetic():
+            if isinstance(network.request, torch.nn.Embedding):
+                bucket = torch.tensor([request_bucket(state.last_timestamp, request_time)], device=device)
+                self._question = self._question + network.request(bucket)
+            told = network.told(recommender.told([state.last_timestamp], [request_time], [user]))
+            self._question = self._question if told is None else self._question + told
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """Return each block's attention on each chunk, mean over heads [L, C], and how much the chunks tell [C]."""
+        num_chunks = self._own_chunk + 1
+        attention: list[Tensor] = []
+        telling = torch.zeros(num_chunks, dtype=self._exact, device=self._input.device)
+        with self._network.arithmetic():
+            x = self._input
+            for seen, block in zip(self._seen, self._blocks):
+                sight = self._attend(block, seen, x)
+                mass = telling.new_zeros(num_chunks, sight.gate.shape[1])
+                mass.index_add_(0, seen.chunk, sight.weight[0].T)
+                part = telling.new_zeros(num_chunks, *sight.gate.shape[1:])
+                part.index_add_(0, seen.chunk, sight.weight[0].T[:, :, None] * sight.value)
+                change = (mass[:, :, None] * sight.attended - part) / (1 - mass).clamp(min=1e-9)[:, :, None]
+                gate = sight.gate.expand(num_chunks, -1, -1)
+                branch = sigmoid_gate(change.to(gate), gate.contiguous()).flatten(1) @ block.output
+                telling += branch.norm(dim=-1).to(telling) / sight.asked.norm().to(telling)
+                mass[self._own_chunk] += sight.own_weight[0]
+                attention.append(mass.mean(1))
+                x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
+        return torch.stack(attention).to("cpu"), telling.to("cpu")
+
+    def user_vectors(self, left_out: Tensor) -> Tensor:
+        """Return the user vector, then those without each of some chunks, [V, E (+ 1)]."""
+        without = torch.cat((left_out.new_tensor([-1]), left_out)).to(self._input.device)
+        with self._network.arithmetic():
+            x = self._input.expand(len(without), -1)
+            for seen, block in zip(self._seen, self._blocks):
+                sight = self._attend(block, seen, x, seen.chunk == without[:, None])
+                x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
+        return self._network.user_vectors(x).to("cpu", self._exact)
+
+    @property
+    def chunks(self) -> Tensor:
+        """The chunks that the last event sees in some block, its own among them, [C] ascending."""
+        return torch.cat([torch.tensor([self._own_chunk]), *(seen.chunk.cpu() for seen in self._seen)]).unique()
+
+    def _attend(self, block: Block, seen: "_Seen", x: Tensor, hidden: Tensor | None = None) -> "_Sight":
+        """Let variants of the last event, [V, E], attend to rows and themselves, but for what is hidden [V, n]."""
+        asked = x + self._question if block is self._blocks[-1] else x
+        rotary = rotary_table(self._position.expand(len(x)), self._config.head_dim, self._exact)
+        query, gate = block.event.queries(asked, rotary)
+        repeat = query.shape[1] // self._config.num_kv_heads
+        query = query.to(self._exact) * query.shape[-1] ** -0.5
+        own_key, own_value = block.event.keys_values(x, rotary).to(self._exact).repeat_interleave(repeat, 2).unbind(1)
+        key, value = seen.rows.to(self._exact).repeat_interleave(repeat, 2).unbind(1)
+        scores = torch.einsum("vhd,nhd->vhn", query, key)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden[:, None], -torch.inf)
+        own_score = torch.linalg.vecdot(query, own_key)[:, :, None]
+        weight, own_weight = torch.cat((scores, own_score), -1).softmax(-1).split((len(key), 1), -1)
+        attended = torch.einsum("vhn,nhd->vhd", weight, value) + own_weight * own_value
+        return _Sight(asked, gate, weight, own_weight[:, :, 0], value, attended)
+
+    def _rows(self, state: UserState, depth: int) -> "_Seen":
+        """Return what the last event sees in a block but itself, whose row is the last of the events."""
+        config, layer = self._config, state.memory.layers[depth]
+        start = window_start(config, layer.kind, state.num_events)
+        per_chunk = num_summaries(config) if layer.kind == "summary" else 0
+        first, window_chunk = first_visible_chunk(config, state.num_events), start // config.chunk_size
+        num_old = max(0, window_chunk - first) * per_chunk
+        summary_chunk = first + torch.arange(num_old) // max(1, per_chunk)
+        event_chunk = torch.arange(start, state.num_events - 1) // config.chunk_size
+        rows = torch.cat((layer.summaries.whole()[:num_old], layer.events.whole()[:-1]))
+        return _Seen(rows, torch.cat((summary_chunk, event_chunk)).to(rows.device))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the last event sees in one block but itself: rows [n, 2, H_kv, D], and the chunk of each [n]."""
+
+    rows: Tensor
+    chunk: Tensor
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """How variants of the last event looked in one block.
+
+    asked: what asked, [V, E]; gate: of the attention's output, [V, H, D]; weight: attention on rows, [V, H, n], whose
+    values are `value`, [n, H, D]; own_weight: on itself, [V, H]; attended: the attention's output, [V, H, D].
     """
 
-    def __init__(self, recommender: Recommender, state: UserState, request_time: int | None, user: Told | None):
-        network = recommender.network
-        block = network.blocks[-1]
-        assert isinstance(block, Block)
-        self._network, self._block = network, block
-        device = network.start.device
-        bucket = torch.tensor([request_bucket(state.last_timestamp, request_time)], device=device)
-        exact = torch.float64 if network.dtype == torch.float64 else torch.float32
-        position = torch.tensor([state.num_events - 1], device=device)
-        with network.arithmetic():
-            self._asked = state.memory.last_input[None]
-            if isinstance(network.request, torch.nn.Embedding):
-                self._asked = self._asked + network.request(bucket)
-            told = network.told(recommender.told([state.last_timestamp], [request_time], [user]))
-            self._asked = self._asked if told is None else self._asked + told
-            rotary = rotary_table(position, network.config.head_dim, exact)
-            query, self._gate = block.event.queries(self._asked, rotary)
-        rows, chunk, num_old = _visible_rows(recommender, state)
-        weight, value = _attention(query[0], rows)
-        self.chunks, place = torch.unique(chunk, return_inverse=True)
-        self.old = set(chunk[:num_old].tolist())
-        self.mass = torch.zeros(len(self.chunks), weight.shape[0], dtype=weight.dtype).index_add_(0, place, weight.T)
-        self.part = torch.zeros(len(self.chunks), *value.shape[1:], dtype=weight.dtype)
-        self.part.index_add_(0, place, weight.T[:, :, None] * value)
-        self.whole = self.part.sum(0)
-
-    def user_vectors(self, attended: Tensor) -> Tensor:
-        """Return the user vector after each attention output, [n, H, D] -> [n, E (+ 1)], on the CPU."""
-        n = len(attended)
-        with self._network.arithmetic():
-            attended = attended.to(self._gate)
-            hidden = self._block.finish(self._asked.expand(n, -1), attended, self._gate.expand(n, -1, -1))
-        return self._network.user_vectors(hidden).to("cpu", self.whole.dtype)
+    asked: Tensor
+    gate: Tensor
+    weight: Tensor
+    own_weight: Tensor
+    value: Tensor
+    attended: Tensor
 
 
 def _item_vector(recommender: Recommender, item_id: str) -> Tensor:
@@ -119,27 +202,3 @@ def _item_vector(recommender: Recommender, item_id: str) -> Tensor:
     network = recommender.network
     vector = network.item_vectors(torch.tensor([row], device=network.start.device))[0]
     return vector.to("cpu", torch.float64 if network.dtype == torch.float64 else torch.float32)
-
-
-def _visible_rows(recommender: Recommender, state: UserState) -> tuple[Tensor, Tensor, int]:
-    """Return the last block's visible rows [n, 2, H_kv, D], their chunks [n], and how many of them are summaries."""
-    config, num_events = recommender.network.config, state.num_events
-    layer = state.memory.layers[-1]
-    start = window_start(config, layer.kind, num_events)
-    events = layer.events.whole()
-    event_chunk = torch.arange(start, num_events) // config.chunk_size
-    per_chunk = num_summaries(config) if layer.kind == "summary" else 0
-    first, window_chunk = first_visible_chunk(config, num_events), start // config.chunk_size
-    num_old = max(0, window_chunk - first) * per_chunk
-    summary_chunk = first + torch.arange(num_old) // max(1, per_chunk)
-    rows = torch.cat((layer.summaries.whole()[:num_old], events)).to("cpu")
-    return rows, torch.cat((summary_chunk, event_chunk)), num_old
-
-
-def _attention(query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention [H, n] and values [n, H, D] of one query [H, D] over rows [n, 2, H_kv, D]."""
-    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    repeat = query.shape[0] // rows.shape[2]
-    key, value = rows.to(exact).repeat_interleave(repeat, dim=2).unbind(1)
-    scores = torch.einsum("hd,nhd->hn", query.to("cpu", exact), key) * query.shape[-1] ** -0.5
-    return scores.softmax(-1), value

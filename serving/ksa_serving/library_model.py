@@ -48,6 +48,7 @@ class LibraryModel:
         self.vocabulary = Vocabulary(info.num_items, self._appended(info.num_items))
         self._by_id = recommender.run.info.tie == "id"
         self._by_value = bool(recommender.event_features.value_edges)
+        self.num_newest = 2 + recommender.event_features.events_before
         self._bytes = StateBytes(recommender, cold_parity)
         # On an accelerator threads that launch at once only take Python from each other.
         self._one_pass: AbstractContextManager[object] = nullcontext() if recommender.pool is None else Lock()
@@ -212,6 +213,7 @@ class LibraryModel:
     def explain(
         self,
         state: UserState,
+        newest: Sequence[StoredEvent],
         item_id: str,
         request_time: int | None,
         most: int,
@@ -219,7 +221,8 @@ class LibraryModel:
     ) -> list[ChunkReason]:
         """Return the chunks that carried an item's score."""
         with _told_users_refused():
-            return explain(self.recommender, state, item_id, request_time, most, user)
+            last_input = self._last_input(newest) if newest else _no_input
+            return explain(self.recommender, state, last_input, item_id, request_time, most, user)
 
     def title(self, item_id: str) -> str | None:
         """Return what people call an item."""
@@ -289,6 +292,17 @@ class LibraryModel:
 
     def _rows(self, events: Sequence[StoredEvent]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return self.recommender.rows(events)
+
+    def _last_input(self, newest: Sequence[StoredEvent]) -> Tensor:
+        """Return the input to the first block of the last of these events, at least one, [1, E]."""
+        *before, last = newest
+        time = before[-1].timestamp if before else None
+        arrivals, _ = self.recommender.arrivals([last], *self._rows([last]), [1], [time], [self._session_place(before)])
+        network = self.recommender.network
+        with torch.inference_mode(), network.arithmetic():
+            return network.embed(
+                arrivals.item_index, arrivals.event_type, arrivals.gap_bucket, arrivals.counts, arrivals.features
+            )
 
     def _session_place(self, events: Sequence[StoredEvent]) -> int:
         """Return the place of the last of these events, which reach back far enough or to the history's start."""

@@ -73,14 +73,17 @@ class ChunkReason:
 
     first, last: indices of its events, last included.
     seen_as: `summary` or `events`.
-    attention: share of the last event's attention, mean over layers' heads in the last block.
-    score_change: what the item's score loses without this chunk; None where that was not computed.
+    attention: share of the last event's attention, mean over heads, in the last block.
+    attention_by_layer: the same in each block, the last one's at the end.
+    score_change: what the item's score loses where the last event sees nothing of this chunk; None where that was not
+        computed.
     """
 
     first: int
     last: int
     seen_as: str
     attention: float
+    attention_by_layer: list[float]
     score_change: float | None
 
 
@@ -103,6 +106,8 @@ class Model(Protocol):
     window_chunks: int
     cold_parity: Parity
     """Of a state made from `dump`'s bytes."""
+    num_newest: int
+    """Newest events that `explain` wants, where the history has so many."""
     tier: StateTier
     """Where the rows of a state that is held are."""
     vocabulary: Vocabulary
@@ -182,12 +187,17 @@ class Model(Protocol):
     def explain(
         self,
         state: Any,
+        newest: Sequence[StoredEvent],
         item_id: str,
         request_time: int | None,
         most: int,
         user: Mapping[str, object] | None = None,
     ) -> list[ChunkReason]:
-        """Return the chunks that carried an item's score, most attended first; `most` of them are left out in turn.
+        """Return the chunks that the last event sees, those that changed the item's score most first.
+
+        Args:
+            newest: the state's last `num_newest` events, in order.
+            most: chunks left out in turn at least; those that are not come last.
 
         Raises:
             InvalidRequestError: the model does not know the item, or does not read what is told of the user.

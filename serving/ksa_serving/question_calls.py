@@ -15,7 +15,7 @@ from ksa_serving.context import NOBODY, Context
 from ksa_serving.errors import InvalidRequestError, OverloadedError
 from ksa_serving.event_calls import kept_events, new_event
 from ksa_serving.event_log import EventLog
-from ksa_serving.events import Owner
+from ksa_serving.events import Owner, StoredEvent
 from ksa_serving.messages import (
     ChunkExplanation,
     ExplainAnswer,
@@ -36,6 +36,7 @@ from ksa_serving.models import ChunkReason, Model, Question
 from ksa_serving.releases import Releases
 from ksa_serving.settings import ServeSettings
 from ksa_serving.state_finder import Found, StateFinder
+from ksa_serving.state_store import StateRecord
 from ksa_serving.workers import Workers
 
 MOST_FOUND = 100
@@ -174,7 +175,8 @@ class QuestionCalls:
     ) -> ExplainAnswer:
         model, state = found.served.release.model, found.record.state
         item, user = request.item_id, request.user
-        reasons = model.explain(state, item, request_time, request.chunks, user)
+        newest = self._newest(owner, found.record, model.num_newest)
+        reasons = model.explain(state, newest, item, request_time, request.chunks, user)
         (score,) = model.score(state, [item], request_time, user)
         (alone,) = model.score(model.with_own_items(state, None, []), [item], request_time, user)
         return ExplainAnswer(
@@ -186,6 +188,20 @@ class QuestionCalls:
             **found.provenance(found.record.num_events, request_time),
         )
 
+    def _newest(self, owner: Owner, record: StateRecord, count: int) -> list[StoredEvent]:
+        """Return a record's last events.
+
+        Raises:
+            OverloadedError: they were retracted meanwhile, or others came before them.
+        """
+        with self._log.view(owner) as view:
+            since = view.head.num_events - record.num_events
+            events = view.newest(min(view.head.num_events, count + max(0, since)))
+            newest = events[: len(events) - since] if since >= 0 else []
+        if [event.order(self._log.tie) for event in newest[-1:]] != ([record.last_order] if record.num_events else []):
+            raise OverloadedError("explain: the user's events changed meanwhile. Try again.")
+        return newest
+
     def _dated(self, owner: Owner, model: Model, reasons: Sequence[ChunkReason]) -> list[ChunkExplanation]:
         """Return chunks with their dates and events; those whose events were deleted meanwhile are left out."""
         with self._log.view(owner) as view:
@@ -195,6 +211,7 @@ class QuestionCalls:
                 chunk=reason.first // model.chunk_size,
                 seen_as="summary" if reason.seen_as == "summary" else "events",
                 attention=reason.attention,
+                attention_by_layer=reason.attention_by_layer,
                 score_change=reason.score_change,
                 first_time=events[0].timestamp,
                 last_time=events[-1].timestamp,

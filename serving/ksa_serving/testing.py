@@ -75,6 +75,7 @@ class ToyModel:
         tier: StateTier = "host",
     ):
         self.cold_parity: Parity = cold_parity
+        self.num_newest = 1
         self.tier: StateTier = tier
         self.vocabulary = Vocabulary(num_items)
         self._tie: TieKind = tie
@@ -183,9 +184,17 @@ class ToyModel:
         return [scores.get(item) for item in item_ids]
 
     def explain(
-        self, state: ToyState, item_id: str, request_time: int | None, most: int, user: object = None
+        self,
+        state: ToyState,
+        newest: Sequence[StoredEvent],
+        item_id: str,
+        request_time: int | None,
+        most: int,
+        user: object = None,
     ) -> list[ChunkReason]:
         """Return equal shares for all chunks."""
+        if state.window and [_payload(event) for event in newest] != list(state.window[-1:]):
+            raise StateError("toy: expected the state's last event, got another.")
         if item_id not in CATALOGUE:
             raise InvalidRequestError("item_id: expected an item the model knows, got another.", "unknown-item")
         starts = range(0, state.num_events, self.chunk_size)
@@ -196,6 +205,7 @@ class ToyModel:
                 last=min(start + self.chunk_size, state.num_events) - 1,
                 seen_as="events" if start >= window else "summary",
                 attention=1 / len(starts),
+                attention_by_layer=[1 / len(starts)],
                 score_change=0.0 if place < most else None,
             )
             for place, start in enumerate(starts)

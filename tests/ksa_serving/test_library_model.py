@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ksa_serving import ranking
+from ksa_serving.attribution_reference import MaskedHistory
 from ksa_serving.errors import OverloadedError
 from ksa_serving.events import StoredEvent
 from ksa_serving.library_model import LibraryModel, first_rows
@@ -255,46 +256,36 @@ def test_an_accelerator_s_answers_are_those_given_one_by_one(
         np.testing.assert_allclose([score for _, score in answer], [score for _, score in alone], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_an_explanation_adds_up_and_its_changes_are_those_of_masked_attention(
-    run: Any, shape: dict[str, Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shape", [*SHAPES, {"max_visible_chunks": 3}], ids=str)
+def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_chunk(
+    run: Any, shape: dict[str, Any], rng: np.random.Generator
 ):
     model = make_model(run, int(rng.integers(2**31)), **shape)
-    history = make_history(rng, 140)
-    state = model.append(model.new_state(), history)
-    candidates = [f"i{n}" for n in range(1, 20)]
-    scores = model.score(model.with_own_items(state, None, []), candidates, None)
-    # Of the largest score: one that cancels to nearly 0 says little of the arithmetic, relative to itself.
-    score, item = max(
-        ((score, item) for score, item in zip(scores, candidates) if score is not None), key=lambda x: abs(x[0])
-    )
-    reasons = model.explain(state, item, None, 1000)
-    assert sum(reason.attention for reason in reasons) == pytest.approx(1, abs=1e-9)
-    if shape.get("attention") != "window":
-        assert sorted(n for reason in reasons for n in range(reason.first, reason.last + 1)) == list(range(140))
-    from ksa_serving import attribution
-
-    rows_of = attribution._visible_rows
-    for reason in (reasons[0], reasons[-1]):
-
-        def without(recommender: Any, state: Any, chunk: int = reason.first // model.chunk_size) -> Any:
-            rows, chunks, num_old = rows_of(recommender, state)
-            kept = chunks != chunk
-            return rows[kept], chunks[kept], int(kept[:num_old].sum())
-
-        monkeypatch.setattr(attribution, "_visible_rows", without)
-        left = _score(model, state, item)
-        monkeypatch.setattr(attribution, "_visible_rows", rows_of)
-        assert reason.score_change == pytest.approx(_score(model, state, item) - left, abs=1e-6)
-    assert _score(model, state, item) == pytest.approx(score, rel=1e-5)
-    assert model.explain(model.new_state(), item, None, 5) == []
-
-
-def _score(model: LibraryModel, state: UserState, item: str) -> float:
-    """The item's score by the explanation's own arithmetic."""
-    from ksa_serving import attribution
-
-    return attribution.base_score(model.recommender, state, item, None)
+    assert model.explain(model.new_state(), [], "i1", None, 5) == []
+    for length in (1, 5, 8 * int(rng.integers(4, 30)), int(rng.integers(100, 160))):
+        history, request_time = make_history(rng, length), rng.choice([None, T0 + 50 * length + 10**5])
+        state = model.append(model.new_state(), history)
+        item, most = f"i{rng.integers(1, 20)}", int(rng.integers(1, 60))
+        reasons = model.explain(state, history[-model.num_newest :], item, request_time, most)
+        for layer in range(len(model.recommender.network.blocks)):
+            assert sum(reason.attention_by_layer[layer] for reason in reasons) == pytest.approx(1, abs=1e-9)
+        assert all(reason.attention == reason.attention_by_layer[-1] for reason in reasons)
+        if shape.get("attention") != "window" and "max_visible_chunks" not in shape:
+            assert sorted(n for reason in reasons for n in range(reason.first, reason.last + 1)) == list(range(length))
+        changes = [reason.score_change for reason in reasons]
+        told = [change for change in changes if change is not None]
+        assert len(told) == min(len(reasons), max(most, 32))
+        assert changes == [*told, *[None] * (len(reasons) - len(told))]
+        assert [abs(change) for change in told] == sorted((abs(change) for change in told), reverse=True)
+        plain = MaskedHistory(model.recommender, history, request_time)
+        row = model.recommender.run.items.index_of[item]
+        vector = model.recommender.network.item_vectors(torch.tensor([row]))[0]
+        whole = plain.user_vector()
+        torch.testing.assert_close(whole, model.recommender.user_vector(state, request_time), rtol=0, atol=1e-9)
+        for at in {0, len(told) - 1, *rng.integers(len(told), size=4).tolist()}:
+            reason = reasons[at]
+            without = plain.user_vector(reason.first // model.chunk_size, "last event")
+            assert reason.score_change == pytest.approx(float((whole - without) @ vector), abs=1e-9)
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 130])

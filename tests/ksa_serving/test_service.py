@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from ksa_serving.errors import InvalidRequestError
+from ksa_serving.errors import InvalidRequestError, OverloadedError
 from ksa_serving.events import Owner
-from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest, StateTier
+from ksa_serving.messages import EventMessage, EventsRequest, ExplainRequest, RecommendRequest, StateTier
 from ksa_serving.service import Service
 from ksa_serving.settings import Limits, ServeSettings
 from ksa_serving.testing import ToyModel, toy_release
@@ -95,6 +95,27 @@ def test_answers_name_the_memory_that_held_their_state(make_service: MakeService
         assert (await service.questions.state("ann")).state_source == tier
         await service.close()
         assert service.metrics.audits.labels("equal")._value.get() > 0
+
+    asyncio.run(story())
+
+
+def test_an_explanation_is_of_the_state_that_was_found_whatever_comes_meanwhile(make_service: MakeService):
+    async def story() -> None:
+        service = make_service()
+        await post(service, "ann", *(event(f"item-{n}", 100 + n, event_id=str(n)) for n in range(9)))
+        await ask(service, "ann")
+        owner, newest = Owner("ann"), service.questions._newest
+        record = service.served.states.held(owner)
+        assert record is not None
+        await post(service, "ann", event("item-30", 500), event("item-31", 501))
+        assert [one.item_id for one in newest(owner, record, 2)] == ["item-7", "item-8"]
+        assert len(newest(owner, record, 50)) == 9
+        await service.events.retract("ann", "8")
+        with pytest.raises(OverloadedError, match="changed meanwhile"):
+            newest(owner, record, 2)
+        why = await service.questions.explain("ann", ExplainRequest("item-1"))
+        assert (why.num_events, sum(len(chunk.events) for chunk in why.chunks)) == (10, 10)
+        await service.close()
 
     asyncio.run(story())
 

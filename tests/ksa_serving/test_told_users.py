@@ -14,12 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ksa_serving.attribution import base_score, explain
+from ksa_serving.attribution_reference import MaskedHistory
 from ksa_serving.client import Client
 from ksa_serving.errors import ClientError, InvalidRequestError
 from ksa_serving.event_log import EventLog
+from ksa_serving.events import StoredEvent
+from ksa_serving.library_model import LibraryModel
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.messages import EventMessage, RecommendRequest
+from ksa_serving.models import ChunkReason
 from ksa_serving.release import Release, load_release
 from ksa_serving.service import Service
 from recsys_ksa.cli import call_verb, main
@@ -74,6 +77,14 @@ def state_of(library: Any) -> Any:
     return library.append(library.new_state(), items, times)
 
 
+EVENTS = [StoredEvent(n, item, time, None, None, None) for n, (item, time) in enumerate(HISTORY, start=1)]
+
+
+def explained(library: Any, item: str, at: int, user: Any) -> list[ChunkReason]:
+    model = LibraryModel(library)
+    return model.explain(state_of(library), EVENTS[-model.num_newest :], item, at, 1, user)
+
+
 def told_users(random: np.random.Generator, count: int) -> list[dict[str, Any]]:
     """What may be told of users: known, unknown, missing."""
     drawn: list[dict[str, Any]] = [
@@ -103,12 +114,12 @@ def test_every_call_answers_as_the_library(served: httpx.Client, library: Any, r
             assert [each.score for each in scored.scores] == scores
             why = client.explain("ann", items[0], request_time=AT, user=user)
             assert why.score == pytest.approx(wanted[0][1], rel=1e-5)
-            (reason,) = explain(library, state, items[0], AT, 1, user)
+            (reason,) = explained(library, items[0], AT, user)
             assert why.chunks[0].score_change == pytest.approx(reason.score_change, rel=1e-4)
         (untold,) = client.recommend_batch(["ann"], k=5, request_time=AT).answers
         assert [item.item_id for item in untold.items] == [item.item_id for item in batch.answers[0].items]
     assert len({str(library.recommend(state, 5, AT, user=user)) for user in ({}, {"age": 3}, {"tags": ["a"]})}) == 3
-    assert len({explain(library, state, "i9", AT, 1, user)[0].score_change for user in ({}, {"age": 3})}) == 2
+    assert len({explained(library, "i9", AT, user)[0].score_change for user in ({}, {"age": 3})}) == 2
 
 
 @pytest.mark.parametrize(("user", "said"), NONSENSE)
@@ -178,7 +189,10 @@ def test_verbs_tell_of_users(
 
 
 def test_explanations_know_the_time_of_the_request_and_its_user(library: Any, rng: np.random.Generator) -> None:
-    state = state_of(library)
     for at, user in zip((AT, AT + 5 * 3_600), told_users(rng, 2)):
-        (wanted,) = library.score(state, ["i9"], at, user)
-        assert base_score(library, state, "i9", at, user) == pytest.approx(wanted, rel=1e-4)
+        plain = MaskedHistory(library, EVENTS, at, user)
+        vector = library.item_vectors[library.run.items.index_of["i9"]]
+        for reason in explained(library, "i9", at, user):
+            without = plain.user_vector(reason.first // library.network.config.chunk_size, "last event")
+            wanted = float((plain.user_vector() - without).numpy() @ vector)
+            assert reason.score_change == pytest.approx(wanted, abs=1e-4)
