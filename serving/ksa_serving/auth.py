@@ -3,8 +3,11 @@
     [[token]]
     name = "shop-frontend"      # appears in logs and metrics
     sha256 = "9f86d081..."      # of the token: `printf %s TOKEN | sha256sum`
-    scopes = ["read", "ingest"] # of read, ingest, delete, admin
+    scopes = ["read", "ingest"] # of read, inspect, ingest, delete, admin
     tenant = "shop"             # users of other tenants cannot be reached; "" unless set
+
+`read` asks for recommendations and scores. `inspect` reads what is kept of a user: the history, the state, explanations,
+and in answers where the state came from, which tells whether the user was active lately.
 
 A token should be long and random, as `openssl rand -hex 32` makes it: then its plain hash cannot be guessed.
 """
@@ -22,8 +25,8 @@ from pydantic import ValidationError
 from recsys_ksa.config import Strict
 from recsys_ksa.errors import UsageError
 
-TokenScope = Literal["read", "ingest", "delete", "admin"]
-ALL_SCOPES: frozenset[TokenScope] = frozenset({"read", "ingest", "delete", "admin"})
+TokenScope = Literal["read", "inspect", "ingest", "delete", "admin"]
+ALL_SCOPES: frozenset[TokenScope] = frozenset({"read", "inspect", "ingest", "delete", "admin"})
 
 
 class Token(Strict):

@@ -128,7 +128,8 @@ def _run_ask(args: argparse.Namespace) -> None:
         fields["request_time"] = args.request_time
     with _client(args) as client:
         answer = client.recommend(args.user, k=args.k, list=args.list, **fields)
-        print(f"{answer.num_events} events, state from {answer.state_source}, model {answer.model_version[:12]}")
+        source = "" if answer.state_source is None else f"state from {answer.state_source}, "
+        print(f"{answer.num_events} events, {source}model {answer.model_version[:12]}")
         for rank, item in enumerate(answer.items, start=1):
             print(f"{rank:>4}  {item.score:>9.4f}  {item.item_id}")
         if args.why and answer.items:

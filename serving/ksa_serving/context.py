@@ -22,6 +22,8 @@ class Context(Struct, frozen=True):
     writing: bool = False
     edge: Edge | None = None
     """What the proxy said; None: the request came without one."""
+    inspecting: bool = True
+    """Whether the caller may know how an answer came to be."""
 
     def owner(self, user_id: str, limits: Limits) -> Owner:
         """Return whom a user id names.

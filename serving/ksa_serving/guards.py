@@ -79,6 +79,8 @@ def scope_of(method: str, path: str, route: str) -> TokenScope:
         return "delete"
     if method == "PUT" or (method == "POST" and route in ("events", "events:batch")):
         return "ingest"
+    if path.startswith("/v1/users/") and route in ("events", "state", "explain"):
+        return "inspect"
     return "read"
 
 
@@ -130,6 +132,7 @@ class _Gate:
                 ownership=self._log.ownership,
                 writing=needed in ("ingest", "delete"),
                 edge=_edge(headers),
+                inspecting=caller is not None and "inspect" in caller.scopes,
             )
         except InvalidRequestError as error:
             await send_response(problem(error.status, error.code, str(error)), send)

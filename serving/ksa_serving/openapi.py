@@ -1,11 +1,20 @@
-"""`/openapi.json`: OpenAPI 3.1 generated from the structs that decode and encode."""
+"""`/openapi.json`: OpenAPI 3.1 generated from the structs that decode and encode.
 
+`serving/openapi.json` is what was last reviewed; `python -m ksa_serving.openapi serving/openapi.json` renews it, and
+says what changed and whether clients break.
+"""
+
+import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ksa_serving import messages
+from ksa_serving.openapi_changes import changes
+from recsys_ksa import __version__
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ OPERATIONS = (
 )
 
 
-def openapi_document(version: str) -> dict[str, Any]:
+def openapi_document(version: str = __version__) -> dict[str, Any]:
     """Return the API's description as JSON-ready values."""
     structs = {struct for op in OPERATIONS for struct in (op.asked, op.answered) if struct is not None}
     ordered = [*sorted(structs, key=lambda struct: struct.__name__), messages.Problem]
@@ -128,3 +137,16 @@ def _operation(op: Operation, schema: dict[type, Any]) -> dict[str, Any]:
         parameters.append({"name": "x-deadline-ms", "in": "header", "required": False, "schema": milliseconds})
         operation["parameters"] = parameters
     return operation
+
+
+def review(path: Path) -> None:
+    """Write the description to `path`; print how it differs from what was there."""
+    new = msgspec.json.decode(msgspec.json.encode(openapi_document()))
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else new
+    for change in changes(old, new):
+        print(f"{'breaks clients' if change.breaks else 'breaks nobody'}: {change.what}")
+    path.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    review(Path(sys.argv[1]))

@@ -23,6 +23,7 @@ class Found:
     """A user's state for one request.
 
     seq: entries of this user that the log holds. stale: it was to hold more. deadline: until when work may begin.
+    inspecting: whether the caller may know `source`.
     """
 
     served: Served
@@ -31,6 +32,7 @@ class Found:
     seq: int
     stale: bool
     deadline: float
+    inspecting: bool
 
     def provenance(self, num_events: int, request_time: int | None) -> dict[str, Any]:
         """Return what every answer tells of where it comes from."""
@@ -42,7 +44,7 @@ class Found:
             "index_version": release.index_version,
             "seq": self.seq,
             "state_seq": self.record.seq,
-            "state_source": self.source,
+            "state_source": self.source if self.inspecting else None,
             "state_parity": self.record.parity,
             "request_time": request_time,
             "beyond_trained_length": longest is not None and num_events > longest,
@@ -95,7 +97,7 @@ class StateFinder:
             seq = (await self._workers.run(self._log.head, owner)).last_seq
         elif source == served.release.model.tier:
             self._upkeep.audit(served, record)
-        return Found(served, record, source, seq, stale, deadline)
+        return Found(served, record, source, seq, stale, deadline, context.inspecting)
 
     async def _current(self, served: Served, owner: Owner, deadline: float) -> Current:
         """Return the user's state: together with others' where that is quick, else alone."""

@@ -177,8 +177,16 @@ def write_tokens(path: Path, **scopes: list[str]) -> Path:
 
 
 def test_tokens_open_what_their_scopes_say(make_service: MakeService, serve_in_thread: Any, tmp_path: Path):
+    every = ["read", "inspect", "ingest", "delete"]
     path = write_tokens(
-        tmp_path / "tokens.toml", a_reader=["read"], a_sender=["ingest"], b_all=["read", "ingest", "delete"]
+        tmp_path / "tokens.toml",
+        **{
+            "a_read": ["read"],
+            "a_inspect": ["inspect"],
+            "a_ingest": ["ingest"],
+            "a_delete": ["delete"],
+            "b_all": every,
+        },
     )
     with serve_in_thread(make_service(), tokens=Tokens(path)) as client:
         assert_problem(ask(client, "ann"), 401, "unauthorized")
@@ -188,16 +196,48 @@ def test_tokens_open_what_their_scopes_say(make_service: MakeService, serve_in_t
         def as_(name: str, method: str, path: str, **rest: Any) -> httpx.Response:
             return client.request(method, path, headers={"authorization": f"Bearer {name}"}, **rest)
 
-        events = {"events": [event(1)]}
         assert_problem(as_("wrong", "POST", "/v1/users/ann/recommend", json={}), 401, "unauthorized")
-        assert_problem(as_("a_reader", "POST", "/v1/users/ann/events", json=events), 403, "forbidden")
-        assert as_("a_sender", "POST", "/v1/users/ann/events", json=events).status_code == 200
-        assert_problem(as_("a_sender", "GET", "/v1/users/ann/state"), 403, "forbidden")
-        assert_problem(as_("a_reader", "DELETE", "/v1/users/ann"), 403, "forbidden")
-        assert as_("a_reader", "GET", "/v1/users/ann/state").json()["num_events"] == 1
+        calls: list[tuple[str, str, str, Any]] = [
+            ("ingest", "POST", "/v1/users/ann/events", {"events": [event(1)]}),
+            ("ingest", "POST", "/v1/events:batch", {"users": [{"user_id": "ann", "events": [event(2)]}]}),
+            ("ingest", "PUT", "/v1/users/ann/events/e1", event(1)),
+            ("read", "POST", "/v1/users/ann/recommend", {}),
+            ("read", "POST", "/v1/recommend:batch", {"user_ids": ["ann"]}),
+            ("read", "POST", "/v1/users/ann/score", {"item_ids": ["item-1"]}),
+            ("read", "GET", "/v1/items?text=item", None),
+            ("inspect", "POST", "/v1/users/ann/explain", {"item_id": "item-1"}),
+            ("inspect", "GET", "/v1/users/ann/events", None),
+            ("inspect", "GET", "/v1/users/ann/state", None),
+            ("delete", "DELETE", "/v1/users/ann/events/e1", None),
+            ("delete", "DELETE", "/v1/users/ann", None),
+        ]
+        for needed, method, path_, body in calls:
+            for scope in every:
+                answer = as_(f"a_{scope}", method, path_, json=body)
+                if scope == needed:
+                    assert answer.status_code == 200, (scope, method, path_, answer.text)
+                else:
+                    assert_problem(answer, 403, "forbidden")
+        as_("a_ingest", "POST", "/v1/users/ann/events", json={"events": [event(1)]})
+        assert as_("a_inspect", "GET", "/v1/users/ann/state").json()["num_events"] == 1
         assert as_("b_all", "GET", "/v1/users/ann/state").json()["num_events"] == 0  # another tenant's ann
         assert as_("b_all", "DELETE", "/v1/users/ann").json()["num_events"] == 0
-        assert as_("a_reader", "GET", "/v1/users/ann/state").json()["num_events"] == 1
+        assert as_("a_inspect", "GET", "/v1/users/ann/state").json()["num_events"] == 1
+
+
+def test_where_a_state_came_from_is_told_to_who_may_inspect(
+    make_service: MakeService, serve_in_thread: Any, tmp_path: Path
+):
+    path = write_tokens(tmp_path / "tokens.toml", reads=["read"], really=["read", "inspect"])
+    with serve_in_thread(make_service(), tokens=Tokens(path)) as client:
+        for token, told in (("reads", None), ("really", "none")):
+            headers = {"authorization": f"Bearer {token}"}
+            answer = client.post("/v1/users/ann/recommend", json={}, headers=headers).json()
+            assert answer["state_source"] == told
+            answers = client.post("/v1/recommend:batch", json={"user_ids": ["ann"]}, headers=headers).json()["answers"]
+            assert answers[0]["state_source"] == told
+            score = client.post("/v1/users/ann/score", json={"item_ids": []}, headers=headers).json()
+            assert score["state_source"] == told
 
 
 def test_a_changed_token_file_takes_effect_and_a_broken_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
