@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
-MOST_OWED_SECONDS = 60.0
+MOST_OWED_SECONDS = 600.0
 """A bucket never owes more than fills in so long."""
 
 
