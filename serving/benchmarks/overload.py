@@ -1,12 +1,15 @@
 """A real service beyond what it can do: `python serving/benchmarks/overload.py`, service and client on the same cores.
 
-With `--through haproxy` the project's proxy stands before it, on the same cores too.
+With `--through haproxy` the project's proxy stands before it, on the same cores too; with `--nice 5` proxy and client
+give way to the service there, as where each had cores of its own.
 
 An open loop of questions, then of events one a call. Capacity is found first: the rate is doubled until hardly more
 a second are answered 200. Then .5 to 5 times as much is sent. Latencies are those of requests answered 200, from when
 they were due.
 """
 
+import argparse
+import os
 import time
 from contextlib import nullcontext
 
@@ -70,9 +73,17 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--through", choices=["haproxy"], help="what stands before the service; nothing without it")
     arguments.add_argument("--kind", choices=list(FIRST_RATES), help="only one kind of requests")
+    arguments.add_argument("--nice", type=int, default=0, help="how far the priority of proxy and client is lowered")
     args = arguments.parse_args()
     print(heading(), flush=True)
-    with live_service(args) as direct, behind_haproxy(direct) if args.through else nullcontext(direct) as service:
+    with live_service(args) as direct:
+        os.nice(args.nice)  # of the client, and of what it starts from here on
+        measure_all(args, direct)
+
+
+def measure_all(args: argparse.Namespace, direct: LiveService) -> None:
+    """Measure the kinds that were asked for, through what was asked for."""
+    with behind_haproxy(direct) if args.through else nullcontext(direct) as service:
         for kind in [args.kind] if args.kind else FIRST_RATES:
             measure(service, kind, FIRST_RATES[kind], args.seconds)
 

@@ -17,6 +17,11 @@ class Room:
         self.under_way = 0
         self._most = most
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more than half of it is taken."""
+        return 2 * self.under_way > self._most
+
     def enter(self) -> bool:
         """Return whether one more may be worked on; whoever may leaves afterwards."""
         entered = self.under_way < self._most

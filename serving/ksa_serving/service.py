@@ -67,7 +67,9 @@ class Service:
         self._replays = Buckets[Owner](settings.replay_events_per_second, settings.inline_events)
         self.releases = Releases(release, releases, self._prepare, load)
         locks = UserLocks()
-        self.upkeep = Upkeep(log, store, self.releases, locks, workers, self.metrics, settings, self._replays)
+        self.upkeep = Upkeep(
+            log, store, self.releases, locks, workers, self.metrics, settings, self._replays, self.rooms.writing
+        )
         finder = StateFinder(log, self.releases, locks, workers, self.upkeep, settings.deadline_seconds)
         self.events = EventCalls(
             log, store, self.releases, locks, workers, self.upkeep, self.metrics, settings, clock, self._replays

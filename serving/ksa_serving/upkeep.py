@@ -12,6 +12,7 @@ from ksa_serving.event_log import EventLog
 from ksa_serving.events import Owner
 from ksa_serving.metrics import Metrics
 from ksa_serving.releases import Releases, Served
+from ksa_serving.room import Room
 from ksa_serving.settings import ServeSettings
 from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.user_locks import UserLocks
@@ -23,6 +24,8 @@ MAX_BEHIND = 10_000
 """Users whose states may wait to catch up; others catch up when next asked for."""
 CAUGHT_UP_TOGETHER = 8
 """States that catch up in one pass, some milliseconds: a question of one of these users waits for all of them."""
+SHARE_WHILE_CROWDED = 0.25
+"""Of the time that states have to follow, while writes crowd: who writes waits for nobody more then."""
 MAX_SETTLING = 1024
 """Users whose states may wait to be computed at length."""
 
@@ -40,6 +43,7 @@ class Upkeep:
         metrics: Metrics,
         settings: ServeSettings,
         replays: Buckets[Owner],
+        writing: Room,
     ):
         self._log = log
         self._store = store
@@ -49,6 +53,7 @@ class Upkeep:
         self._metrics = metrics
         self._settings = settings
         self._replays = replays
+        self._writing = writing
         self._behind: dict[Owner, float] = {}
         self._catching_up = False
         self._at_work: float | None = None
@@ -97,6 +102,12 @@ class Upkeep:
         if self._purging is None or self._purging.done():
             self._purging = self._workers.begin(self._purge())
 
+    @property
+    def catch_up_share(self) -> float:
+        """Return the share of the time in which states follow: less while writes crowd, until they lag by much."""
+        eased = self._writing.is_crowded and self.lag_seconds < self._settings.unready_after_seconds / 4
+        return self._settings.catch_up_share * (SHARE_WHILE_CROWDED if eased else 1)
+
     async def _catch_up(self) -> None:
         """Go on while states are behind, a batch after the other, for a share of the time: answers need the rest."""
         try:
@@ -106,7 +117,7 @@ class Upkeep:
                 began = time.monotonic()
                 await self._catch_up_some()
                 took = time.monotonic() - began
-                await asyncio.sleep(took * (1 / self._settings.catch_up_share - 1))
+                await asyncio.sleep(took * (1 / self.catch_up_share - 1))
         finally:
             self._catching_up = False
 

@@ -54,6 +54,21 @@ def eventually(true: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def test_while_writes_crowd_states_follow_less_until_they_lag(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+):
+    service = make_service(settings=ServeSettings(concurrent_writes=4, unready_after_seconds=8.0, catch_up_share=0.2))
+    upkeep, room = service.upkeep, service.rooms.writing
+    assert room.enter()
+    assert room.enter()
+    assert upkeep.catch_up_share == 0.2
+    assert room.enter()
+    assert 0 < upkeep.catch_up_share < 0.2
+    monkeypatch.setattr(type(upkeep), "lag_seconds", property(lambda _: 2.0))
+    assert upkeep.catch_up_share == 0.2
+    service.log.close()
+
+
 def test_questions_beyond_the_room_are_refused_and_not_computed(make_service: MakeService, serve_in_thread: Any):
     service = make_service(settings=ServeSettings(concurrent_questions=4))
     asked: list[Any] = []
