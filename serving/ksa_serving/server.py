@@ -39,7 +39,7 @@ def bounded_http(service: Service) -> type[HttpToolsProtocol]:
     - On all of a request that is no body; the app counts exactly. httptools itself lets a request line, headers and
       trailers grow without end. A request with more than twice `header_bytes` of them, chunk marks included, is
       answered 400 and its connection closed.
-    - On connections.
+    - On connections, and on how long one is kept where nothing comes, also within a request.
     - On requests at once: where there is no room, one that came whole is refused before it is parsed, which costs a
       tenth. All others, and all that asks for a token or a rate, are for `guards.py`.
     """
@@ -80,6 +80,12 @@ def bounded_http(service: Service) -> type[HttpToolsProtocol]:
                     cast(dict[str, Any], self.cycle.scope)[ENTERED] = room
             if self._no_body > head_bytes and not self.transport.is_closing():
                 self.send_400_response("Headers too large.")
+            elif self._no_body and (self.cycle is None or self.cycle.response_complete or self.cycle.more_body):
+                self._wait_for_more()
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait_for_more()
 
         def on_body(self, body: bytes) -> None:
             self._no_body -= len(body)
@@ -96,6 +102,12 @@ def bounded_http(service: Service) -> type[HttpToolsProtocol]:
                 self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
             else:
                 super().timeout_keep_alive_handler()
+
+        def _wait_for_more(self) -> None:
+            """Close unless more comes: uvicorn waits so between requests, and for the rest of one without end."""
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
         def _refuse(self, call: str) -> None:
             """Say no; nothing but that is done, for this is what the service does most when it has least time."""
@@ -119,7 +131,7 @@ def server_config(app: ASGIApp, service: Service) -> uvicorn.Config:
         access_log=False,
         log_level="warning",
         server_header=False,
-        timeout_keep_alive=int(settings.keep_alive_seconds),
+        timeout_keep_alive=cast(int, settings.keep_alive_seconds),
         timeout_graceful_shutdown=settings.graceful_seconds,
         ws="none",
     )

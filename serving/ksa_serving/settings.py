@@ -94,6 +94,8 @@ class ServeSettings(Strict):
     """The same for states made from rows rounded to int8."""
     warm_users: NonNegativeInt = 1000
     """Users whose states are made ready in a new release before it is activated, the last active first."""
+    warm_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the time in which they are made ready: answers need the rest."""
     group_events: PositiveInt = 4096
     """Most events in one transaction of the event log."""
     waiting_calls: PositiveInt = 4096
@@ -110,7 +112,7 @@ class ServeSettings(Strict):
     graceful_seconds: PositiveInt = 20
     """How long requests may take to finish after SIGTERM."""
     keep_alive_seconds: PositiveFloat = 15
-    """How long an idle connection is kept."""
+    """How long a connection is kept on which nothing comes, between requests or within one."""
 
     @property
     def pool_bytes(self) -> int | None:
