@@ -114,23 +114,30 @@ class IvfIndex:
         return rows[0][kept], scores[0][kept]
 
 
-def train_lists(vectors: Tensor) -> IvfLists:
-    """Return lists of items, float32 [I, E], by nearness; the same vectors give the same lists.
+def train_lists(vectors: Tensor, dim: int) -> IvfLists:
+    """Return lists of items, float32 [I, E (+ 1)], by nearness; the same vectors give the same lists.
+
+    Biases would pull items of all directions into a few lists, so the first `dim` columns alone decide; a list's
+    centroid has the largest bias in it, for a search to weigh the best that may lie there.
 
     Raises:
         MissingPackageError: faiss is not installed.
     """
     faiss = _faiss()
-    rows = vectors.contiguous().numpy()
+    rows = vectors[:, :dim].contiguous().numpy()
     num_lists = max(1, min(int(4 * len(rows) ** 0.5), len(rows) // FEWEST_ITEMS_A_LIST))
-    clusters = faiss.Clustering(rows.shape[1], num_lists)
+    clusters = faiss.Clustering(dim, num_lists)
     clusters.niter, clusters.seed, clusters.spherical = ROUNDS, SEED, True
     clusters.max_points_per_centroid = ITEMS_A_LIST
-    quantizer = faiss.IndexFlatIP(rows.shape[1])
+    quantizer = faiss.IndexFlatIP(dim)
     clusters.train(rows, quantizer)  # pyright: ignore[reportCallIssue]
     _, nearest = quantizer.search(rows, 1)  # pyright: ignore[reportCallIssue]
-    centroids = faiss.vector_to_array(clusters.centroids).reshape(num_lists, -1)
-    return IvfLists(torch.from_numpy(centroids), torch.from_numpy(nearest[:, 0].astype(np.int32)))
+    centroids = torch.from_numpy(faiss.vector_to_array(clusters.centroids).reshape(num_lists, dim))
+    list_index = torch.from_numpy(nearest[:, 0])
+    biases = vectors[:, dim:]
+    largest = biases.amin(0).repeat(num_lists, 1)
+    largest.scatter_reduce_(0, list_index[:, None].expand_as(biases), biases, "amax")
+    return IvfLists(torch.cat((centroids, largest), dim=1), list_index.int())
 
 
 def write_ivf(folder: Path, network: ScoringNetwork, stored: StoredVectors, probes: int = PROBES) -> IvfRecord:
@@ -146,7 +153,7 @@ def write_ivf(folder: Path, network: ScoringNetwork, stored: StoredVectors, prob
         RunError: they miss too many items; nothing is written.
         MissingPackageError: faiss is not installed.
     """
-    lists = train_lists(stored.vectors)
+    lists = train_lists(stored.vectors, network.config.dim)
     probes = min(probes, len(lists.centroids))
     index = IvfIndex(stored.vectors, lists, "", probes)
     shares = recall_of_each(index, stored.vectors, drawn_questions(network))

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from reference import history, reference_run
+from reference import history, reference_run, with_lists
 
 from ksa_serving.client import Client
-from ksa_serving.messages import EventMessage
+from ksa_serving.event_log import EventLog
+from ksa_serving.events import NewEvent, Owner
 from ksa_serving.shard_mover import MapFiles
 from ksa_serving.shards import Process, first_map
 
@@ -67,29 +68,39 @@ def live_service(args: argparse.Namespace, run: Path | None = None) -> Iterator[
         run: what is served; None: the reference run.
     """
     folder = args.state_dir or Path(tempfile.mkdtemp())
-    command = [sys.executable, "-c", "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"]
     run = run or reference_run()
-    command += ["serve", str(run), "--index", args.index, "--releases", str(run.parent), "--admin-port", "0"]
-    command += ["--port", "0", "--state-dir", str(folder), *(part for one in args.set for part in ("--set", one))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    ready = process.stdout.readline().split()
-    url, admin = ready[1], ready[-1]
+    if args.index == "ivf":
+        with_lists(run)
+    options = ["--index", args.index, *(part for one in args.set for part in ("--set", one))]
     try:
-        with Client(url, timeout=300) as client:
-            if client.state("u0").num_events == 0:
-                _fill(client)
-            began = time.perf_counter()
-            while any(client.recommend(f"u{user}", k=1).degraded for user in range(NUM_USERS)):
-                time.sleep(1)
-            print(f"all states ready: {time.perf_counter() - began:.0f} s", flush=True)
-        yield LiveService(url, admin, process.pid)
+        if not (folder / "events.sqlite").exists():
+            _fill(folder)
+        with started(run, folder, *options) as service:
+            with Client(service.url, timeout=300) as client:
+                began = time.perf_counter()
+                while any(client.recommend(f"u{user}", k=1).degraded for user in range(NUM_USERS)):
+                    time.sleep(1)
+                print(f"all states ready: {time.perf_counter() - began:.0f} s", flush=True)
+            yield service
+    finally:
+        if args.state_dir is None:
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def started(run: Path, folder: Path, *options: str) -> Iterator[LiveService]:
+    """Start a service of a run that keeps its state in a folder; end it at last."""
+    command = [sys.executable, "-c", "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["serve", str(run), "--releases", str(run.parent), "--admin-port", "0", "--port", "0"]
+    process = subprocess.Popen([*command, "--state-dir", str(folder), *options], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        ready = process.stdout.readline().split()
+        yield LiveService(ready[1], ready[-1], process.pid)
     finally:
         process.terminate()
         process.wait()
         process.stdout.close()
-        if args.state_dir is None:
-            shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -116,9 +127,12 @@ def _processor_seconds(process_id: int) -> float:
     return (int(fields[13]) + int(fields[14])) / 100
 
 
-def _fill(client: Client) -> None:
-    """Keep all users' histories."""
+def _fill(folder: Path) -> None:
+    """Keep all users' histories, in order: past the service, which takes so many events of one user more slowly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = EventLog(folder, "arrival")
     for user, length in enumerate(LENGTHS):
-        events = [EventMessage(event.item_id, event.timestamp) for event in history(length, user)]
+        events = [NewEvent(event.item_id, event.timestamp) for event in history(length, user)]
         for start in range(0, length, 1000):
-            client.keep(f"u{user}", events[start : start + 1000])
+            log.append(Owner(f"u{user}"), events[start : start + 1000])
+    log.close()

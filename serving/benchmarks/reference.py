@@ -59,6 +59,15 @@ def written_run(run: Path, num_items: int, shape: list[str], seed: int = 0) -> P
     return run
 
 
+def with_lists(run: Path) -> Path:
+    """Return a run with an approximate index, written if it is not there."""
+    from recsys_ksa.cli import call_verb
+
+    if not (run / "index" / "ivf.json").exists():
+        call_verb("index", [str(run), "--kind", "ivf"])
+    return run
+
+
 def cluster_items(network: Any, seed: int = 0) -> None:
     """Put a network's items around 2,000 centres, as trained ones lie: random ones have no nearness."""
     import torch

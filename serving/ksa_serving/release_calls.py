@@ -1,6 +1,8 @@
 """Calls that change what is served: load a run, activate it, roll back. One at a time; requests go on meanwhile."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -8,8 +10,11 @@ from ksa_serving.events import Owner
 from ksa_serving.messages import ReleaseInfo, ReleasesAnswer
 from ksa_serving.models import Model
 from ksa_serving.releases import Releases, Served
+from ksa_serving.settings import ServeSettings
 from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 
 class ReleaseCalls:
@@ -17,7 +22,7 @@ class ReleaseCalls:
 
     Args:
         models: the model of each state fingerprint in use; those that retire are taken out.
-        warm_users: users whose states are made ready in a release that is loaded.
+        settings: `warm_users` and `warm_share` are of a release that is loaded.
     """
 
     def __init__(
@@ -26,13 +31,13 @@ class ReleaseCalls:
         store: StateStore,
         workers: Workers,
         models: dict[str, Model],
-        warm_users: int,
+        settings: ServeSettings,
     ):
         self._releases = releases
         self._store = store
         self._workers = workers
         self._models = models
-        self._warm_users = warm_users
+        self._settings = settings
         self._changing = asyncio.Lock()
 
     async def load(self, run: str) -> ReleasesAnswer:
@@ -42,8 +47,12 @@ class ReleaseCalls:
             ReleaseError: it cannot take the active one's place.
         """
         async with self._changing:
-            served = await self._workers.run_gently(self._releases.load, run)
-            await self._workers.run_gently(self._warm, served)
+            began = time.monotonic()
+            served = await self._workers.run_aside(self._releases.load, run)
+            loaded = time.monotonic()
+            warmed = await self._workers.run_aside(self._warm, served)
+            took = time.monotonic() - loaded
+            logger.info("release %s: loaded in %.1f s, states of %d users in %.1f s", run, loaded - began, warmed, took)
             return self.list()
 
     async def activate(self, run: str) -> ReleasesAnswer:
@@ -82,21 +91,23 @@ class ReleaseCalls:
         release = self._releases.active.release
         self._models[release.state_fingerprint] = release.model
 
-    def _warm(self, served: Served) -> None:
-        """Make states ready in a release that is not active yet, the last active users' first.
+    def _warm(self, served: Served) -> int:
+        """Make states ready in a release that is not active yet, the last active users' first; return how many.
 
         Not where it reads the active one's: states are then made anew one by one, where its items ask for it.
         """
-        if served.release.state_fingerprint == self._releases.active.release.state_fingerprint:
-            return
-        records: Callable[[], list[StateRecord]] = getattr(getattr(self._store, "memory", self._store), "records", list)
         seen: set[Owner] = set()
+        if served.release.state_fingerprint == self._releases.active.release.state_fingerprint:
+            return 0
+        states = served.states.resting(self._settings.warm_share)
+        records: Callable[[], list[StateRecord]] = getattr(getattr(self._store, "memory", self._store), "records", list)
         for record in reversed(records()):
-            if len(seen) >= self._warm_users or self._workers.draining:
-                return
+            if len(seen) >= self._settings.warm_users or self._workers.draining:
+                break
             if record.owner not in seen:
                 seen.add(record.owner)
-                served.states.current(record.owner)
+                states.settle(record.owner)  # whole, however long: nobody waits for it
+        return len(seen)
 
 
 def _info(role: Literal["active", "previous", "loaded"], served: Served) -> ReleaseInfo:

@@ -76,7 +76,7 @@ class Service:
         )
         self.questions = QuestionCalls(log, self.releases, finder, workers, settings, clock)
         self.shards = ShardCalls(log, store, locks, workers, self.upkeep)
-        self.operator = ReleaseCalls(self.releases, store, workers, self._models, settings.warm_users)
+        self.operator = ReleaseCalls(self.releases, store, workers, self._models, settings)
         log.writer.on_commit = self._on_commit
         self.metrics.watch(self)
 

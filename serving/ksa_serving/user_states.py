@@ -9,8 +9,10 @@ The caller holds the user's lock during `current`, `current_together` and `catch
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +44,8 @@ Current = tuple[StateRecord, StateSource]
 """A record that knows every event of the log at some instant, and where it came from."""
 MARK_EVENTS = 1024
 """A mark of the history hash is set about every so many events."""
+RESTING_STEP_EVENTS = 1024
+"""Appended between two rests: some 50 ms of a processor (4 layers, 64 wide)."""
 FEW_EVENTS = 32
 """Of one user: more are not appended together with other users' events, who would wait for them."""
 
@@ -78,6 +82,7 @@ class UserStates:
         self._log = log
         self._store = store
         self._step = rebuild_step_events
+        self._share = 1.0
         self._inline = inline_events
         self._replays = replays
 
@@ -131,6 +136,12 @@ class UserStates:
     def settle(self, owner: Owner) -> StateRecord:
         """Return the whole state whatever it costs, and hold it; for background work."""
         return self.current(owner, inline=False)[0]
+
+    def resting(self, share: float) -> "UserStates":
+        """Return what computes the same states for a share of the time, in short steps: answers need the rest."""
+        resting = copy(self)
+        resting._step, resting._share = min(self._step, RESTING_STEP_EVENTS), share
+        return resting
 
     def audit(self, record: StateRecord) -> float | None:
         """Return how far a state is from one computed anew (`Model.difference`); None where it cannot be told.
@@ -324,8 +335,11 @@ class UserStates:
     def _append(self, record: StateRecord, events: Sequence[StoredEvent]) -> StateRecord:
         """Return the record with `events`, in order, appended; in steps, so that a long rebuild's memory is bounded."""
         for start in range(0, len(events), self._step):
+            began = time.monotonic()
             given = events[start : start + self._step]
             record = self._grown(record, self._model.append(record.state, given), given)
+            if self._share < 1:
+                time.sleep((time.monotonic() - began) * (1 / self._share - 1))
         return record
 
     def _grown(self, record: StateRecord, state: Any, events: Sequence[StoredEvent]) -> StateRecord:

@@ -4,9 +4,6 @@ Quick work has threads of its own, so that it never waits behind a rebuild.
 """
 
 import asyncio
-import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +12,6 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-GENTLE_NICENESS = 10
-"""A tenth of a processor that others want too, all of one that nobody wants."""
 
 
 class Workers:
@@ -32,7 +26,7 @@ class Workers:
         self.closing = asyncio.Event()
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
-        self._gentle = ThreadPoolExecutor(1, thread_name_prefix="gentle", initializer=_give_way)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
         self._tasks: set[asyncio.Task[None]] = set()
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
         self._woken: asyncio.AbstractEventLoop | None = None
@@ -82,9 +76,9 @@ class Workers:
         """Return what `function` returns, called in the thread for what takes long and nobody waits for."""
         return await asyncio.get_running_loop().run_in_executor(self._slow, lambda: function(*args, **kwargs))
 
-    async def run_gently(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what `function` returns, called in the thread that works where answers leave a processor idle."""
-        return await asyncio.get_running_loop().run_in_executor(self._gentle, lambda: function(*args, **kwargs))
+    async def run_aside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `function` returns, called in the thread for what takes minutes; nothing else waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, lambda: function(*args, **kwargs))
 
     def begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Start work in the background; `close` waits for it."""
@@ -101,13 +95,5 @@ class Workers:
 
     def close(self) -> None:
         """End the threads."""
-        for threads in (self.threads, self._alone, self._slow, self._gentle):
+        for threads in (self.threads, self._alone, self._slow, self._aside):
             threads.shutdown()
-
-
-def _give_way() -> None:
-    """Have the system run this thread, and those that it starts, after others that want the processor."""
-    if sys.platform == "linux":  # elsewhere niceness is the whole process's
-        thread = threading.get_native_id()
-        usual = os.getpriority(os.PRIO_PROCESS, thread)
-        os.setpriority(os.PRIO_PROCESS, thread, usual + GENTLE_NICENESS)

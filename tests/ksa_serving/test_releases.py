@@ -7,14 +7,18 @@ import os
 import random
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ksa_serving import user_states
 from ksa_serving.errors import ReleaseError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import StoredEvent
@@ -133,6 +137,34 @@ def test_two_fingerprints_live_until_the_older_is_gone(service: Service):
         await service.operator.load("c")
         await service.operator.activate("c")  # a is neither active nor previous now
         assert {record.fingerprint for record in service.store.records()} == {"b", "c"}  # type: ignore[attr-defined]
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_a_release_is_warmed_whole_and_with_rests(
+    make_service: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also the state of a user too long for an answer to compute: after the activation nobody is answered degraded."""
+    rests: list[float] = []
+    monkeypatch.setattr(user_states, "RESTING_STEP_EVENTS", 10)
+    monkeypatch.setattr(user_states, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rests.append))
+    service = make_service(release("a"), ServeSettings(inline_events=20, warm_share=0.2))
+    service.releases.loaded["b"] = service.releases._prepare(release("b"))
+    monkeypatch.setattr(service.releases, "load", lambda run: service.releases.loaded[run])
+
+    async def story() -> None:
+        for user, num in (("short", 5), ("long", 95)):
+            await service.events.post(user, EventsRequest([EventMessage("item-1", n, f"e{n}") for n in range(num)]))
+        for owner in service.log.owners():
+            service.served.states.settle(owner)
+        assert rests == []
+        await service.operator.load("b")
+        assert len(rests) == 1 + 10  # one for each step
+        await service.operator.activate("b")
+        for user in ("short", "long"):
+            answer = await service.questions.recommend(user, RecommendRequest())
+            assert (answer.model_version, answer.state_source, answer.degraded) == ("m-b", "host", False)
         await service.close()
 
     asyncio.run(story())

@@ -1,14 +1,12 @@
 import asyncio
-import os
-import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from ksa_serving.workers import GENTLE_NICENESS, Workers
+from ksa_serving.workers import Workers
 
 
 def test_results_that_come_together_wake_the_event_loop_once():
@@ -60,28 +58,14 @@ def test_results_of_other_threads_arrive_each_at_its_own_asker():
     asyncio.run(story())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="niceness is a thread's on Linux alone")
-def test_gentle_work_gives_way_and_holds_nothing_else_up():
-    """The thread for releases is nicer than all others, as are those it starts, and long work there stops no other."""
-
-    def niceness() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    def niceness_of_another() -> int:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(niceness).result()
-
+def test_work_aside_holds_nothing_else_up():
     async def story() -> None:
-        workers, usual = Workers(1), niceness()
-        assert await workers.run_gently(niceness) == usual + GENTLE_NICENESS
-        assert await workers.run_gently(niceness_of_another) == usual + GENTLE_NICENESS
-        done = threading.Event()
-        waits = asyncio.ensure_future(workers.run_gently(done.wait))
+        workers, done = Workers(1), threading.Event()
+        waits = asyncio.ensure_future(workers.run_aside(done.wait))
         for run in (workers.run, workers.run_alone, workers.run_slowly):
-            assert await run(niceness) == usual
+            assert await run(lambda: "done") == "done"
         done.set()
-        await waits
-        assert niceness() == usual
+        assert await waits
         workers.close()
 
     asyncio.run(story())

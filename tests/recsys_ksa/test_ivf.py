@@ -72,8 +72,10 @@ def test_what_is_loaded_has_the_lists_that_were_stored(rng: np.random.Generator,
     """Random catalogues: the lists hold each item once, where it was assigned, as FAISS's own training would."""
     num_items, dim = int(rng.integers(2, 3000)), int(rng.integers(2, 40))
     vectors = clustered(rng, num_items, dim)
-    lists = train_lists(vectors)
-    assert torch.equal(lists.list_index, train_lists(vectors).list_index)  # the same vectors give the same lists
+    lists = train_lists(vectors, vectors.shape[1])
+    assert torch.equal(
+        lists.list_index, train_lists(vectors, vectors.shape[1]).list_index
+    )  # the same vectors give the same lists
     nearest = (vectors @ lists.centroids.T).max(dim=1).values
     chosen = (vectors * lists.centroids[lists.list_index.long()]).sum(dim=1)
     torch.testing.assert_close(chosen, nearest)
@@ -95,7 +97,7 @@ def test_what_is_loaded_has_the_lists_that_were_stored(rng: np.random.Generator,
 def test_all_lists_are_exact_search_and_hide_what_they_are_told(rng: np.random.Generator, turn: int) -> None:
     num_items, dim = int(rng.integers(50, 2000)), int(rng.integers(2, 40))
     vectors = clustered(rng, num_items, dim)
-    lists = train_lists(vectors)
+    lists = train_lists(vectors, vectors.shape[1])
     exact, index = TorchIndex(vectors), IvfIndex(vectors, lists, "v", probes=len(lists.centroids))
     for query in rng.normal(size=(10, dim)).astype(np.float32):
         hidden = rng.integers(1, num_items, int(rng.integers(0, num_items)))
@@ -110,14 +112,30 @@ def test_all_lists_are_exact_search_and_hide_what_they_are_told(rng: np.random.G
 
 def test_a_few_lists_find_almost_all(rng: np.random.Generator) -> None:
     vectors = clustered(rng, 20_000, 16)
-    index = IvfIndex(vectors, train_lists(vectors), "v")
+    index = IvfIndex(vectors, train_lists(vectors, vectors.shape[1]), "v")
     questions = vectors[torch.from_numpy(rng.integers(1, 20_000, 100))]
     assert recall_of_each(index, vectors, questions).mean() > 0.98
 
 
+def test_biases_cost_no_recall(rng: np.random.Generator) -> None:
+    """Lists by direction and bias together lose a tenth and more here."""
+    vectors = torch.nn.functional.normalize(clustered(rng, 4000, 16), dim=1)
+    biases = torch.from_numpy(rng.normal(0, 2, (4000, 1)).astype(np.float32))
+    biased = torch.cat([vectors, biases], dim=1)
+    some = torch.from_numpy(rng.integers(1, 4000, 50))
+    questions = torch.cat([vectors[some] / 0.05, torch.ones(50, 1)], dim=1)
+    lists = train_lists(biased, 16)
+    assert torch.equal(lists.list_index, train_lists(vectors, 16).list_index)
+    for number in range(0, len(lists.centroids), 10):
+        assert lists.centroids[number, 16] == biases[lists.list_index == number].max()
+    ours = recall_of_each(IvfIndex(biased, lists, "v", 8), biased, questions).mean()
+    together = recall_of_each(IvfIndex(biased, train_lists(biased, 17), "v", 8), biased, questions).mean()
+    assert ours > max(0.95, together + 0.05)
+
+
 def test_training_less_than_faiss_does_loses_next_to_nothing(rng: np.random.Generator) -> None:
     vectors = clustered(rng, 20_000, 16)
-    lists = train_lists(vectors)
+    lists = train_lists(vectors, vectors.shape[1])
     theirs = faiss.IndexIVFFlat(faiss.IndexFlatIP(16), 16, len(lists.centroids), faiss.METRIC_INNER_PRODUCT)
     theirs.cp.min_points_per_centroid = 1
     theirs.train(vectors.numpy())  # pyright: ignore[reportCallIssue]
@@ -217,7 +235,7 @@ def test_a_run_with_lists_is_loaded_without_training(run: Path, monkeypatch: pyt
 def test_loading_would_notice_training(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     without_training(monkeypatch)
     with pytest.raises(AssertionError, match="was trained"):
-        train_lists(clustered(rng, 500, 8))
+        train_lists(clustered(rng, 500, 8), 8)
 
 
 def test_another_number_of_probes_is_another_version(run: Path) -> None:
