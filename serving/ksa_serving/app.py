@@ -196,7 +196,7 @@ async def readyz(request: AnyRequest) -> Response[bytes]:
 @get("/metrics")
 async def metrics(request: AnyRequest) -> Response[bytes]:
     """Tell counters to Prometheus."""
-    return Response(_service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(await _service(request).told_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @get("/openapi.json")

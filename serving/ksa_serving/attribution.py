@@ -24,7 +24,7 @@ from recsys_ksa.model.rotary import rotary_table
 from recsys_ksa.model.state import UserState, first_visible_chunk, window_start
 from recsys_ksa.recommender import Recommender
 
-LEFT_OUT = 32
+LEFT_OUT = 64
 """Chunks left out at least, where the history has them."""
 
 # Shapes: n rows seen, C chunks, V variants of the last event (the first sees all), H heads, D head dim, E model dim.
@@ -55,11 +55,12 @@ def explain(
         return []
     config, num_events = recommender.network.config, state.num_events
     look = _Look(recommender, state, last_input, request_time, user)
-    attention, telling = look.shares()
-    chunks = look.chunks
-    chunks = chunks[telling[chunks].argsort(descending=True, stable=True)]
-    left_out, others = chunks.split((min(len(chunks), wanted := max(most, LEFT_OUT)), max(0, len(chunks) - wanted)))
-    score, *without = (look.user_vectors(left_out) @ item).tolist()
+    chunks, wanted = look.chunks, max(most, LEFT_OUT)
+    if len(chunks) > wanted:
+        chunks = chunks[look.telling()[chunks].argsort(descending=True, stable=True)]
+    left_out, others = chunks[:wanted], chunks[wanted:]
+    user_vectors, attention = look.without(left_out)
+    score, *without = (user_vectors @ item).tolist()
     change = {chunk: score - other for chunk, other in zip(left_out.tolist(), without)}
     order = sorted(change, key=lambda chunk: -abs(change[chunk])) + others.tolist()
     window = window_start(config, config.layer_kinds[-1], num_events) // config.chunk_size
@@ -104,10 +105,18 @@ class _Look:
             told = network.told(recommender.told([state.last_timestamp], [request_time], [user]))
             self._question = self._question if told is None else self._question + told
 
-    def shares(self) -> tuple[Tensor, Tensor]:
-        """Return each block's attention on each chunk, mean over heads [L, C], and how much the chunks tell [C]."""
+    @property
+    def chunks(self) -> Tensor:
+        """The chunks that the last event sees in some block, its own among them, [C] ascending, on the CPU."""
+        first = min((int(seen.chunk[0]) for seen in self._seen if len(seen.chunk)), default=self._own_chunk)
+        return torch.arange(first, self._own_chunk + 1)
+
+    def telling(self) -> Tensor:
+        """Return by how much each chunk changes the residual stream of an event that sees all, by its size, on the CPU.
+
+        Of all chunks of the history, [C]; summed over blocks.
+        """
         num_chunks = self._own_chunk + 1
-        attention: list[Tensor] = []
         telling = torch.zeros(num_chunks, dtype=self._exact, device=self._input.device)
         with self._network.arithmetic():
             x = self._input
@@ -118,28 +127,27 @@ class _Look:
                 part = telling.new_zeros(num_chunks, *sight.gate.shape[1:])
                 part.index_add_(0, seen.chunk, sight.weight[0].T[:, :, None] * sight.value)
                 change = (mass[:, :, None] * sight.attended - part) / (1 - mass).clamp(min=1e-9)[:, :, None]
-                gate = sight.gate.expand(num_chunks, -1, -1)
-                branch = sigmoid_gate(change.to(gate), gate.contiguous()).flatten(1) @ block.output
+                gate = sight.gate.expand(num_chunks, -1, -1).contiguous()
+                branch = sigmoid_gate(change.to(gate), gate).flatten(1) @ block.output
                 telling += branch.norm(dim=-1).to(telling) / sight.asked.norm().to(telling)
-                mass[self._own_chunk] += sight.own_weight[0]
-                attention.append(mass.mean(1))
                 x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
-        return torch.stack(attention).to("cpu"), telling.to("cpu")
+        return telling.to("cpu")
 
-    def user_vectors(self, left_out: Tensor) -> Tensor:
-        """Return the user vector, then those without each of some chunks, [V, E (+ 1)]."""
+    def without(self, left_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the user vector, then those without each of some chunks, [V, E (+ 1)], and where each block looked.
+
+        The latter is its attention on each chunk of the history where none is left out, mean over heads, [L, C].
+        """
         without = torch.cat((left_out.new_tensor([-1]), left_out)).to(self._input.device)
+        attention = torch.zeros(len(self._blocks), self._own_chunk + 1, dtype=self._exact, device=without.device)
         with self._network.arithmetic():
             x = self._input.expand(len(without), -1)
-            for seen, block in zip(self._seen, self._blocks):
+            for seen, block, shares in zip(self._seen, self._blocks, attention):
                 sight = self._attend(block, seen, x, seen.chunk == without[:, None])
+                shares.index_add_(0, seen.chunk, sight.weight[0].mean(0))
+                shares[self._own_chunk] += sight.own_weight[0].mean()
                 x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
-        return self._network.user_vectors(x).to("cpu", self._exact)
-
-    @property
-    def chunks(self) -> Tensor:
-        """The chunks that the last event sees in some block, its own among them, [C] ascending."""
-        return torch.cat([torch.tensor([self._own_chunk]), *(seen.chunk.cpu() for seen in self._seen)]).unique()
+        return self._network.user_vectors(x).to("cpu", self._exact), attention.to("cpu")
 
     def _attend(self, block: Block, seen: "_Seen", x: Tensor, hidden: Tensor | None = None) -> "_Sight":
         """Let variants of the last event, [V, E], attend to rows and themselves, but for what is hidden [V, n]."""

@@ -35,6 +35,9 @@ class BytesEngine(ABC):
     Raises, from every method: EngineError, when the disk or server fails.
     """
 
+    evictions = 0
+    """Records that it removed to make room; those of a server are the server's to tell."""
+
     @abstractmethod
     def read(self, key: bytes) -> dict[bytes, bytes]:
         """Return all parts of a record; none where it is not kept."""
@@ -122,7 +125,6 @@ class ColdStateStore(StateStore):
 
     def __init__(self, engine: BytesEngine, models: Mapping[str, Model], salt: bytes, largest: int | None = None):
         self._misses: Counter[str] = Counter()
-        self.evictions = 0
         self._engine = engine
         self._models = models
         self._salt = salt
@@ -194,6 +196,11 @@ class ColdStateStore(StateStore):
     @property
     def misses(self) -> Counter[str]:
         """Why `get` returned None."""
+    @property
+    def evictions(self) -> int:
+        """Records that the engine let go for want of room."""
+        return self._engine.evictions
+
         return self._misses
 
     def drop(self, owner: Owner) -> None:

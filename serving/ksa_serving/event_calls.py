@@ -34,6 +34,8 @@ from ksa_serving.upkeep import Upkeep
 from ksa_serving.user_locks import UserLocks
 from ksa_serving.workers import Workers
 
+ADDED: frozenset[Outcome] = frozenset(("accepted", "late", "late-far"))
+"""What became of events that the log did not have."""
 RESULTS: dict[Outcome, EventResult] = {
     "accepted": EventResult("accepted"),
     "late": EventResult("late-applied"),
@@ -116,7 +118,8 @@ class EventCalls:
             for place, result in zip(kept, self._results(owner, appended)):
                 results[place] = result
             seq = appended.head.last_seq
-            self._upkeep.catch_up(owner)
+            if added := sum(outcome in ADDED for outcome in appended.outcomes):
+                self._upkeep.catch_up(owner, added)
         else:
             seq = (await self._workers.run(self._log.head, owner)).last_seq
         return self._counted([result for result in results if result is not None], seq)
@@ -238,6 +241,8 @@ class EventCalls:
     def _counted(self, results: list[EventResult], seq: int) -> EventsAnswer:
         for result, times in Counter(results).items():
             self._metrics.events.labels(result.status).inc(times)
+            if result.reason is not None:
+                self._metrics.rejections.labels(result.reason).inc(times)
         return EventsAnswer(results, seq)
 
 

@@ -286,3 +286,4 @@ class LmdbEngine(BytesEngine):
         if number is not None:
             txn.delete(b"n" + number, db=self._written)
             txn.delete(b"r" + key, db=self._written)
+                self.evictions += 1

@@ -42,7 +42,8 @@ class LogWriter:
     """Commits calls in the order in which they came. Its methods may be called from any thread.
 
     healthy: whether the last commit succeeded, or failed for a reason that is not the disk's.
-    on_commit: told how long each commit took, fsync included, and how many calls it held.
+    on_commit: told how long each transaction took, in seconds; how long of that its end, which waits for the disk;
+        and how many calls it held.
     """
 
     def __init__(self, connection: apsw.Connection, entries: LogEntries, group_size: int, waiting_calls: int):
@@ -54,7 +55,7 @@ class LogWriter:
             waiting_calls: calls that may wait before others are refused.
         """
         self.healthy = True
-        self.on_commit: Callable[[float, int], None] = lambda seconds, num_calls: None
+        self.on_commit: Callable[[float, float, int], None] = lambda seconds, sync_seconds, num_calls: None
         self.purging = bool(connection.execute("SELECT 1 FROM purges").fetchone())
         self._connection = connection
         self._entries = entries
@@ -158,6 +159,7 @@ class LogWriter:
                 self._entries.look_up([call.inserts for call in group if call.inserts is not None])
                 results = [call.work() for call in group]
                 self._entries.save()
+                worked = time.perf_counter()
         except Exception as error:
             self._entries.reset()
             if len(group) > 1:  # one call must not fail its neighbours
@@ -169,7 +171,8 @@ class LogWriter:
         else:
             self._entries.committed()
             self.healthy = True
-            self.on_commit(time.perf_counter() - began, len(group))
+            ended = time.perf_counter()
+            self.on_commit(ended - began, ended - worked, len(group))
             for call, result in zip(group, results):
                 call.future.set_result(result)
 

@@ -19,7 +19,7 @@ class MemoryStateStore(StateStore):
 
     def __init__(self, max_bytes: int, largest_share: float = 1.0):
         self._misses: Counter[str] = Counter()
-        self.evictions = 0
+        self._evictions = 0
         self._max_bytes = max_bytes
         self._largest = int(largest_share * max_bytes)
         self._nbytes = 0
@@ -69,7 +69,7 @@ class MemoryStateStore(StateStore):
             self._nbytes += record.nbytes
             while self._nbytes > self._max_bytes:
                 evicted.append(self._remove(next(iter(self._large or self._records))))
-            self.evictions += len(evicted)
+            self._evictions += len(evicted)
         return evicted
 
     def drop(self, owner: Owner) -> None:
@@ -88,6 +88,11 @@ class MemoryStateStore(StateStore):
         """Return all records held, the least recently used first."""
         with self._lock:
             return list(self._records.values())
+
+    @property
+    def evictions(self) -> int:
+        """Records that left memory for want of room."""
+        return self._evictions
 
     def __len__(self) -> int:
         """Return how many records are held."""

@@ -222,8 +222,9 @@ class ChunkExplanation(Struct, frozen=True):
     chunk: int
     seen_as: Literal["summary", "events"]
     attention: Annotated[float, Meta(description="Share of the last block's attention, mean over heads.")]
+    attention_by_layer: Annotated[list[float], Meta(description="The same in each block, the last one's at the end.")]
     score_change: Annotated[
-        float | None, Meta(description="What the score loses when the last block does not see this chunk.")
+        float | None, Meta(description="What the score loses when the last event does not see this chunk.")
     ]
     first_time: int
     last_time: int
@@ -231,7 +232,7 @@ class ChunkExplanation(Struct, frozen=True):
 
 
 class ExplainAnswer(Provenance, frozen=True, kw_only=True):
-    """The chunks that carried a score, most attended first."""
+    """The chunks that carried a score, those without which it changes most first."""
 
     item_id: str
     score: float

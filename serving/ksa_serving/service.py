@@ -100,6 +100,11 @@ class Service:
             return "cold store cannot be written"
         return "states lag behind the event log" if self.upkeep.lag_seconds > most else None
 
+    async def told_metrics(self) -> bytes:
+        """Return all metrics in Prometheus's text format; stores are asked in a thread, for a server may hang."""
+        self.metrics.tiers = await self.workers.run(self.store.tiers)
+        return self.metrics.text()
+
     async def close(self) -> None:
         """Let background work end, write what waits, close log and store."""
         await self.workers.finish()
@@ -118,8 +123,9 @@ class Service:
         answers, long_answers = (Batcher(release.model.recommend, threads, batch, self._on_batch) for _ in range(2))
         return Served(release, states, updates, answers, long_answers, settings.long_history_events)
 
-    def _on_commit(self, seconds: float, num_calls: int) -> None:
+    def _on_commit(self, seconds: float, sync_seconds: float, num_calls: int) -> None:
         self.metrics.commit.observe(seconds)
+        self.metrics.sync.observe(sync_seconds)
         self.metrics.commit_calls.observe(num_calls)
 
     def _on_batch(self, size: int, waited: float) -> None:

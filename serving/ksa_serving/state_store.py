@@ -6,7 +6,7 @@ A state is a cache. Losing one costs time, never data: it is rebuilt from the ev
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ksa_serving.events import Order, Owner
 from ksa_serving.messages import Parity
@@ -41,6 +41,14 @@ class StateRecord:
     """How the state compares with one computed from its events; appending and replaying keep it."""
 
 
+class Tier(NamedTuple):
+    """How much one tier of a store holds, and how many records it has let go for want of room."""
+
+    num_records: int
+    nbytes: int
+    evictions: int
+
+
 class StateStore(ABC):
     """Holds the newest state of some users.
 
@@ -55,8 +63,6 @@ class StateStore(ABC):
     - Records are values: what `get` returned stays valid whatever is put or dropped later.
     - Every method may be called from any thread. No method raises because a disk or server fails: that is a miss.
     """
-
-    evictions: int
 
     @property
     @abstractmethod
@@ -85,6 +91,10 @@ class StateStore(ABC):
     def retire(self, fingerprint: str) -> None:
         """Forget everyone's records of a fingerprint that is no longer served."""
 
+    def tiers(self) -> dict[str, Tier]:
+        """Return what is held where, by `memory` or `cold`; a disk or server may be asked."""
+        return {"memory": Tier(len(self), self.nbytes, self.evictions)}
+
     def flush(self) -> None:  # noqa: B027 - most stores hold nothing back
         """Write what is held back to where it survives a restart."""
 
@@ -107,6 +117,11 @@ class StateStore(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Flush and let go of files and connections."""
+
+    @property
+    @abstractmethod
+    def evictions(self) -> int:
+        """Records let go for want of room."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ksa_serving.events import Owner
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.models import Vocabulary
-from ksa_serving.state_store import StateRecord, StateStore
+from ksa_serving.state_store import StateRecord, StateStore, Tier
 
 Written = tuple[int, Vocabulary]
 """What the cold tier has of a state: how many events, as read by which vocabulary."""
@@ -34,7 +34,7 @@ class TieredStateStore(StateStore):
         spill_events: int = 256,
         largest_share: float = 1.0,
     ):
-        self.evictions = 0
+        self._evictions = 0
         self.memory = MemoryStateStore(memory_bytes, largest_share)
         self.cold = cold
         self.hits: Counter[str] = Counter()
@@ -93,6 +93,10 @@ class TieredStateStore(StateStore):
         self.memory.retire(fingerprint)
         self.cold.retire(fingerprint)
 
+    def tiers(self) -> dict[str, Tier]:
+        """Return what both tiers hold."""
+        return {**self.memory.tiers(), "cold": Tier(len(self.cold), self.cold.nbytes, self.cold.evictions)}
+
     def flush(self) -> None:
         """Write down every record held."""
         for record in self.memory.records():
@@ -123,6 +127,11 @@ class TieredStateStore(StateStore):
         self.flush()
         self.cold.close()
 
+    @property
+    def evictions(self) -> int:
+        """Records that left memory for want of room."""
+        return self._evictions
+
     def __len__(self) -> int:
         """Return how many records are in memory."""
         return len(self.memory)
@@ -134,7 +143,7 @@ class TieredStateStore(StateStore):
 
     def _spill(self, record: StateRecord) -> None:
         """Write down a record that has left memory, unless its owner is dropped meanwhile."""
-        self.evictions += 1
+        self._evictions += 1
         try:
             self._write(record)
         finally:

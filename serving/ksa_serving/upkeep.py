@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from itertools import islice
+from typing import NamedTuple
 
 from ksa_serving.buckets import Buckets
 from ksa_serving.event_log import EventLog
@@ -28,6 +29,13 @@ SHARE_WHILE_CROWDED = 0.25
 """Of the time that states have to follow, while writes crowd: who writes waits for nobody more then."""
 MAX_SETTLING = 1024
 """Users whose states may wait to be computed at length."""
+
+
+class _Behind(NamedTuple):
+    """Since when, on `time.monotonic`'s clock, a user's state may be behind the log, and by how many entries."""
+
+    since: float
+    num_entries: int
 
 
 class Upkeep:
@@ -54,7 +62,7 @@ class Upkeep:
         self._settings = settings
         self._replays = replays
         self._writing = writing
-        self._behind: dict[Owner, float] = {}
+        self._behind: dict[Owner, _Behind] = {}
         self._catching_up = False
         self._at_work: float | None = None
         self._settling: set[Owner] = set()
@@ -70,17 +78,25 @@ class Upkeep:
     def lag_seconds(self) -> float:
         """How long the state that waits longest, or is at work, has not followed the log."""
         now = time.monotonic()
-        return now - next(iter(self._behind.values()), now) if self._at_work is None else now - self._at_work
+        if self._at_work is not None:
+            return now - self._at_work
+        return now - next((behind.since for behind in self._behind.values()), now)
+
+    @property
+    def lag_entries(self) -> int:
+        """Entries of the log that no state was asked to follow yet."""
+        return sum(behind.num_entries for behind in self._behind.values())
 
     def is_settling(self, owner: Owner) -> bool:
         """Whether a user's state is computed at length, or waits for it."""
         return owner in self._settling
 
-    def catch_up(self, owner: Owner) -> None:
+    def catch_up(self, owner: Owner, num_entries: int = 1) -> None:
         """Bring a held state up to the log, together with others' that are behind; a hint, done when there is time."""
         if len(self._behind) >= MAX_BEHIND or self._workers.draining:
             return
-        self._behind.setdefault(owner, time.monotonic())
+        behind = self._behind.get(owner, _Behind(time.monotonic(), 0))
+        self._behind[owner] = behind._replace(num_entries=behind.num_entries + num_entries)
         if not self._catching_up:
             self._catching_up = True
             self._workers.begin(self._catch_up())
@@ -126,7 +142,7 @@ class Upkeep:
         free = (owner for owner in self._behind if not self._locks.of(owner).locked())
         owners = list(islice(free, CAUGHT_UP_TOGETHER))
         # From here on, what is kept needs another turn.
-        self._at_work = min(self._behind.pop(owner) for owner in owners or list(self._behind))
+        self._at_work = min(self._behind.pop(owner).since for owner in owners or list(self._behind))
         try:
             async with contextlib.AsyncExitStack() as held:
                 for owner in owners:

@@ -5,13 +5,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from ksa_serving.cold_store import ColdStateStore
+from ksa_serving.event_log import EventLog
+from ksa_serving.lmdb_engine import LmdbEngine
+from ksa_serving.models import Model
 from ksa_serving.service import Service
 from ksa_serving.settings import Limits, ServeSettings
+from ksa_serving.testing import toy_release
+from ksa_serving.tiered_store import TieredStateStore
 
 pytestmark = pytest.mark.service
 NOW = 1_700_000_000  # where the service's clock stands (conftest)
@@ -284,13 +291,49 @@ def test_health_metrics_and_openapi(client: httpx.Client):
     text = client.get("/metrics").text
     assert 'ksa_requests_total{route="events",status="200"} 1.0' in text
     assert 'ksa_events_total{status="accepted"} 1.0' in text
-    assert "ksa_states_held 1.0" in text
+    assert 'ksa_states_held{tier="memory"} 1.0' in text
+    assert 'ksa_audits_total{result="different"} 0.0' in text  # told before it happens, or no alert would ring
+    assert 'ksa_state_misses_total{cause="fingerprint"} 0.0' in text
     assert "ann" not in text
     document = client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.1")
     assert document["components"]["schemas"]["RecommendRequest"]["additionalProperties"] is False
     assert "list" in document["components"]["schemas"]["RecommendRequest"]["properties"]
     assert set(document["paths"]) >= {"/v1/users/{user_id}/events", "/v1/users/{user_id}/recommend"}
+
+
+def test_metrics_tell_tiers_lag_commits_and_why_events_were_rejected(tmp_path: Path, serve_in_thread: Any):
+    log, release = EventLog(tmp_path, "arrival"), toy_release()
+    models: dict[str, Model] = {release.state_fingerprint: release.model}
+    cold = ColdStateStore(LmdbEngine(tmp_path, 10**7), models, log.salt)
+    store = TieredStateStore(4000, cold, lambda num_events: num_events > 20, spill_events=8)
+    service = Service(release, log, store, ServeSettings(catch_up_seconds=60), clock=lambda: 1e9, models=models)
+    with serve_in_thread(service) as client:
+
+        def told() -> dict[str, float]:
+            lines = client.get("/metrics").text.splitlines()
+            return {name: float(value) for name, value in (line.split() for line in lines if line[0] != "#")}
+
+        before = told()
+        for user in range(4):
+            events = [{"item_id": f"item-{n}", "timestamp": n} for n in range(50)]
+            events += [events[0], {"item_id": "x", "timestamp": -1}, {"item_id": "", "timestamp": 1}]
+            post(client, f"u{user}", *events)
+            ask(client, f"u{user}")
+        after = told()
+    assert after['ksa_events_total{status="duplicate"}'] == 4
+    assert after['ksa_event_rejections_total{reason="negative-time"}'] == 4
+    assert after['ksa_event_rejections_total{reason="empty-item-id"}'] == 4
+    assert (before["ksa_replay_lag_entries"], after["ksa_replay_lag_entries"]) == (0, 4 * 50)
+    assert 0 < after["ksa_replay_lag_seconds"] < 600
+    assert before["ksa_replay_lag_seconds"] == 0
+    assert after['ksa_states_held{tier="cold"}'] == 4
+    assert 0 < after['ksa_state_bytes{tier="memory"}'] <= 4000 < after['ksa_state_bytes{tier="cold"}']
+    assert after['ksa_states_held{tier="memory"}'] + after['ksa_state_evictions_total{tier="memory"}'] == 4
+    assert after["ksa_commit_seconds_count"] - before["ksa_commit_seconds_count"] == 4
+    assert 0 < after["ksa_sync_seconds_sum"] < after["ksa_commit_seconds_sum"]
+    assert set(before) <= set(after)
+    assert len(after) < 600  # none of a user
 
 
 def test_a_mistake_of_ours_is_a_500_that_tells_nothing_private(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ksa_serving import ranking
+from ksa_serving import attribution, ranking
 from ksa_serving.attribution_reference import MaskedHistory
 from ksa_serving.errors import OverloadedError
 from ksa_serving.events import StoredEvent
@@ -258,8 +258,9 @@ def test_an_accelerator_s_answers_are_those_given_one_by_one(
 
 @pytest.mark.parametrize("shape", [*SHAPES, {"max_visible_chunks": 3}], ids=str)
 def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_chunk(
-    run: Any, shape: dict[str, Any], rng: np.random.Generator
+    run: Any, shape: dict[str, Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(attribution, "LEFT_OUT", int(rng.integers(1, 20)))
     model = make_model(run, int(rng.integers(2**31)), **shape)
     assert model.explain(model.new_state(), [], "i1", None, 5) == []
     for length in (1, 5, 8 * int(rng.integers(4, 30)), int(rng.integers(100, 160))):
@@ -274,7 +275,7 @@ def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_
             assert sorted(n for reason in reasons for n in range(reason.first, reason.last + 1)) == list(range(length))
         changes = [reason.score_change for reason in reasons]
         told = [change for change in changes if change is not None]
-        assert len(told) == min(len(reasons), max(most, 32))
+        assert len(told) == min(len(reasons), max(most, attribution.LEFT_OUT))
         assert changes == [*told, *[None] * (len(reasons) - len(told))]
         assert [abs(change) for change in told] == sorted((abs(change) for change in told), reverse=True)
         plain = MaskedHistory(model.recommender, history, request_time)
