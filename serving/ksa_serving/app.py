@@ -67,6 +67,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        service.upkeep.purge()  # of what a crash left
         yield
         await service.close()
 

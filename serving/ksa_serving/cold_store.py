@@ -79,6 +79,9 @@ class BytesEngine(ABC):
         """Whether calls go to the disk or server; False while they are refused because it failed."""
         return True
 
+    def suspect(self) -> None:  # noqa: B027 - most engines write whole or not at all
+        """Have the next `purge` make unreadable what a crash may have left of users who have no record."""
+
     def purge(self) -> None:  # noqa: B027 - most engines overwrite what is removed
         """Make what was removed unreadable."""
 
@@ -194,13 +197,13 @@ class ColdStateStore(StateStore):
             self._misses["unwritten"] += 1
 
     @property
-    def misses(self) -> Counter[str]:
-        """Why `get` returned None."""
-    @property
     def evictions(self) -> int:
         """Records that the engine let go for want of room."""
         return self._engine.evictions
 
+    @property
+    def misses(self) -> Counter[str]:
+        """Why `get` returned None."""
         return self._misses
 
     def drop(self, owner: Owner) -> None:
@@ -223,6 +226,7 @@ class ColdStateStore(StateStore):
         try:
             if self._deleted:
                 self._owed.update(key for key in self._engine.record_keys() if key[:16] in self._deleted)
+                self._engine.suspect()
                 self._deleted = frozenset()
             for key in list(self._owed):
                 self._forget(key)

@@ -147,7 +147,7 @@ def prepare_state_dir(path: Path) -> Path:
 def open_store(
     kind: str, state_dir: Path, models: "Mapping[str, Model]", log: "EventLog", settings: "ServeSettings"
 ) -> "StateStore":
-    """Return the store that `--store` names, without what a crash left of users whom the log knows as deleted.
+    """Return the store that `--store` names; its next `purge` removes what a crash left of deleted users.
 
     Raises:
         UsageError: it cannot be opened.
@@ -175,7 +175,6 @@ def open_store(
         raise UsageError(f"--store {kind}: cannot be opened: {error}.") from error
     cold = ColdStateStore(engine, models, log.salt, largest)
     cold.owe(log.deleted())
-    cold.purge()
 
     def worth_keeping(num_events: int) -> bool:
         return any(model.replay_start(num_events) > 0 for model in models.values())

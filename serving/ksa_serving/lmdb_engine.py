@@ -1,8 +1,9 @@
 """Cold states in LMDB: one file, one writer, crash-safe (default sync), sized by bytes.
 
 Keys are the record's 24 bytes and the part's name. The oldest written records make room for new ones. LMDB does not
-overwrite what is removed, so `remove` of a user is followed by a compacting copy (`compact`): the service runs it in
-the background after deletions.
+overwrite what is removed, and what was removed may stand in the unused end of a page of somebody else's. So `remove` of
+a user is followed by copying what is kept, part by part, into a new file (`compact`): the service runs it in the
+background after deletions.
 
 LMDB trusts its file: one that was cut or flipped may end the process that reads it. States are a cache, so a file that
 is found damaged is started anew, and so is one that several processes in a row did not live to close.
@@ -14,6 +15,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import lmdb
@@ -24,6 +26,11 @@ from ksa_serving.durable import sync
 KEY_BYTES = 24
 OWED = b"z"
 """Written with a removal: a compaction is owed, also after a crash."""
+UNSURE = b"y"
+"""Written where records made room for others, or a process ended in the middle of a write: pages that no record refers
+to may hold anyone's bytes, also of a user who has no record."""
+COPIED_AT_ONCE = 1000
+"""Parts copied in a transaction by a compaction."""
 PROBE = b"x"
 """Written and removed in one transaction."""
 FULL_SHARE = 0.8
@@ -61,6 +68,9 @@ class LmdbEngine(BytesEngine):
                 return
             try:
                 self._open()
+                if unclosed:
+                    with self._env.begin(write=True) as txn:
+                        txn.put(UNSURE, b"", db=self._written)
             except (lmdb.Error, *DAMAGE) as error:
                 self._start_anew(error)
         except (lmdb.Error, OSError) as error:
@@ -136,7 +146,7 @@ class LmdbEngine(BytesEngine):
                 found = cursor.delete() and bool(cursor.key())
             for key in gone:
                 self._untouch(txn, key)
-            if gone:
+            if gone or self._is_unsure(txn):
                 txn.put(OWED, b"", db=self._written)
                 self.needs_compaction = True
 
@@ -163,12 +173,18 @@ class LmdbEngine(BytesEngine):
     def num_records(self) -> int:
         """Return how many records are kept."""
         with self._transaction(write=False) as txn:
-            return txn.stat(self._written)["entries"] // 2
+            notes = sum(txn.get(note, db=self._written) is not None for note in (OWED, UNSURE))
+            return (txn.stat(self._written)["entries"] - notes) // 2
 
     def nbytes(self) -> int:
         """Return the bytes in use."""
         with self._transaction(write=False) as txn:
             return self._used(txn)
+
+    def suspect(self) -> None:
+        """Have the next `purge` overwrite what a crash may have left of users who have no record."""
+        with self._transaction(write=False) as txn:
+            self.needs_compaction |= self._is_unsure(txn)
 
     def purge(self) -> None:
         """Compact if something was removed since."""
@@ -186,7 +202,7 @@ class LmdbEngine(BytesEngine):
         new = self._path.with_suffix(".new")
         try:
             new.unlink(missing_ok=True)
-            self._env.copy(str(new), compact=True)
+            self._copy(new)
             sync(new)
             with self._idle:
                 self._idle.wait_for(lambda: not self._readers)
@@ -197,14 +213,32 @@ class LmdbEngine(BytesEngine):
                 self._lock_path.unlink(missing_ok=True)
                 self._open()
                 self._damaged = False
-                with self._env.begin(write=True) as txn:
-                    txn.delete(OWED, db=self._written)
-                self.needs_compaction = False
         except (lmdb.Error, OSError, *DAMAGE) as error:
             self._damaged |= isinstance(error, DAMAGE)
             raise EngineError(f"{self._path}: {error}") from error
         finally:
             self._compacting = False
+
+    def _copy(self, path: Path) -> None:
+        """Write what is kept into a new file: LMDB's own copy takes pages whole, with what stood there before.
+
+        Not `OWED` and `UNSURE`, which it settles.
+        """
+        copy = lmdb.open(
+            str(path), map_size=self._max_bytes, subdir=False, max_dbs=2, mode=0o600, lock=False, sync=False
+        )
+        try:
+            with self._env.begin() as old:
+                for name, source in ((b"parts", self._parts), (b"written", self._written)):
+                    target = copy.open_db(name)
+                    with old.cursor(source) as cursor:
+                        kept = (pair for pair in cursor if source is self._parts or pair[0] not in (OWED, UNSURE))
+                        while some := list(islice(kept, COPIED_AT_ONCE)):
+                            with copy.begin(write=True) as txn, txn.cursor(target) as writer:
+                                writer.putmulti(some, append=True)
+            copy.sync(True)
+        finally:
+            copy.close()
 
     def close(self) -> None:
         """Close the file."""
@@ -258,7 +292,12 @@ class LmdbEngine(BytesEngine):
                 key = bytes(written.value())
                 self._remove_parts(txn, key)
                 self._untouch(txn, key)
+                self.evictions += 1
                 found = written.first()
+            txn.put(UNSURE, b"", db=self._written)
+
+    def _is_unsure(self, txn: lmdb.Transaction) -> bool:
+        return txn.get(UNSURE, db=self._written) is not None
 
     def _remove_parts(self, txn: lmdb.Transaction, key: bytes) -> None:
         with txn.cursor(self._parts) as cursor:
@@ -286,4 +325,3 @@ class LmdbEngine(BytesEngine):
         if number is not None:
             txn.delete(b"n" + number, db=self._written)
             txn.delete(b"r" + key, db=self._written)
-                self.evictions += 1

@@ -260,6 +260,71 @@ def test_lmdb_compaction_leaves_no_bytes_of_a_dropped_user(tmp_path: Path):
     again.close()
 
 
+def left_of(directory: Path, what: bytes) -> list[str]:
+    """Return the files that hold these bytes."""
+    return [file.name for file in directory.iterdir() if what in file.read_bytes()]
+
+
+def test_lmdb_leaves_nothing_of_a_removed_record_in_the_pages_of_others(tmp_path: Path, seed: int):
+    """Parts of all sizes, from some bytes in a shared page to several pages of their own."""
+    draw = random.Random(seed)
+    for turn in range(20):
+        (tmp_path / str(turn)).mkdir()
+        engine = LmdbEngine(tmp_path / str(turn), 10**7)
+        kept: dict[bytes, dict[bytes, bytes]] = {}
+        for _ in range(30):
+            key, doomed = draw.randbytes(24), draw.random() < 0.3
+            text = (b"doomed-" if doomed else b"keeper-") * 1000
+            parts = {
+                draw.randbytes(4): text[: draw.choice([20, 400, 3000, 4070, 6000])] for _ in range(draw.randint(1, 4))
+            }
+            engine.write(b"doom" + key[4:] if doomed else b"keep" + key[4:], parts, [])
+            if not doomed:
+                kept[b"keep" + key[4:]] = parts
+        engine.remove(b"doom")
+        engine.purge()
+        assert not left_of(tmp_path / str(turn), b"doomed-")
+        assert {key: engine.read(key) for key in engine.record_keys()} == kept
+        assert engine.num_records() == len(kept)
+        engine.close()
+
+
+def test_lmdb_leaves_nothing_of_a_record_that_made_room_for_others(tmp_path: Path):
+    engine = LmdbEngine(tmp_path, 10**6)
+    engine.write(b"doom" * 6, {b"part": b"doomed-" * 10_000}, [])
+    for number in range(1000):
+        engine.write(b"keep%020d" % number, {b"part": b"keeper-" * 100}, [])
+        if not engine.read(b"doom" * 6):
+            break
+    assert engine.evictions == 1
+    assert left_of(tmp_path, b"doomed-")
+    engine.remove(b"doom")
+    engine.purge()
+    assert not left_of(tmp_path, b"doomed-")
+    engine.close()
+
+
+def test_what_a_crash_left_of_a_deleted_user_goes_though_no_record_tells_of_it(tmp_path: Path):
+    """A process ends between the pages of a write and its commit, and a user is deleted before that, or after."""
+    for is_known in (True, False):
+        ColdStateStore(LmdbEngine(tmp_path, 10**7), MODELS, SALT).close()
+        with (tmp_path / "cold.lmdb").open("ab") as file:
+            file.write(b"doomed-" * 10_000)
+        (tmp_path / "cold.unclosed").write_bytes(b"x")
+        store = ColdStateStore(LmdbEngine(tmp_path, 10**7), MODELS, SALT)
+        if is_known:
+            store.owe([ANN.key(SALT)])
+        else:
+            assert store.purge()
+            assert left_of(tmp_path, b"doomed-"), "nobody was deleted"
+            store.close()
+            store = ColdStateStore(LmdbEngine(tmp_path, 10**7), MODELS, SALT)
+            store.drop(ANN)
+        assert store.purge()
+        assert not left_of(tmp_path, b"doomed-")
+        store.close()
+
+
 def test_a_file_that_is_no_lmdb_is_started_anew(tmp_path: Path):
     (tmp_path / "cold.lmdb").write_bytes(b"not a database" * 1000)
     store = ColdStateStore(LmdbEngine(tmp_path, 10**6), MODELS, SALT)
