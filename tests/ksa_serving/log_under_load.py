@@ -111,7 +111,11 @@ async def main(directory: Path, seed: int) -> None:
     await asyncio.gather(delete_users(service, seed), *keeping)
 
 
-if __name__ == "__main__":
-    for point in sys.argv[3:]:
+def run(directory: str, seed: str, *points: str) -> None:
+    for point in points:
         arm(point)
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(Path(directory), int(seed)))
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

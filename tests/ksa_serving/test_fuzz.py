@@ -71,8 +71,8 @@ def encode(body: object) -> bytes:
     return json.dumps(body).encode("utf-8", "surrogatepass")
 
 
-EXAMPLES = int(os.environ.get("KSA_FUZZ", "1000"))
-"""10^4 with `make nightly`, 10^5 with FULL=1; each example sends five requests."""
+EXAMPLES = int(os.environ.get("KSA_FUZZ", "10000"))
+"""Requests: 30,000 with `make nightly`, 10^5 with FULL=1; each example sends five."""
 
 
 @settings(max_examples=EXAMPLES // 5, deadline=None, suppress_health_check=list(HealthCheck))

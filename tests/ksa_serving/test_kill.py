@@ -1,7 +1,6 @@
 """kill -9 at random instants: no acknowledged event is lost, none is applied twice, states equal the log again."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -11,11 +10,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import httpx
+import log_under_load
 import pytest
+from zygote import Child, Zygote
 
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import Owner
@@ -23,7 +25,7 @@ from ksa_serving.service import Service
 from ksa_serving.testing import ToyModel
 
 pytestmark = pytest.mark.service
-NUM_KILLS = int(os.environ.get("KSA_KILLS", "10"))
+NUM_KILLS = int(os.environ.get("KSA_KILLS", "100"))
 POINTS = (
     "ksa_serving.log_entries:LogEntries.look_up/before",  # a transaction was begun
     "ksa_serving.log_entries:LogEntries.save/after",  # written, not committed
@@ -37,18 +39,25 @@ POINTS = (
     "os:replace/before",  # the cold store was copied without what was deleted
     "os:replace/after",
 )
-NUM_SERVICE_KILLS = max(2, NUM_KILLS // 10)
-LOAD = Path(__file__).parent / "log_under_load.py"
-spec = importlib.util.spec_from_file_location("log_under_load", LOAD)
-assert spec is not None
-assert spec.loader is not None
-log_under_load = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(log_under_load)
+NUM_SERVICE_KILLS = NUM_KILLS // 10
 
 
-def spawn(directory: Path, seed: int, *point: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(LOAD), str(directory), str(seed), *point]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def loads() -> Iterator[Zygote]:
+    """Begins processes that keep events until they are killed."""
+    zygote = Zygote("log_under_load", "lmdb", "ksa_serving.lmdb_engine", "ksa_serving.tiered_store")
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[Zygote]:
+    """Begins whole services."""
+    zygote = Zygote(
+        "recsys_ksa.cli", "ksa_serving.app", "ksa_serving.server", "ksa_serving.library_model", "pyarrow.dataset"
+    )
+    yield zygote
+    zygote.close()
 
 
 def whole_lines(stream: IO[str]) -> list[str]:
@@ -56,34 +65,33 @@ def whole_lines(stream: IO[str]) -> list[str]:
     return [line for line in stream.read().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path: Path, seed: int):
+def test_kill_at_random_instants_loses_and_doubles_nothing(loads: Zygote, tmp_path: Path, seed: int):
     draw = random.Random(seed)
     acknowledged: dict[str, set[int]] = {}
     for turn in range(NUM_KILLS):
-        child = spawn(tmp_path, turn)
-        assert child.stdout is not None
+        child = loads.spawn("log_under_load:run", str(tmp_path), str(turn))
         assert child.stdout.readline() == "ready\n"
-        time.sleep(draw.uniform(0.0, 0.4))
+        time.sleep(draw.uniform(0.0, 0.2))
         child.send_signal(signal.SIGKILL)
         read_and_check(child, tmp_path, acknowledged)
     assert sum(map(len, acknowledged.values())) > 10 * NUM_KILLS
 
 
-def test_kill_at_named_points_loses_and_doubles_nothing(tmp_path: Path, seed: int):
+def test_kill_at_named_points_loses_and_doubles_nothing(loads: Zygote, tmp_path: Path, seed: int):
     draw = random.Random(seed)
     acknowledged: dict[str, set[int]] = {}
-    points = POINTS * (NUM_KILLS // 50) or draw.sample(POINTS, 3)
+    points = POINTS * max(1, NUM_KILLS // 50)
     for turn, point in enumerate(points):
-        child = spawn(tmp_path, turn, f"{point}/{draw.randint(1, 4 if point.startswith('os') else 20)}")
+        nth = draw.randint(1, 4 if point.startswith("os") else 20)
+        child = loads.spawn("log_under_load:run", str(tmp_path), str(turn), f"{point}/{nth}")
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=60)
         assert child.poll() == -signal.SIGKILL, f"{point} was never reached"
         read_and_check(child, tmp_path, acknowledged)
 
 
-def read_and_check(child: subprocess.Popen[str], directory: Path, acknowledged: dict[str, set[int]]) -> None:
+def read_and_check(child: Child, directory: Path, acknowledged: dict[str, set[int]]) -> None:
     """Read what a killed child acknowledged, and find it in the log."""
-    assert child.stdout is not None
     forgotten: list[str] = []
     for line in whole_lines(child.stdout):
         if line == "ready\n":
@@ -113,6 +121,7 @@ def check_against_log(directory: Path, acknowledged: dict[str, set[int]], forgot
         check_state(service, user)
     while log.purging:
         time.sleep(0.005)
+    assert service.store.purge()
     service.store.close()
     log.close()
     for file in directory.iterdir():
@@ -138,12 +147,15 @@ def start_service(run: Path, state_dir: Path) -> tuple[subprocess.Popen[str], st
     return process, line.split()[1]
 
 
-def test_kill_of_the_whole_service(tiny_run: Path, tmp_path: Path, seed: int):
+def test_kill_of_the_whole_service(services: Zygote, tiny_run: Path, tmp_path: Path, seed: int):
     draw = random.Random(seed)
     acknowledged: list[dict[str, object]] = []
     sent: list[dict[str, object]] = []
     for _ in range(NUM_SERVICE_KILLS):
-        process, url = start_service(tiny_run, tmp_path)
+        process = services.spawn(
+            "recsys_ksa.cli:main", ["serve", str(tiny_run), "--port", "0", "--state-dir", str(tmp_path)]
+        )
+        url = process.stdout.readline().split()[1]
         killer = threading.Timer(draw.uniform(0.5, 1.0), process.send_signal, [signal.SIGKILL])
         with httpx.Client(base_url=url, timeout=30) as client, contextlib.suppress(httpx.TransportError):
             assert set(post(client, sent[-9:])) <= {"accepted", "duplicate"}  # what a sender does after a crash
@@ -158,7 +170,6 @@ def test_kill_of_the_whole_service(tiny_run: Path, tmp_path: Path, seed: int):
                 client.post("/v1/users/ann/recommend", json={"k": 3}).raise_for_status()
         killer.join()
         assert process.wait() == -signal.SIGKILL
-        assert process.stdout is not None
         process.stdout.close()
     log = EventLog(tmp_path, "arrival")
     kept = [(event.item_id, event.timestamp) for event in log.read(Owner("ann"))[1]]

@@ -1,6 +1,7 @@
 """A service under steady load: memory, open files and threads stay where they were, and no state is wrong."""
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from ksa_serving.client import Client
 from ksa_serving.messages import EventMessage
 
 pytestmark = pytest.mark.service
-SECONDS = float(os.environ.get("KSA_SOAK_SECONDS", "12"))
+SECONDS = float(os.environ.get("KSA_SOAK_SECONDS", "30"))
 """120 with `make nightly`, 1,200 with FULL=1."""
 NUM_USERS = 40
 FEW_MB = 30
@@ -71,8 +72,7 @@ def test_a_service_under_steady_load_grows_in_nothing(tmp_path: Path):
         assert late_counts[1] <= early_counts[1] + 2
         assert not faults
         assert 'status="500"' not in text
-        assert 'cause="mismatch"' not in text
-        assert 'cause="damaged"' not in text
+        assert not re.findall(r'cause="(?:mismatch|damaged)"} (?!0\.0$).*', text, re.MULTILINE)
     finally:
         process.terminate()
         assert process.wait(timeout=30) == 0
