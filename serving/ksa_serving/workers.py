@@ -6,7 +6,7 @@ Quick work has threads of its own, so that it never waits behind a rebuild.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -57,12 +57,14 @@ class Workers:
             mine, done = self._done.popleft()
             if mine.done():
                 continue
-            if done.cancelled():
+            try:  # each thing asked of `done` takes its lock
+                result = done.result()
+            except CancelledError:
                 mine.cancel()
-            elif (error := done.exception()) is not None:
+            except BaseException as error:
                 mine.set_exception(error)
             else:
-                mine.set_result(done.result())
+                mine.set_result(result)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what `function` returns, called in one of the model's threads."""

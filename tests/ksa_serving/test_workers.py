@@ -58,6 +58,23 @@ def test_results_of_other_threads_arrive_each_at_its_own_asker():
     asyncio.run(story())
 
 
+def test_an_error_and_a_cancelled_work_of_other_threads_arrive_as_that():
+    async def story() -> None:
+        workers = Workers(1)
+        failed, cancelled = Future[int](), Future[int]()
+        asked = [asyncio.create_task(workers.wait_for(future)) for future in (failed, cancelled)]
+        await asyncio.sleep(0)
+        failed.set_exception(ValueError("no"))
+        cancelled.cancel()
+        await asyncio.wait(asked, timeout=10)
+        with pytest.raises(ValueError, match="no"):
+            asked[0].result()
+        assert asked[1].cancelled()
+        workers.close()
+
+    asyncio.run(story())
+
+
 def test_work_aside_holds_nothing_else_up():
     async def story() -> None:
         workers, done = Workers(1), threading.Event()
