@@ -75,6 +75,7 @@ def main() -> None:
     arguments.add_argument("--kind", choices=list(FIRST_RATES), help="only one kind of requests")
     arguments.add_argument("--nice", type=int, default=0, help="how far the priority of proxy and client is lowered")
     args = arguments.parse_args()
+    args.set = [*args.set, "user_events_per_second=0"]  # what the service can do is asked, not what one user may
     args.set.append("user_events_per_second=1e9")  # what is measured is the whole service's bound, not one user's
     print(heading(), flush=True)
     with live_service(args) as direct:

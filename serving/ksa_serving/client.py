@@ -141,7 +141,8 @@ class Client:
             if response.status_code == 200:
                 return msgspec.json.decode(response.content, type=kind)
             reason = _detail(response)
-            told = float(response.headers["retry-after"]) if response.status_code == 429 else 0.0
+            seconds = response.headers.get("retry-after", "")
+            told = float(seconds) if response.status_code == 429 and seconds.isdigit() else 0.0
             if response.status_code not in (429, 503):
                 refused = response.status_code in (400, 404, 413, 431)
                 break

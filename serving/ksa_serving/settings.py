@@ -81,8 +81,8 @@ class ServeSettings(Strict):
     """How long a request may wait for work to begin, unless its `x-deadline-ms` header says; beyond it: 504."""
     requests_per_second: PositiveFloat | None = None
     """Of one client (token, else address), with bursts of twice as many; beyond it: 429. None: no bound."""
-    user_events_per_second: PositiveFloat | None = 200.0
-    """Sent for one user, with bursts of 50 seconds' worth; beyond it: 429. None: no bound, as where histories of many
+    user_events_per_second: NonNegativeFloat = 200.0
+    """Sent for one user, with bursts of 50 seconds' worth; beyond it: 429. 0: no bound, as where histories of many
     thousand events are brought in."""
     purge_after_seconds: PositiveFloat = 10.0
     """Deletions are gathered so long before the cold store is rewritten without them."""

@@ -164,3 +164,15 @@ def test_a_batch_whose_time_ran_out_says_so_when_nothing_of_it_is_kept_any_more(
         await service.close()
 
     asyncio.run(story())
+
+
+def test_without_a_bound_all_that_comes_is_taken(make_service: MakeService):
+    async def story() -> None:
+        service = make_service(settings=ServeSettings(user_events_per_second=0))
+        for start in range(0, 12_000, 1000):
+            sent = [EventMessage("item-1", start + n) for n in range(1000)]
+            await service.events.post("ann", EventsRequest(sent))
+        assert service.log.head(Owner("ann")).num_events == 12_000
+        await service.close()
+
+    asyncio.run(story())
