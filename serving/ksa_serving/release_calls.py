@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from ksa_serving.events import Owner
 from ksa_serving.messages import ReleaseInfo, ReleasesAnswer
 from ksa_serving.models import Model
 from ksa_serving.releases import Releases, Served
@@ -96,18 +95,27 @@ class ReleaseCalls:
 
         Not where it reads the active one's: states are then made anew one by one, where its items ask for it.
         """
-        seen: set[Owner] = set()
         if served.release.state_fingerprint == self._releases.active.release.state_fingerprint:
             return 0
-        states = served.states.resting(self._settings.warm_share)
+        states = served.states.resting(self._rest)
         records: Callable[[], list[StateRecord]] = getattr(getattr(self._store, "memory", self._store), "records", list)
-        for record in reversed(records()):
-            if len(seen) >= self._settings.warm_users or self._workers.draining:
-                break
-            if record.owner not in seen:
-                seen.add(record.owner)
-                states.settle(record.owner)  # whole, however long: nobody waits for it
-        return len(seen)
+        owners = list(dict.fromkeys(record.owner for record in reversed(records())))[: self._settings.warm_users]
+        for warmed, owner in enumerate(owners):
+            try:
+                states.settle(owner)  # whole, however long: nobody waits for it
+            except _DrainingError:
+                return warmed
+        return len(owners)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait after a step that took so long: answers need the rest of the time."""
+        if self._workers.draining:
+            raise _DrainingError
+        time.sleep(seconds * (1 / self._settings.warm_share - 1))
+
+
+class _DrainingError(Exception):
+    """What is being warmed will not be served."""
 
 
 def _info(role: Literal["active", "previous", "loaded"], served: Served) -> ReleaseInfo:

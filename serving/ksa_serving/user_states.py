@@ -11,7 +11,7 @@ The caller holds the user's lock during `current`, `current_together` and `catch
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -82,7 +82,7 @@ class UserStates:
         self._log = log
         self._store = store
         self._step = rebuild_step_events
-        self._share = 1.0
+        self._rest: Callable[[float], None] | None = None
         self._inline = inline_events
         self._replays = replays
 
@@ -137,10 +137,13 @@ class UserStates:
         """Return the whole state whatever it costs, and hold it; for background work."""
         return self.current(owner, inline=False)[0]
 
-    def resting(self, share: float) -> "UserStates":
-        """Return what computes the same states for a share of the time, in short steps: answers need the rest."""
+    def resting(self, rest: Callable[[float], None]) -> "UserStates":
+        """Return what computes the same states in short steps, and calls `rest` with the seconds that each one took.
+
+        Where `rest` raises, the state is given up.
+        """
         resting = copy(self)
-        resting._step, resting._share = min(self._step, RESTING_STEP_EVENTS), share
+        resting._step, resting._rest = min(self._step, RESTING_STEP_EVENTS), rest
         return resting
 
     def audit(self, record: StateRecord) -> float | None:
@@ -338,8 +341,8 @@ class UserStates:
             began = time.monotonic()
             given = events[start : start + self._step]
             record = self._grown(record, self._model.append(record.state, given), given)
-            if self._share < 1:
-                time.sleep((time.monotonic() - began) * (1 / self._share - 1))
+            if self._rest is not None:
+                self._rest(time.monotonic() - began)
         return record
 
     def _grown(self, record: StateRecord, state: Any, events: Sequence[StoredEvent]) -> StateRecord:

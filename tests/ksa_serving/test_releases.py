@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ksa_serving import user_states
+from ksa_serving import release_calls, user_states
 from ksa_serving.errors import ReleaseError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import StoredEvent
@@ -148,7 +148,7 @@ def test_a_release_is_warmed_whole_and_with_rests(
     """Also the state of a user too long for an answer to compute: after the activation nobody is answered degraded."""
     rests: list[float] = []
     monkeypatch.setattr(user_states, "RESTING_STEP_EVENTS", 10)
-    monkeypatch.setattr(user_states, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rests.append))
+    monkeypatch.setattr(release_calls, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rests.append))
     service = make_service(release("a"), ServeSettings(inline_events=20, warm_share=0.2))
     service.releases.loaded["b"] = service.releases._prepare(release("b"))
     monkeypatch.setattr(service.releases, "load", lambda run: service.releases.loaded[run])
@@ -165,6 +165,31 @@ def test_a_release_is_warmed_whole_and_with_rests(
         for user in ("short", "long"):
             answer = await service.questions.recommend(user, RecommendRequest())
             assert (answer.model_version, answer.state_source, answer.degraded) == ("m-b", "host", False)
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_warming_ends_when_the_service_does(make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch):
+    """In the midst of a long state: it would have rested for an hour."""
+    monkeypatch.setattr(user_states, "RESTING_STEP_EVENTS", 10)
+    service = make_service(release("a"))
+    service.releases.loaded["b"] = service.releases._prepare(release("b"))
+    monkeypatch.setattr(service.releases, "load", lambda run: service.releases.loaded[run])
+    steps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        steps.append(seconds)
+        service.workers.draining = len(steps) == 3
+
+    monkeypatch.setattr(release_calls, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+
+    async def story() -> None:
+        await service.events.post("ann", EventsRequest([EventMessage("item-1", n, f"e{n}") for n in range(95)]))
+        for owner in service.log.owners():
+            service.served.states.settle(owner)
+        await service.operator.load("b")
+        assert len(steps) == 3
         await service.close()
 
     asyncio.run(story())
