@@ -64,6 +64,7 @@ nightly: export KSA_MOVES := $(if $(FULL),40,10)
 nightly: export KSA_DAMAGES := $(if $(FULL),1000,200)
 nightly: export KSA_SIMULATIONS := $(if $(FULL),10000,1000)
 nightly: export KSA_POWER_CUTS := $(if $(FULL),10000,1000)
+nightly: export KSA_REPLAYED_EVENTS := 100000
 nightly: export KSA_SOAK_SECONDS := $(if $(FULL),1200,120)
 nightly: $(TESTABLE)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -m "not gpu"

@@ -197,13 +197,21 @@ class EventLog:
         Raises:
             EventLogError: something is not what was kept.
         """
+        self.check_file()
+        for owner in self.owners():
+            with self.view(owner) as view:
+                view.check()
+
+    def check_file(self) -> None:
+        """Have SQLite look through its file.
+
+        Raises:
+            EventLogError: it is damaged.
+        """
         with self._reader() as connection:
             found = str(connection.pragma("integrity_check", 1))
         if found != "ok":
             raise EventLogError(f"event log: expected a sound file, got: {found}.")
-        for owner in self.owners():
-            with self.view(owner) as view:
-                view.check()
 
     def owners(self) -> list[Owner]:
         """Return everyone who has events."""

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ksa_serving.events import Owner
+from ksa_serving.events import NewEvent, Owner
 from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
 from ksa_serving.release import Release, load_release
 from ksa_serving.service import Service
@@ -23,6 +26,8 @@ from recsys_ksa.errors import RunError
 from recsys_ksa.order import TieKind
 
 TIES: list[TieKind] = ["arrival", "id", "hash"]
+REPLAYED_EVENTS = int(os.environ.get("KSA_REPLAYED_EVENTS", "20000"))
+"""Events of the log that `ksa replay` rebuilds; more with `make nightly`."""
 
 
 @pytest.fixture(scope="module")
@@ -205,17 +210,26 @@ def test_an_index_of_another_run_is_refused(tiny_run: Path, tmp_path: Path):
         load_release(indexed)
 
 
-def test_replaying_a_stopped_services_log_finds_what_it_stored(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_replaying_a_running_services_log_finds_what_it_stored_and_what_was_altered(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
 ):
     from ksa_serving.command import open_store
     from ksa_serving.event_log import EventLog
 
     release = load_release(tiny_run)
     settings = ServeSettings(spill_events=10)
-    log = EventLog(tmp_path, release.tie)
+    state_dir = tmp_path / "state"
+    state_dir.mkdir()
+    log = EventLog(state_dir, release.tie)
     models = {release.state_fingerprint: release.model}
-    service = Service(release, log, open_store("lmdb", tmp_path, models, log, settings), settings, models=models)
+    store = open_store("lmdb", state_dir, models, log, settings)
+    service = Service(release, log, store, settings, models=models)
+
+    def replayed(*arguments: str) -> int:
+        try:
+            return main(["replay", str(tiny_run), "--state-dir", str(state_dir), *arguments])
+        except SystemExit as end:
+            return int(str(end.code))
 
     async def story() -> None:
         for n, user in enumerate(("ann", "bob", "cat")):
@@ -224,11 +238,81 @@ def test_replaying_a_stopped_services_log_finds_what_it_stored(
             await ask(service, user, k=1)
             await service.events.post(user, EventsRequest([events[100]]))  # late
             await ask(service, user, k=1)
+        service.store.flush()
+        files = {path.name: path.stat().st_mtime_ns for path in state_dir.iterdir() if path.suffix == ".lmdb"}
+        assert replayed("--out", str(tmp_path / "first")) == 0
+        beside = ["replay", str(tiny_run), "--state-dir", str(state_dir), "--out", str(tmp_path / "second")]
+        code = "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"
+        subprocess.run([sys.executable, "-c", code, *beside], check=True)  # as an operator does, while it serves
+        assert files == {name: (state_dir / name).stat().st_mtime_ns for name in files}
+        assert "450 events of 3 users; 3 states stored" in capsys.readouterr().out
+        assert replayed("--out", str(tmp_path / "first")) == 2  # it exists
+        # A state that says it is the log's, and has another's rows or own items.
+        cold, owner = store.cold, Owner("bob")  # type: ignore[attr-defined]
+        record = service.served.states.held(owner)
+        assert record is not None
+        other = service.served.states.held(Owner("ann"))
+        assert other is not None
+        layers = other.state.memory.layers
+        memory = replace(record.state.memory, layers=layers)
+        rows = replace(record.state, memory=memory)
+        items = replace(record.state, seen=other.state.seen)
+        for kind, state in (("rows", rows), ("history", items)):
+            cold.drop(owner)
+            cold.put(replace(record, state=state))
+            capsys.readouterr()
+            assert replayed() == 1
+            out = capsys.readouterr().out
+            assert f"({kind}: 1)" in out
+            assert owner.key(log.salt).hex() in out
+            assert "bob" not in out
         await service.close()
 
     asyncio.run(story())
-    assert main(["replay", str(tiny_run), "--state-dir", str(tmp_path)]) == 0
-    assert "450 events of 3 users; 3 states stored" in capsys.readouterr().out
+    digests = [(tmp_path / name / "digests.txt").read_text() for name in ("first", "second")]
+    assert digests[0] == digests[1]  # of one build, bit by bit
+    assert len(digests[0].splitlines()) == 3
+    assert not list(tmp_path.glob(".replay-*"))
+    again = EventLog(tmp_path / "first", release.tie)
+    kept = open_store("lmdb", tmp_path / "first", models, again, settings)
+    assert all(kept.get(Owner(user), release.state_fingerprint) is not None for user in ("ann", "bob", "cat"))
+    kept.close()
+    with again._connection as connection:  # an event that its hash does not name
+        connection.execute("UPDATE events SET timestamp = timestamp + 1 WHERE rowid = (SELECT max(rowid) FROM events)")
+    again.close()
+    state_dir = tmp_path / "first"
+    assert replayed() == 1
+    assert "(log: 1)" in capsys.readouterr().out
+
+
+def test_a_long_log_is_replayed_whole(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
+):
+    from ksa_serving.command import open_store
+    from ksa_serving.event_log import EventLog
+    from ksa_serving.user_states import UserStates
+
+    release, settings = load_release(tiny_run), ServeSettings()
+    log = EventLog(tmp_path, release.tie)
+    store = open_store("lmdb", tmp_path, {release.state_fingerprint: release.model}, log, settings)
+    states = UserStates(release, log, store)
+    lengths = rng.multinomial(REPLAYED_EVENTS, rng.dirichlet(np.full(30, 0.5)))
+    for user, length in enumerate(lengths.tolist()):
+        owner, times = Owner(f"u{user}"), 1_600_000_000 + rng.integers(0, 10**7, length)
+        given = [NewEvent(f"i{rng.integers(60)}", int(time), f"{n:06}") for n, time in enumerate(times)]
+        for cut in range(0, length, 1000):  # in no order: most of them late
+            log.append(owner, given[cut : cut + 1000])
+            if user % 5 == 0:
+                states.current(owner)
+    stored = sum(length > 0 for length in lengths[::5])
+    store.close()
+    log.close()
+    assert main(["replay", str(tiny_run), "--state-dir", str(tmp_path), "--out", str(tmp_path / "new")]) == 0
+    users = sum(lengths > 0)
+    assert len((tmp_path / "new" / "digests.txt").read_text().splitlines()) == users
+    told = capsys.readouterr().out
+    assert f"{REPLAYED_EVENTS} events of {users} users" in told
+    assert 0 < int(told.split("users; ")[1].split()[0]) <= stored
 
 
 def test_a_bundle_is_served_only_as_it_was_exported(tiny_run: Path, tmp_path: Path):
