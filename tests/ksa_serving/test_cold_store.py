@@ -63,6 +63,17 @@ def test_gives_back_what_was_put_but_cold(engine: BytesEngine):
     assert store.nbytes > 0
 
 
+def test_a_state_larger_than_one_user_may_take_is_not_written(engine: BytesEngine):
+    store = ColdStateStore(engine, MODELS, SALT, largest=400)
+    store.put(record(ANN, 50))
+    assert same(store.get(ANN, "f"), record(ANN, 50))
+    store.put(record(BOB, 51))
+    store.put(record(ANN, 51, 51))
+    assert store.get(BOB, "f") is None
+    assert same(store.get(ANN, "f"), record(ANN, 50))  # what it was is still of use
+    assert store.misses["too-large"] == 2
+
+
 def test_records_of_another_parity_are_counted_misses_and_states_are_never_written_as_better_than_they_are(
     engine: BytesEngine,
 ):
