@@ -15,7 +15,7 @@ from collections import Counter
 from multiprocessing.queues import Queue
 
 import msgspec
-from live_service import LENGTHS, live_service, parser
+from live_service import LENGTHS, LiveService, live_service, parser
 from reference import NUM_ITEMS, heading, history
 
 from ksa_serving.load import Outcome, Plan, Wire, run_load
@@ -78,22 +78,25 @@ def questions(url: str, seconds: float) -> Outcome:
     return run_load(url, None, Plan(50, 0, 1, ATTACKER, NUM_ITEMS, seconds, seed=time.time_ns()))["recommend"]
 
 
-def measure(url: str, seconds: float, flood: bool) -> None:
+def measure(service: LiveService, seconds: float, flood: bool) -> None:
     """Print what the others met without and with the attacker."""
     p99: dict[bool, list[float]] = {False: [], True: []}
     spawned = multiprocessing.get_context("spawn")
     for attacked, turn in itertools.product((False, True), range(TURNS)):
         met: Queue[Counter[str]] = spawned.Queue()
-        process = spawned.Process(target=attack, args=(url, seconds + 1, flood, time.time_ns(), met))
+        process = spawned.Process(target=attack, args=(service.url, seconds + 1, flood, time.time_ns(), met))
         if attacked:
             process.start()
             time.sleep(1)
-        outcome = questions(url, seconds)
+        spent = service.processor_seconds()
+        outcome = questions(service.url, seconds)
+        spent = (service.processor_seconds() - spent) / seconds
         p99[attacked].append(outcome.percentile(0.99))
         refused = len(outcome) - len(outcome.seconds[200])
         print(
             f"{turn}, {'with' if attacked else 'without'}: p50 {outcome.percentile(0.5):.1f}, "
-            f"p99 {p99[attacked][-1]:.1f} ms, {refused} of {len(outcome)} refused",
+            f"p99 {p99[attacked][-1]:.1f} ms, {refused} of {len(outcome)} refused, "
+            f"{spent:.2f} processors used by the service",
             flush=True,
         )
         if attacked:
@@ -113,7 +116,7 @@ def main() -> None:
     args = arguments.parse_args()
     print(heading(), flush=True)
     with live_service(args) as service:
-        measure(service.url, args.seconds, args.flood)
+        measure(service, args.seconds, args.flood)
 
 
 if __name__ == "__main__":
