@@ -192,6 +192,7 @@ class EventCalls:
         async with self._locks.of(owner):  # so that no state of the old generation is put after it was dropped
             num_events = await self._workers.wait_for(self._log.forget(owner, deadline))
             await self._workers.run(self._store.drop, owner)
+            self._upkeep.forget(owner)
         self._metrics.forgotten.inc()
         self._upkeep.purge()
         return ForgottenAnswer(num_events, ["log", "memory", "cold"])

@@ -107,6 +107,10 @@ class Upkeep:
             self._settling.add(owner)
             self._workers.begin(self._settle(owner))
 
+    def forget(self, owner: Owner) -> None:
+        """Hold up no answers any more for what a deleted user's state was to know."""
+        self._settling.discard(owner)
+
     def audit(self, served: Served, record: StateRecord) -> None:
         """Compute a share of the states that were used anew, one at a time, and compare."""
         if random.random() < self._settings.audit_share and not self._auditing:

@@ -128,10 +128,11 @@ class UserStates:
         ]
 
     def meanwhile(self, owner: Owner) -> Current:
-        """Return the degraded record that `current` does, without looking what changed: while `settle` is at work."""
+        """Return what `current` does while `settle` is at work: where a state is held, that, whatever changed since."""
         record = self.held(owner)
-        with self._log.view(owner) as view:
-            return self._degraded(owner, record, view)
+        if record is None or record.cold or record.generation != self._log.head(owner).generation:
+            return self.current(owner)
+        return record, "degraded"
 
     def settle(self, owner: Owner) -> StateRecord:
         """Return the whole state whatever it costs, and hold it; for background work."""

@@ -125,6 +125,26 @@ def test_what_one_user_owes_no_other_waits_for(tmp_path: Path):
     asyncio.run(story())
 
 
+def test_a_deleted_user_waits_for_nothing_that_was_owed(tmp_path: Path):
+    async def story() -> None:
+        service = long_service(tmp_path, replay_events_per_second=1e-6)
+        await keep(service, *range(1000, 1000 + HISTORY))
+        await service.questions.recommend("ann", RecommendRequest())
+        service.upkeep._replays.owe(Owner("ann"), 1000)
+        assert await keep(service, 900) == ["late-queued"]
+        assert (await service.questions.recommend("ann", RecommendRequest())).degraded
+        assert service.upkeep.is_settling(Owner("ann"))
+        await service.events.forget("ann")
+        assert (await service.questions.recommend("ann", RecommendRequest())).state_source == "none"
+        for n in range(3):
+            assert await keep(service, n) == ["accepted"]
+            answer = await service.questions.recommend("ann", RecommendRequest())
+            assert (answer.degraded, answer.num_events) == (False, n + 1)
+        await service.close()
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("change", ["retract", "correct"])
 def test_corrections_and_retractions_cost_as_late_events_do(tmp_path: Path, change: str):
     async def story() -> None:
