@@ -1,9 +1,11 @@
 """Users' rows on their way from one event log to another: read by the old owner, kept by the new, then let go.
 
 Everything travels: events, tombstones, event ids, generations, rolling hashes, and the salted hashes of deleted users.
-Sequence numbers are those of a log, so the new owner adds one *base* to all that come in one move. The base is its own
-highest number at the move's begin, and the numbers up to base + the old owner's highest are set aside. So an entry's
-number only rises: who waited for one (`min_seq`) waits for less, and sending a page again keeps nothing twice.
+Sequence numbers are those of a log, so entries get new ones: the old owner counts those that move, 1, 2, ..., user by
+user, and the new owner adds a *base*, the highest number of either log at the move's begin, above which it sets as many
+numbers aside. So an entry's number only rises: who waited for one (`min_seq`) waits for less, and sending a page again
+keeps nothing twice. A move raises the highest number by what it moves. (Were the gaps between entries to move too, it
+would double now and then, and some ninety moves would fill SQLite's 64 bits.)
 """
 
 import hashlib
@@ -25,7 +27,7 @@ ENTRY = "seq, identity, live, retracts, item_id, timestamp, event_id, event_type
 
 
 class Entry(Struct, frozen=True, array_like=True):
-    """A row of the log, in the columns of `ENTRY`."""
+    """A row of the log, in the columns of `ENTRY`; `seq` and `retracts` count the entries of a move."""
 
     seq: int
     identity: bytes
@@ -41,7 +43,7 @@ class Entry(Struct, frozen=True, array_like=True):
 
 
 class UserRows(Struct, frozen=True, array_like=True):
-    """A user and some of the entries."""
+    """A user and some of the entries; `last_seq` counts as theirs do."""
 
     tenant: str
     user_id: str
@@ -60,18 +62,25 @@ class DeletedUser(Struct, frozen=True, array_like=True):
 
 
 class Cursor(Struct, frozen=True, array_like=True):
-    """How far a log was read: users before `user_key` whole, that one's entries up to `seq`."""
+    """How far a log was read: users before `user_key` whole, that one's entries up to `seq`; `entries` in all."""
 
     user_key: int = 0
     seq: int = 0
+    entries: int = 0
 
 
 class Page(Struct, frozen=True):
-    """A part of what moves. `after` tells where to go on; None: this was the last."""
+    """A part of what moves.
+
+    last_seq: highest number of the old owner's log.
+    num_entries: that move in all, told with the first page; 0 with others.
+    after: where to go on; None: this was the last.
+    """
 
     move: str
     source: str
     last_seq: int
+    num_entries: int
     salts: list[bytes]
     deleted: list[DeletedUser]
     users: list[UserRows]
@@ -90,10 +99,10 @@ def read_page(
     connection: apsw.Connection, shards: Collection[int], move: str, source: str, after: Cursor, rows: int = PAGE_ROWS
 ) -> Page:
     """Return what follows `after` of all users in `shards`, and of all deleted ones: whose they were is not known."""
-    highest = highest_seq(connection)
     salts = _values(connection, "SELECT value FROM facts WHERE name GLOB 'salt*' ORDER BY name")
-    page = Page(move, source, highest, salts, [], [], None)
-    room = rows
+    num_entries = tally(connection, shards).entries if after == Cursor() else 0
+    page = Page(move, source, highest_seq(connection), num_entries, salts, [], [], None)
+    room, counted = rows, after.entries
     found: Iterable[Any] = connection.execute(
         "SELECT user_key, owner_key, tenant, user_id, generation, num_events, last_seq, chain FROM users"
         " WHERE user_key >= ? AND length(owner_key) = 16 ORDER BY user_key",
@@ -101,20 +110,27 @@ def read_page(
     )
     for user_key, owner_key, tenant, user_id, generation, num_events, last_seq, chain in found:
         if room <= 0:
-            return msgspec.structs.replace(page, after=Cursor(user_key))
+            return msgspec.structs.replace(page, after=Cursor(user_key, 0, counted))
         if user_id is None:
             page.deleted.append(DeletedUser(owner_key, generation))
             room -= 1
         elif virtual_shard(user_id) in shards:
             seq = after.seq if user_key == after.user_key else 0
-            rows_of = connection.execute(
-                f"SELECT {ENTRY} FROM events WHERE user_key = ? AND generation = ? AND seq > ? ORDER BY seq LIMIT ?",
-                (user_key, generation, seq, room),
-            )
-            entries = [Entry(*row) for row in rows_of]
-            page.users.append(UserRows(tenant, user_id, generation, num_events, last_seq, chain, entries))
+            first = counted - _place(connection, user_key, generation, seq)
+            query = f"SELECT {ENTRY} FROM events WHERE user_key = ? AND generation = ? AND seq > ? ORDER BY seq LIMIT ?"
+            found_entries: list[Any] = connection.execute(query, (user_key, generation, seq, room)).fetchall()
+            entries: list[Entry] = []
+            for number, row in enumerate(found_entries, counted + 1):
+                entry = Entry(*row)
+                retracts = entry.retracts
+                if retracts is not None:
+                    retracts = first + _place(connection, user_key, generation, retracts)
+                entries.append(msgspec.structs.replace(entry, seq=number, retracts=retracts))
+            counted += len(entries)
+            last = first + _place(connection, user_key, generation, last_seq) if last_seq else 0
+            page.users.append(UserRows(tenant, user_id, generation, num_events, last, chain, entries))
             if len(entries) == room:
-                return msgspec.structs.replace(page, after=Cursor(user_key, entries[-1].seq))
+                return msgspec.structs.replace(page, after=Cursor(user_key, found_entries[-1][0], counted))
             room -= len(entries) + 1
     return page
 
@@ -194,9 +210,9 @@ def _base(connection: apsw.Connection, page: Page) -> int:
     name = f"base {page.move} {page.source}"
     for kept in _values(connection, "SELECT value FROM facts WHERE name = ?", name):
         return int.from_bytes(kept, "big")
-    base = highest_seq(connection)
+    base = max(highest_seq(connection), page.last_seq)
     connection.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
-    connection.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (base + page.last_seq,))
+    connection.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (base + page.num_entries,))
     connection.execute("INSERT INTO facts VALUES (?, ?)", (name, base.to_bytes(8, "big")))
     return base
 
@@ -204,6 +220,13 @@ def _base(connection: apsw.Connection, page: Page) -> int:
 def highest_seq(connection: apsw.Connection) -> int:
     """Return the last sequence number given to an entry, or set aside."""
     return max(_values(connection, "SELECT seq FROM sqlite_sequence WHERE name = 'events'"), default=0)
+
+
+def _place(connection: apsw.Connection, user_key: int, generation: int, seq: int) -> int:
+    """Return how many of a user's entries have numbers up to `seq`."""
+    query = "SELECT count(*) FROM events WHERE user_key = ? AND generation = ? AND seq <= ?"
+    place: Any = connection.execute(query, (user_key, generation, seq)).get
+    return place
 
 
 def _values(connection: apsw.Connection, query: str, *given: bytes | str) -> list[Any]:

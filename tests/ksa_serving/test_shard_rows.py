@@ -50,10 +50,11 @@ def give(log: EventLog, name: str) -> None:
 
 def story(log: EventLog, draw: random.Random, users: int, steps: int, start: int = 0) -> None:
     """Keep, correct, retract and delete at random."""
+    sent: dict[Owner, list[str]] = {}
     for step in range(start, start + steps):
         owner = Owner(f"u{draw.randrange(users)}", draw.choice(["", "shop"]))
         what = draw.random()
-        known = f"e{draw.randrange(max(1, step))}"
+        known = draw.choice([*sent.get(owner, []), f"e{draw.randrange(max(1, step))}"])
         if what < 0.1:
             log.retract(owner, known).result()
         elif what < 0.2:
@@ -61,6 +62,7 @@ def story(log: EventLog, draw: random.Random, users: int, steps: int, start: int
         elif what < 0.23:
             log.forget(owner).result()
         else:
+            sent.setdefault(owner, []).append(f"e{step}")
             events = [NewEvent(f"i{n}", draw.randrange(1000), f"e{step}") for n in range(draw.randint(1, 2))]
             log.append(owner, [*events, NewEvent(f"i{step}", draw.randrange(1000), None, "buy", 1.5)])
 
@@ -118,6 +120,33 @@ def test_users_keep_their_order_of_arrival_among_events_of_one_second(logs: list
     carry(source, target, "m1")
     target.append(Owner("ann"), [NewEvent("last", 5)])
     assert [e.item_id for e in target.read(Owner("ann"))[1]] == [*(f"i{19 - n}" for n in range(20)), "last"]
+
+
+def test_moves_without_end_do_not_use_up_the_numbers(logs: list[EventLog], seed: int):
+    """A hundred moves to and fro in parts, events in between: the highest number is what was kept and moved."""
+    draw = random.Random(seed)
+    halves = [frozenset(range(512)), frozenset(range(512, NUM_VIRTUAL_SHARDS))]
+    source, target, _ = logs
+    home = {Owner(f"u{n}"): source for n in range(6)}
+    moved = kept = 0
+    for number in range(100):
+        for half in halves:
+            owner, log = draw.choice(list(home.items()))
+            log.append(owner, [NewEvent(f"i{kept}", kept)])
+            kept += 1
+            after: Cursor | None = Cursor()
+            while after is not None:
+                with source._reader() as connection:
+                    page = read_page(connection, half, f"m{number} {min(half)}", "source", after, 5)
+                target.keep_page(page).result()
+                moved += sum(len(user.entries) for user in page.users)
+                after = page.after
+            movers = [owner for owner in home if virtual_shard(owner.user_id) in half]
+            source.let_go(movers).result()
+            home |= dict.fromkeys(movers, target)
+        source, target = target, source
+    assert sum(source.head(owner).num_events for owner in home) == kept
+    assert max(source.head(owner).last_seq for owner in home) <= moved + kept
 
 
 def test_deleted_users_stay_deleted_in_every_log_they_could_come_back_in(logs: list[EventLog]):
