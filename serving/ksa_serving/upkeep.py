@@ -65,7 +65,7 @@ class Upkeep:
         self._behind: dict[Owner, _Behind] = {}
         self._catching_up = False
         self._at_work: float | None = None
-        self._settling: set[Owner] = set()
+        self._settling: dict[Owner, bool] = {}
         self._purging: asyncio.Task[None] | None = None
         self._auditing = False
 
@@ -88,8 +88,8 @@ class Upkeep:
         return sum(behind.num_entries for behind in self._behind.values())
 
     def is_settling(self, owner: Owner) -> bool:
-        """Whether a user's state is computed at length, or waits for it."""
-        return owner in self._settling
+        """Whether a user's state is computed at length, or waits for it, and answers are degraded until then."""
+        return self._settling.get(owner, False)
 
     def catch_up(self, owner: Owner, num_entries: int = 1) -> None:
         """Bring a held state up to the log, together with others' that are behind; a hint, done when there is time."""
@@ -104,12 +104,13 @@ class Upkeep:
     def settle(self, owner: Owner) -> None:
         """Compute a state at length, one user after the other, once what its user's last replays cost has refilled."""
         if owner not in self._settling and len(self._settling) < MAX_SETTLING and not self._workers.draining:
-            self._settling.add(owner)
+            self._settling[owner] = True
             self._workers.begin(self._settle(owner))
 
     def forget(self, owner: Owner) -> None:
-        """Hold up no answers any more for what a deleted user's state was to know."""
-        self._settling.discard(owner)
+        """Degrade no answers any more for what a deleted user's state was to know."""
+        if owner in self._settling:
+            self._settling[owner] = False
 
     def audit(self, served: Served, record: StateRecord) -> None:
         """Compute a share of the states that were used anew, one at a time, and compare."""
@@ -180,7 +181,7 @@ class Upkeep:
         except Exception:
             logger.exception("a state could not be computed in the background")
         finally:
-            self._settling.discard(owner)
+            del self._settling[owner]
 
     async def _audit(self, served: Served, record: StateRecord) -> None:
         """Compute a state anew and compare; one that differs is dropped, counted, and told loudly."""
