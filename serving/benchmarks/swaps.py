@@ -176,7 +176,7 @@ def main() -> None:
         args.state_dir = args.state_dir or Path(name)
         with live_service(args, other_run()) as service:
             known = alone(service)
-        (args.state_dir / "cold.lmdb").unlink()  # a release that comes has no states yet
+        (args.state_dir / "cold.lmdb").unlink(missing_ok=True)  # a release that comes has no states yet
         with live_service(args, reference_run()) as service:
             known |= alone(service)
             rate = args.rate or 0.7 * find_capacity(service, "recommend", FIRST_RATES["recommend"], args.seconds)
