@@ -289,6 +289,25 @@ def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_
             assert reason.score_change == pytest.approx(float((whole - without) @ vector), abs=1e-9)
 
 
+def test_the_chunk_named_first_changes_the_score_more_than_others_when_nobody_sees_it(
+    run: Any, rng: np.random.Generator
+):
+    """At another scale, on trained models: `serving/benchmarks/explanations.py`."""
+    model = make_model(run, int(rng.integers(2**31)), layers=["summary", "summary", "summary"])
+    won: list[bool] = []
+    for _ in range(8):
+        history = make_history(rng, int(rng.integers(60, 130)))
+        state, plain = model.append(model.new_state(), history), MaskedHistory(model.recommender, history, None)
+        change = torch.stack([plain.user_vector() - plain.user_vector(chunk) for chunk in range(plain.num_chunks)])
+        for row in rng.integers(1, 50, 12).tolist():
+            item = model.recommender.run.items.item_id[row]
+            vector = model.recommender.network.item_vectors(torch.tensor([row]))[0]
+            told = model.explain(state, history[-model.num_newest :], str(item), None, 5)[0].first // model.chunk_size
+            other = int(rng.choice([chunk for chunk in range(plain.num_chunks) if chunk != told]))
+            won.append(bool((change[told] @ vector).abs() > (change[other] @ vector).abs()))
+    assert np.mean(won) >= 0.9
+
+
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 130])
 def test_first_rows_share_whole_segments(count: int):
     rows = SharedRows((), torch.zeros(0, 2, 1, 1)).extend(torch.arange(130.0).repeat_interleave(2).view(130, 2, 1, 1))
