@@ -6,8 +6,8 @@
     scopes = ["read", "ingest"] # of read, inspect, ingest, delete, admin
     tenant = "shop"             # users of other tenants cannot be reached; "" unless set
 
-`read` asks for recommendations and scores. `inspect` reads what is kept of a user: the history, the state, explanations,
-and in answers where the state came from, which tells whether the user was active lately.
+`read` asks for recommendations and scores. `inspect` reads what is kept of a user: the history, the state,
+explanations, and in answers where the state came from, which tells whether the user was active lately.
 
 A token should be long and random, as `openssl rand -hex 32` makes it: then its plain hash cannot be guessed.
 """

@@ -14,6 +14,7 @@ from msgspec import Struct
 from ksa_serving.errors import ShardError
 from ksa_serving.events import NewEvent, Owner, StoredEvent, chain_after, is_late
 from ksa_serving.lateness import Lateness
+from ksa_serving.page_gaps import owe_wiping
 from ksa_serving.shard_rows import Page, generation_elsewhere, highest_seq, keep_page, let_go, not_owned
 from ksa_serving.shards import Ownership
 from ksa_serving.sqlite_file import keep_ownership, ownership_of
@@ -231,6 +232,7 @@ class LogEntries:
             (user_key,),
         )
         self._connection.execute("INSERT INTO purges VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
+        owe_wiping(self._connection)
         return head.num_events
 
     def purge(self) -> bool:

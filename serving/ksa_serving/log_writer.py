@@ -1,6 +1,7 @@
 """The event log's one writer: a thread that commits all calls that wait as one transaction (group commit)."""
 
 import contextlib
+import logging
 import math
 import queue
 import threading
@@ -15,12 +16,17 @@ import apsw
 from ksa_serving.errors import DeadlineError, EventLogError, OverloadedError, ServiceError
 from ksa_serving.events import NewEvent, Owner
 from ksa_serving.log_entries import LogEntries
+from ksa_serving.page_gaps import owes_wiping, settle_wiping, wipe_gaps
 from ksa_serving.sqlite_file import FORMAT, transaction
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 GATHER_SECONDS = 0.002
 """After a commit of several calls the next waits so long, to hold more: that spares processor time under load. Calls
 that come one by one never wait."""
+WIPED_AT_ONCE = 256
+"""Pages whose gaps are overwritten between two looks for calls that wait: a millisecond or two."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class LogWriter:
         """
         self.healthy = True
         self.on_commit: Callable[[float, float, int], None] = lambda seconds, sync_seconds, num_calls: None
-        self.purging = bool(connection.execute("SELECT 1 FROM purges").fetchone())
+        self.purging = owes_wiping(connection) or bool(connection.execute("SELECT 1 FROM purges").fetchone())
+        self._wiped_pages = 0
         self._connection = connection
         self._entries = entries
         self._group_size = group_size
@@ -177,18 +184,35 @@ class LogWriter:
                 call.future.set_result(result)
 
     def _purge(self) -> None:
-        """Overwrite some rows; when none are left, empty the write-ahead log too."""
+        """Overwrite some rows; when none are left, some pages' gaps, with the write-ahead log emptied before."""
         try:
             with transaction(self._connection):
-                more = self._entries.purge()
-            if not more:
-                self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # the pragma hides "busy"
-                self.purging = False
+                if self._entries.purge():
+                    self._wiped_pages = 0
+                    return
+            self._empty_write_ahead_log()
+            if wipe_gaps(self._connection, self._wiped_pages + 1, WIPED_AT_ONCE):
+                self._wiped_pages += WIPED_AT_ONCE
+                return
+            self._end_purge()
+        except EventLogError as error:
+            logger.error("%s", error)
+            self._end_purge()
         except apsw.BusyError:
             time.sleep(0.05)  # a reader still looks at the old pages
         except apsw.Error:
             self.healthy = False
             time.sleep(0.5)
+
+    def _end_purge(self) -> None:
+        with transaction(self._connection):
+            settle_wiping(self._connection)
+        self._empty_write_ahead_log()
+        self._wiped_pages = 0
+        self.purging = False
+
+    def _empty_write_ahead_log(self) -> None:
+        self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # the pragma hides "busy"
 
 
 def _reason(error: Exception) -> ServiceError:

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from ksa_serving.errors import ShardError
 from ksa_serving.events import Owner
+from ksa_serving.page_gaps import owe_wiping
 from ksa_serving.shards import Ownership, virtual_shard
 
 PAGE_ROWS = 2000
@@ -196,6 +197,7 @@ def let_go(connection: apsw.Connection, owners: Iterable[Owner], salt: bytes) ->
             (owner.key(salt),),
         ).fetchall()
         connection.executemany("INSERT INTO purges VALUES (?) ON CONFLICT DO NOTHING", row)
+        owe_wiping(connection)
 
 
 def generation_elsewhere(connection: apsw.Connection, owner: Owner) -> int:

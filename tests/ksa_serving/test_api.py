@@ -180,13 +180,11 @@ def test_tokens_open_what_their_scopes_say(make_service: MakeService, serve_in_t
     every = ["read", "inspect", "ingest", "delete"]
     path = write_tokens(
         tmp_path / "tokens.toml",
-        **{
-            "a_read": ["read"],
-            "a_inspect": ["inspect"],
-            "a_ingest": ["ingest"],
-            "a_delete": ["delete"],
-            "b_all": every,
-        },
+        a_read=["read"],
+        a_inspect=["inspect"],
+        a_ingest=["ingest"],
+        a_delete=["delete"],
+        b_all=every,
     )
     with serve_in_thread(make_service(), tokens=Tokens(path)) as client:
         assert_problem(ask(client, "ann"), 401, "unauthorized")

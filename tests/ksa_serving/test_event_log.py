@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from ksa_serving.errors import EventLogError, OverloadedError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner, StoredEvent, sort_events
-from ksa_serving.sqlite_file import check_sqlite_version
+from ksa_serving.sqlite_file import check_sqlite_version, transaction
 from ksa_serving.user_view import UserHead
 from recsys_ksa.order import TieKind, order_key
 
@@ -333,6 +333,26 @@ def test_a_forgotten_user_starts_anew_and_leaves_no_bytes(tmp_path: Path):
     while log.purging:
         time.sleep(0.01)
     assert [event.item_id for event in log.read(ANN)[1]] == ["fresh"]
+    for file in tmp_path.iterdir():
+        assert b"secret-" not in file.read_bytes(), file
+    log.close()
+
+
+def test_forgotten_rows_leave_the_file_though_the_log_ended_before_it_was_overwritten(tmp_path: Path):
+    log = EventLog(tmp_path, "arrival")
+    log.append(ANN, [NewEvent(f"secret-{n}", n, f"id-{n}") for n in range(3000)])
+    log._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    with log._reader() as connection, transaction(connection, "DEFERRED"):
+        assert connection.execute("SELECT count(*) FROM events").get == 3000
+        log.forget(ANN).result()
+        with log._reader() as other:
+            while other.execute("SELECT count(*) FROM purges").get:
+                time.sleep(0.01)
+        log.close()  # as one that is killed: the rows are overwritten in the write-ahead log alone
+    assert b"secret-" in (tmp_path / "events.sqlite").read_bytes()
+    log = EventLog(tmp_path, "arrival")
+    while log.purging:
+        time.sleep(0.01)
     for file in tmp_path.iterdir():
         assert b"secret-" not in file.read_bytes(), file
     log.close()
