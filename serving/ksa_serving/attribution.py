@@ -128,7 +128,7 @@ class _Look:
                 part.index_add_(0, seen.chunk, sight.weight[0].T[:, :, None] * sight.value)
                 change = (mass[:, :, None] * sight.attended - part) / (1 - mass).clamp(min=1e-9)[:, :, None]
                 gate = sight.gate.expand(num_chunks, -1, -1).contiguous()
-                branch = sigmoid_gate(change.to(gate), gate).flatten(1) @ block.output
+                branch = sigmoid_gate(change.to(gate).contiguous(), gate).flatten(1) @ block.output
                 telling += branch.norm(dim=-1).to(telling) / sight.asked.norm().to(telling)
                 x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
         return telling.to("cpu")
@@ -164,7 +164,7 @@ class _Look:
         own_score = torch.linalg.vecdot(query, own_key)[:, :, None]
         weight, own_weight = torch.cat((scores, own_score), -1).softmax(-1).split((len(key), 1), -1)
         attended = torch.einsum("vhn,nhd->vhd", weight, value) + own_weight * own_value
-        return _Sight(asked, gate, weight, own_weight[:, :, 0], value, attended)
+        return _Sight(asked, gate, weight, own_weight[:, :, 0], value, attended.contiguous())  # as a GPU's kernels ask
 
     def _rows(self, state: UserState, depth: int) -> "_Seen":
         """Return what the last event sees in a block but itself, whose row is the last of the events."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ksa_kernels.sigmoid_gate import sigmoid_gate
 from ksa_serving import attribution, ranking
 from ksa_serving.attribution_reference import MaskedHistory
 from ksa_serving.errors import OverloadedError
@@ -287,6 +288,25 @@ def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_
             reason = reasons[at]
             without = plain.user_vector(reason.first // model.chunk_size, "last event")
             assert reason.score_change == pytest.approx(float((whole - without) @ vector), abs=1e-9)
+
+
+def test_an_explanation_gives_kernels_what_they_take(
+    run: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU any strides do; a GPU's kernel takes tensors that are contiguous but for their first dimension."""
+
+    def strict(x: torch.Tensor, gate: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+        assert x[0].is_contiguous()
+        assert gate[0].is_contiguous()
+        return sigmoid_gate(x, gate, impl=impl)
+
+    model = make_model(run, int(rng.integers(2**31)))
+    history = make_history(rng, 1200)
+    state = model.append(model.new_state(), history)
+    for where in ("recsys_ksa.model.block", "ksa_serving.attribution"):
+        monkeypatch.setattr(f"{where}.sigmoid_gate", strict)
+    item = next(item for item in model.recommender.run.items.item_id if item)
+    assert model.explain(state, history[-model.num_newest :], item, None, 5)
 
 
 def test_the_chunk_named_first_changes_the_score_more_than_others_when_nobody_sees_it(
