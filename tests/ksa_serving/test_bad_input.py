@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("serve run --port 0 --state-dir s --releases nowhere --admin-port 0", "--releases nowhere"),
         ("serve run --port 0 --state-dir s --releases folder", "--admin-port beside it"),
         ("serve run --port 0 --state-dir s --set limits.k=x", "--set: limits.k"),
-        ("replay run --state-dir folder", "a stopped service's directory"),
+        ("replay run --state-dir folder", "a service's directory"),
     ],
 )
 def test_it_is_told_in_one_line(folder: Path, command: str, told: str, capsys: pytest.CaptureFixture[str]):

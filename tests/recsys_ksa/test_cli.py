@@ -31,7 +31,7 @@ SMOKE = str(config_file("smoke.toml"))
         (["train", SMOKE, "--data", "x", "--out", "y", "--set", "model.zzz=3"], "got 'zzz'. There are architecture,"),
         (["ask", "ann", "--url", "http://127.0.0.1:9"], "Is a service there?"),
         (["ask", "ann", "--url", "localhost:8000"], "expected one as http://127.0.0.1:8000, got 'localhost:8000'"),
-        (["replay", "x", "--state-dir", "/nowhere"], "expected a stopped service's directory"),
+        (["replay", "x", "--state-dir", "/nowhere"], "expected a service's directory"),
     ],
 )
 def test_mistakes_end_as_one_line(
