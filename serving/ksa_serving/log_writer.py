@@ -26,7 +26,7 @@ GATHER_SECONDS = 0.002
 """After a commit of several calls the next waits so long, to hold more: that spares processor time under load. Calls
 that come one by one never wait."""
 WIPED_AT_ONCE = 256
-"""Pages whose gaps are overwritten between two looks for calls that wait: a millisecond or two."""
+"""Pages whose gaps are overwritten between two looks for calls that wait."""
 
 
 @dataclass(frozen=True)
@@ -191,25 +191,28 @@ class LogWriter:
                     self._wiped_pages = 0
                     return
             self._empty_write_ahead_log()
-            if wipe_gaps(self._connection, self._wiped_pages + 1, WIPED_AT_ONCE):
-                self._wiped_pages += WIPED_AT_ONCE
+            if self._wipe_some():
                 return
-            self._end_purge()
-        except EventLogError as error:
-            logger.error("%s", error)
-            self._end_purge()
+            with transaction(self._connection):
+                settle_wiping(self._connection)
+            self._empty_write_ahead_log()
+            self._wiped_pages = 0
+            self.purging = False
         except apsw.BusyError:
             time.sleep(0.05)  # a reader still looks at the old pages
         except apsw.Error:
             self.healthy = False
             time.sleep(0.5)
 
-    def _end_purge(self) -> None:
-        with transaction(self._connection):
-            settle_wiping(self._connection)
-        self._empty_write_ahead_log()
-        self._wiped_pages = 0
-        self.purging = False
+    def _wipe_some(self) -> bool:
+        """Overwrite some pages' gaps; return whether there are more pages."""
+        try:
+            more = wipe_gaps(self._connection, self._wiped_pages + 1, WIPED_AT_ONCE)
+        except EventLogError as error:  # the file is too large for it
+            logger.error("%s", error)
+            return False
+        self._wiped_pages += WIPED_AT_ONCE
+        return more
 
     def _empty_write_ahead_log(self) -> None:
         self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # the pragma hides "busy"

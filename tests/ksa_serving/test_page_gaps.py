@@ -109,6 +109,23 @@ def all_wiped(path: Path) -> bool:
     return all(len(gap.strip(b"\0")) <= 2 for gap in gaps)
 
 
+def test_a_log_too_large_to_be_wiped_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(page_gaps, "MOST_PAGES", 2)
+    log = EventLog(tmp_path, "arrival")
+    for turn in range(2):
+        log.append(Owner("ann"), [NewEvent("milk", turn)])
+        log.forget(Owner("ann")).result()
+        deadline = time.monotonic() + 60
+        while log.purging and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not log.purging
+        assert caplog.text.count("expected fewer than 2 pages") == turn + 1
+    assert log.append(Owner("bob"), [NewEvent("milk", 1)]).outcomes == ["accepted"]
+    log.close()
+
+
 def test_a_file_whose_pages_cannot_be_told_apart_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     connection = written_log(tmp_path / "log.sqlite", random.Random(0), 512)
     monkeypatch.setattr(page_gaps, "MOST_PAGES", 10)
