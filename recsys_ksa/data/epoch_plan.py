@@ -57,7 +57,8 @@ def pack_for_ranks(
 ) -> list[list[Ints]]:
     """Cut `users` into steps of one batch a rank, the ranks' tokens nearly equal in every step; each user once.
 
-    Users of `WINDOW_STEPS` steps are dealt together, the longest first, each to the batch that has least so far.
+    Users of `WINDOW_STEPS` steps are dealt together, the longest first, each to the batch that has least so far; at the
+    end those of up to 5/4 as many: a rest of few users has no short histories to even it out.
     A batch over `budget` has a single user.
 
     Raises:
@@ -68,8 +69,10 @@ def pack_for_ranks(
     window = budget * world_size * WINDOW_STEPS
     cuts = [0]
     for last in np.cumsum([len(run) for run in pack(users, lengths, window)]).tolist():
-        if last - cuts[-1] >= world_size and (len(users) - last >= world_size or last == len(users)):
-            cuts.append(last)  # else there are too few for a step of their own
+        rest = lengths[last:]
+        goes_on = len(rest) >= world_size and int(rest.sum()) >= window // 4
+        if last - cuts[-1] >= world_size and (goes_on or last == len(users)):
+            cuts.append(last)  # else there are too few for steps of their own
     cuts[-1] = len(users)
     steps: list[list[Ints]] = []
     for first, last in pairwise(cuts):

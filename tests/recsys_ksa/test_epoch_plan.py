@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_ksa.data.epoch_plan import POOL_BLOCKS, drawn_lengths, pack, pack_for_ranks, shuffled
+from recsys_ksa.data.epoch_plan import POOL_BLOCKS, WINDOW_STEPS, drawn_lengths, pack, pack_for_ranks, shuffled
 from recsys_ksa.data.jagged_arrays import lowest_within
 from recsys_ksa.errors import DataError
 
@@ -44,10 +44,15 @@ def test_ranks_share_the_users_of_every_step(lengths: list[int], world_size: int
     assert all(np.array_equal(a, b) for one, two in zip(steps, again, strict=True) for a, b in zip(one, two))
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("world_size", [2, 8])
-def test_lognormal_histories_are_even_over_ranks_within_three_percent(world_size: int, seed: int) -> None:
+def test_lognormal_histories_are_even_over_ranks_within_three_percent(world_size: int, few: bool, seed: int) -> None:
+    """Also where the last users would fill no step of their own."""
     lengths = np.clip(generator(seed).lognormal(np.log(200), 1.2, 20_000), 1, 4_096).astype(np.int64)
-    steps = pack_for_ranks(np.arange(20_000), lengths, 8_192, world_size, generator(seed))
+    if few:
+        windows = 2 * 8_192 * world_size * WINDOW_STEPS
+        lengths = lengths[: int(np.searchsorted(lengths.cumsum(), windows)) + 2 * world_size]
+    steps = pack_for_ranks(np.arange(len(lengths)), lengths, 8_192, world_size, generator(seed))
     tokens = np.array([[lengths[batch].sum() for batch in step] for step in steps])
     spread = (tokens.max(axis=1) - tokens.min(axis=1)) / tokens.max(axis=1)
     assert spread.max() <= 0.03
