@@ -78,10 +78,13 @@ def test_recommend_equals_scoring_every_item(rec: Recommender, rng: np.random.Ge
         arguments = [torch.tensor(int(value)) for value in (item, count, first, last, now)]
         scores[item] += float(rec.network.own_bias(*arguments))
     scores[0] = -np.inf
-    expected = np.argsort(-scores, kind="stable")[:20]
+    expected = np.sort(scores)[::-1][:20]
     got = rec.recommend(state, 20, now)
-    assert [rec.run.items.index_of[item] for item, _ in got] == expected.tolist()
-    np.testing.assert_allclose([score for _, score in got], scores[expected], rtol=1e-5, atol=1e-5)
+    answered = [rec.run.items.index_of[item] for item, _ in got]
+    assert len(set(answered)) == 20
+    np.testing.assert_allclose([score for _, score in got], expected, rtol=1e-5, atol=1e-5)
+    # Whose scores differ by less than rounding may trade places.
+    np.testing.assert_allclose(scores[answered], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_again_and_new_for_you_share_nothing(rec: Recommender, rng: np.random.Generator) -> None:
@@ -180,10 +183,13 @@ def test_index_and_memory_search_agree(tiny_run: Path, tmp_path: Path, rng: np.r
         assert "FAISS" in indexed.index.kind
         assert indexed.index.version == plain.index.version
         items, times, types = draw_events(plain, rng, 25)
-        a = plain.recommend(plain.append(plain.new_state(), items, times, types), 50)
-        b = indexed.recommend(indexed.append(indexed.new_state(), items, times, types), 50)
-        assert [item for item, _ in a] == [item for item, _ in b]
-        np.testing.assert_allclose([s for _, s in a], [s for _, s in b], rtol=1e-5, atol=1e-5)
+        a = dict(plain.recommend(plain.append(plain.new_state(), items, times, types), 10_000))
+        b = dict(indexed.recommend(indexed.append(indexed.new_state(), items, times, types), 50))
+        assert len(b) == 50
+        best = list(a.values())[:50]
+        np.testing.assert_allclose(list(b.values()), best, rtol=1e-5, atol=1e-5)
+        # Whose scores differ by less than rounding may trade places.
+        np.testing.assert_allclose([a[item] for item in b], best, rtol=1e-5, atol=1e-5)
     assert not list((tmp_path / "bundle").rglob("*optim*"))
 
 
