@@ -5,17 +5,20 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from held_port import held_port
 
 from ksa_serving.app import create_app
 from ksa_serving.auth import Tokens
 from ksa_serving.command import listen
 from ksa_serving.event_log import EventLog
 from ksa_serving.memory_store import MemoryStateStore
+from ksa_serving.redis_engine import RedisEngine
 from ksa_serving.release import Release
 from ksa_serving.server import ReadyServer, server_config
 from ksa_serving.service import Service
@@ -54,7 +57,7 @@ def serving(service: Service, tokens: Tokens | None = None) -> Iterator[httpx.Cl
     try:
         while not server.started:
             time.sleep(0.01)
-        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=120) as client:
             yield client
     finally:
         server.should_exit = True
@@ -94,17 +97,23 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server on a free loopback port, without persistence."""
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed; packaging/system.sh installs it")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("redis")
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    for _ in range(500):
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            break
-        except OSError:
+    with held_port() as port:
+        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while server.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
             time.sleep(0.01)
-    yield f"redis://127.0.0.1:{port}/0"
-    server.terminate()
-    server.wait()
+        assert server.poll() is None, "redis-server ended"
+        yield f"redis://127.0.0.1:{port}/0"
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def patient_redis(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server's address, for services that wait for it also where the machine has other work."""
+    patient = partial(RedisEngine, timeout=120, whole_timeout=120)
+    monkeypatch.setattr("ksa_serving.redis_engine.RedisEngine", patient)
+    return redis_url

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from held_port import held_port
 
 from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineError
 from ksa_serving.events import Owner, StoredEvent
@@ -25,12 +26,17 @@ SALT = b"0" * 16
 MODELS = {"f": ToyModel(fingerprint="f"), "new": ToyModel(fingerprint="new")}
 
 
+def patient_engine(url: str) -> RedisEngine:
+    """What waits for a server on a machine that has other work."""
+    return RedisEngine(url, timeout=120, whole_timeout=120)
+
+
 @pytest.fixture(params=["lmdb", "redis"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BytesEngine]:
     if request.param == "lmdb":
         engine: BytesEngine = LmdbEngine(tmp_path, 10**7)
     else:
-        engine = RedisEngine(request.getfixturevalue("redis_url"))
+        engine = patient_engine(request.getfixturevalue("redis_url"))
         engine.remove(b"")
     yield engine
     engine.close()
@@ -169,7 +175,7 @@ def test_a_dropped_user_is_gone_in_every_fingerprint(engine: BytesEngine):
 
 def test_deleting_a_user_asks_redis_of_that_user_alone(redis_url: str, seed: int):
     draw, server = random.Random(seed), redis.Redis.from_url(redis_url)
-    engine = RedisEngine(redis_url)
+    engine = patient_engine(redis_url)
     engine.remove(b"")
     store = ColdStateStore(engine, MODELS, SALT)
     others = [Owner(f"user-{n}") for n in range(draw.randrange(150, 400))]
@@ -191,26 +197,27 @@ def test_deleting_a_user_asks_redis_of_that_user_alone(redis_url: str, seed: int
 
 
 def test_a_fingerprint_that_retires_while_others_are_written_takes_nothing_of_them(redis_url: str, seed: int):
-    draw, engine = random.Random(seed), RedisEngine(redis_url)
+    draw, engine = random.Random(seed), patient_engine(redis_url)
     engine.remove(b"")
     store = ColdStateStore(engine, MODELS, SALT)
     owners = [Owner(f"user-{n}") for n in range(250)]
     for owner in owners:
         store.put(record(owner, 20))
-    end = threading.Event()
+    began, end = threading.Event(), threading.Event()
     written: list[Owner] = []
 
     def write() -> None:
         while not end.is_set() and len(written) < len(owners):
             store.put(record(owners[len(written)], draw.randrange(1, 60), fingerprint="new"))
             written.append(owners[len(written)])
+            began.set()
 
     writer = threading.Thread(target=write)
     writer.start()
+    assert began.wait(120)
     store.retire("f")
     end.set()
     writer.join()
-    assert written
     assert all(store.get(owner, "new") for owner in written)
     assert not any(store.get(owner, "f") for owner in owners)
     engine.close()
@@ -362,17 +369,16 @@ def test_a_file_that_several_processes_did_not_live_to_close_is_started_anew(tmp
 
 
 def test_a_server_that_is_gone_is_a_quick_miss():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    engine = RedisEngine(f"redis://127.0.0.1:{port}/0")
-    store = ColdStateStore(engine, MODELS, SALT)
-    assert store.get(ANN, "f") is None
-    store.put(record())
-    store.drop(ANN)
-    assert store.misses["unavailable"] == 1
-    with pytest.raises(EngineError, match="failed a moment ago"):
-        engine.read(b"k" * 24)
-    store.close()
+    with held_port() as port:
+        engine = RedisEngine(f"redis://127.0.0.1:{port}/0", retry_after=3600)
+        store = ColdStateStore(engine, MODELS, SALT)
+        assert store.get(ANN, "f") is None
+        store.put(record())
+        store.drop(ANN)
+        assert store.misses["unavailable"] == 1
+        with pytest.raises(EngineError, match="failed a moment ago"):
+            engine.read(b"k" * 24)
+        store.close()
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ class SlowCold(MemoryStateStore):
 
     def put(self, record: StateRecord) -> None:
         self.reached.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(120)
         super().put(record)
 
 
@@ -174,7 +174,7 @@ def test_an_owner_dropped_while_on_the_way_to_the_disk_is_not_left_there():
     store.put(record("ann"))
     driving_out = threading.Thread(target=store.put, args=[record("bob")])
     driving_out.start()
-    assert cold.reached.wait(10)
+    assert cold.reached.wait(120)
     store.drop(Owner("ann"))
     cold.go_on.set()
     driving_out.join()
