@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import random
 import shutil
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +52,9 @@ class DiskFile:
 class Disk:
     """One folder's disk. A crash or a power cut gives a new one, in another folder.
 
-    fault: what fails from now on. fault_share: of operations that fail for once, by chance. sync_seconds: how long a
-    sync takes. trusts_syncs: False for a disk that says it has synced and has not. cut_at: the operation in which the
-    power goes; cut_in: what that was. operations: writes, syncs and removals so far. trace: a hash of all of them.
+    fault: what fails from now on. fault_share: of operations that fail for once, by chance. goes_on: while it is not
+    set, syncs do not end. trusts_syncs: False for a disk that says it has synced and has not. cut_at: the operation in
+    which the power goes; cut_in: what that was. operations: writes, syncs and removals so far. trace: a hash of all.
     """
 
     def __init__(self, folder: Path, draw: random.Random):
@@ -63,7 +63,8 @@ class Disk:
         self.fault: Fault | None = None
         self.fault_share = 0.0
         self.cut_at: int | None = None
-        self.sync_seconds = 0.0
+        self.goes_on = threading.Event()
+        self.goes_on.set()
         self.syncing = False
         self.operations = 0
         self.cut_in: str | None = None
@@ -126,8 +127,7 @@ class Disk:
         self._doing = f"sync {file.name}"
         fault = self._begin("sync-error", "write-error")
         self.syncing = True
-        if self.sync_seconds:
-            time.sleep(self.sync_seconds)
+        self.goes_on.wait()
         self.syncing = False
         if fault is not None:
             file.waiting[:] = [write for write in file.waiting if self.draw.random() < 0.5]
