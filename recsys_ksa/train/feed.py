@@ -149,9 +149,12 @@ class Builder:
         """Wait for the next input, arrays in place of tensors.
 
         Raises:
-            EOFError, ConnectionError: the process has ended.
+            EOFError: the process has ended.
         """
-        answer = self._connection.recv()
+        try:
+            answer = self._connection.recv()
+        except OSError as error:  # an answer that breaks off is no EOFError
+            raise EOFError from error
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from recsys_ksa.data.negatives import NegativeSampler, training_counts
 from recsys_ksa.data.spans import training_end
 from recsys_ksa.data.training_batches import TrainingBatches
 from recsys_ksa.errors import RunError
-from recsys_ksa.train.feed import Feed, Place, Source, feed
+from recsys_ksa.train.feed import Builder, Feed, Place, Source, feed
 from recsys_ksa.train.loop import train
 
 MakeConfig = Callable[..., RunConfig]
@@ -89,6 +90,16 @@ def test_a_process_that_dies_ends_training_with_the_reason(
     found = said_within(300, "killed_builder", *arguments)
     assert said in found
     assert "Use fewer, or 0 for a thread." in found
+
+
+def test_an_answer_that_breaks_off_is_the_end_of_its_process() -> None:
+    """Killed while it writes the last one it was asked for; with a question unread the pipe says so by itself."""
+    builder = Builder.__new__(Builder)
+    builder._connection, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"half an answer")
+    theirs.close()
+    with pytest.raises(EOFError):
+        builder.take()
 
 
 def killed_builder(path: str, config_file: str, num_negatives: str, pause: str) -> None:
