@@ -9,6 +9,8 @@ import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any, Literal, TypeVar
 
+from held_port import held_port
+
 T = TypeVar("T")
 Mode = Literal["pass", "refuse", "cut", "reset", "hang", "slow", "trickle", "garbage", "swap", "repeat"]
 HANGS = 10.0
@@ -24,12 +26,12 @@ class FaultyProxy:
     share: of replies to which it happens. done: how often it has.
     """
 
-    def __init__(self, port: int, seed: int):
+    def __init__(self, target: int, port: int, seed: int):
         self.mode: Mode = "pass"
         self.share = 1.0
         self.done = 0
         self._draw = random.Random(seed)
-        self._target = port
+        self._target = target
         self._writers: set[asyncio.StreamWriter] = set()
         self._held: asyncio.Future[bytes] | None = None
         self._last = b"+OK\r\n"
@@ -37,7 +39,7 @@ class FaultyProxy:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self._server: asyncio.Server | None = None
-        self.port = 0
+        self.port = port
         self._run(self._listen())
 
     def set(self, mode: Mode, share: float = 1.0) -> None:
@@ -52,7 +54,7 @@ class FaultyProxy:
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
 
     async def _set(self, mode: Mode, share: float) -> None:
         self.mode, self.share = mode, share
@@ -63,7 +65,6 @@ class FaultyProxy:
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def _stop(self) -> None:
         if self._server is not None:
@@ -162,10 +163,11 @@ class _Held(asyncio.Future[bytes]):
 
 
 @contextlib.contextmanager
-def faulty_proxy(port: int, seed: int) -> Iterator[FaultyProxy]:
+def faulty_proxy(target: int, seed: int) -> Iterator[FaultyProxy]:
     """A proxy for the time of a test."""
-    proxy = FaultyProxy(port, seed)
-    try:
-        yield proxy
-    finally:
-        proxy.close()
+    with held_port() as port:  # also while it refuses
+        proxy = FaultyProxy(target, port, seed)
+        try:
+            yield proxy
+        finally:
+            proxy.close()

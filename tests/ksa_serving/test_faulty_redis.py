@@ -70,6 +70,14 @@ async def ask_everyone(service: Service, truth: dict[str, list[ScoredItem]], dra
     return Counter(answer.state_source for answer in answers)
 
 
+async def until_the_store_answers(service: Service, truth: dict[str, list[ScoredItem]], draw: random.Random) -> None:
+    """Ask until states come from the cold store: at once, but where a busy machine made it wait for Redis too long."""
+    give_up = time.monotonic() + 120
+    while not ((await ask_everyone(service, truth, draw))["store"] and service.store.is_available):
+        assert time.monotonic() < give_up
+        await asyncio.sleep(0.1)
+
+
 def check(user: str, answer: RecommendAnswer, truth: dict[str, list[ScoredItem]]) -> None:
     assert answer.items == truth[user], user
     assert answer.num_events == 40 + int(user[1:])
@@ -83,9 +91,7 @@ def test_answers_come_from_the_log_while_redis_fails_and_from_redis_once_it_is_b
     truth = expected(service)
 
     async def story() -> None:
-        for _ in range(3):
-            sources = await ask_everyone(service, truth, draw)
-        assert sources["store"] > 0, "memory is too small for all"
+        await until_the_store_answers(service, truth, draw)  # memory is too small for all
         proxy.set(mode)
         began, opened = time.monotonic(), None
         for _ in range(4):
@@ -101,12 +107,7 @@ def test_answers_come_from_the_log_while_redis_fails_and_from_redis_once_it_is_b
             assert b"ksa_cold_store_available 0.0" in service.metrics.text()
         assert proxy.done or mode == "refuse"
         proxy.set("pass")
-        for _ in range(100):
-            sources = await ask_everyone(service, truth, draw)
-            if sources["store"] and service.store.is_available:
-                break
-            await asyncio.sleep(0.1)
-        assert sources["store"] > 0, "back"
+        await until_the_store_answers(service, truth, draw)
         assert b"ksa_cold_store_available 1.0" in service.metrics.text()
         await service.close()
 
