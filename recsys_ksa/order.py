@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 TieKind = Literal["id", "arrival", "hash"]
 OrderKey = tuple[int, bytes]
 """(timestamp in Unix seconds, tie)."""
+_LARGEST = 2**64 - 1
 
 
 def item_hash(item_id: str) -> int:
@@ -34,6 +35,14 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def _splitmix64_of_one(x: int) -> int:
+    """Return `splitmix64` of one value, taken modulo 2^64: for few events an array costs more than its numbers."""
+    z = (x + 0x9E3779B97F4A7C15) & _LARGEST
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _LARGEST
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _LARGEST
+    return z ^ (z >> 31)
 
 
 def hash_tie_numbers(timestamp: NDArray[np.int64], item_hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -58,9 +67,7 @@ def order_key(
         arrival: the number given at first sight; used by kind `arrival`, and by `id` where no id came.
     """
     if kind == "hash":
-        with np.errstate(over="ignore"):
-            number = hash_tie_numbers(np.array([timestamp]), np.array([item_hash(item_id)], dtype=np.uint64))
-        return timestamp, number_tie(int(number[0])) + (event_type or "").encode()
+        return timestamp, number_tie(_splitmix64_of_one(timestamp ^ item_hash(item_id))) + (event_type or "").encode()
     if kind == "id" and event_id is not None:
         return timestamp, event_id.encode()
     return timestamp, number_tie(arrival)

@@ -333,14 +333,21 @@ class Recommender:
 
     def _owned_scores(self, state: UserState, vector: NDArray[np.float32], request_time: int | None) -> NDArray:
         seen = state.seen
-        scores = row_products(self._vectors, seen.item_index, vector)
+        return row_products(self._vectors, seen.item_index, vector) + self.own_gains(state, seen, request_time)
+
+    def own_gains(self, state: UserState, met: SeenItems, request_time: int | None) -> NDArray[np.float32]:
+        """Return what items' scores gain where the user of `state` has met them so, float32 [O].
+
+        Args:
+            met: items with their meetings, as `state.seen` has them or as they might be; an item may be there twice.
+            request_time: Unix seconds; None means none.
+        """
         if self._own_bias is None:
-            return scores
+            return np.zeros(len(met), np.float32)
         last = state.last_timestamp or 0
-        now = last if request_time is None else max(last, request_time)
-        if self._item_bias is not None:  # the own-item bias takes its place
-            scores = scores - self._item_bias[seen.item_index]
-        return scores + self._own_bias(seen, now).astype(np.float32)
+        gains = self._own_bias(met, last if request_time is None else max(last, request_time)).astype(np.float32)
+        # The own-item bias takes the item bias's place.
+        return gains if self._item_bias is None else gains - self._item_bias[met.item_index]
 
     def owned_scores(
         self,

@@ -100,6 +100,12 @@ class SeenItems:
             with_one(self.last, time),
         )
 
+    def of(self, item: int) -> "SeenItems":
+        """Return what is known of one item: nothing, where it was never met."""
+        at = int(self.item_index.searchsorted(item))
+        found = slice(at, at + int(at < len(self) and self.item_index[at] == item))
+        return SeenItems(self.item_index[found], self.count[found], self.first[found], self.last[found])
+
     def __len__(self) -> int:
         """Return the number of distinct items."""
         return len(self.item_index)

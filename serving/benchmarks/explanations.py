@@ -4,7 +4,8 @@ For items drawn from the ten best of each history's answer: the chunk that the e
 chunk of the history drawn at random. Each of the two is removed, and the score computed anew in two ways that share no
 arithmetic with the explanation:
 
-masked      one dense pass in which no later event or summary sees the chunk in any block (`attribution_reference`)
+masked      one dense pass in which no later event or summary sees the chunk in any block (`attribution_reference`),
+            and the gain of an own item counted over the other events
 deleted     the library, from a history without the chunk's events: later ones move up, and own items are counted anew
 
 Told is how often the first chunk changes the score more, beside that of the newest chunk (which needs no explanation)
@@ -18,6 +19,7 @@ import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cold_rows import real_histories
@@ -37,11 +39,12 @@ class Removals:
         self._vector, self._rest = cache(self._plain.user_vector), cache(self._without)
 
     def masked(self, chunk: int, item: str) -> float:
-        """Return how much the network's score changes."""
+        """Return how much the network's score and the own item's gain change together."""
         recommender = self._model.recommender
         row = recommender.run.items.index_of[item]
         change = self._vector(None) - self._vector(chunk)
-        return abs(float(change.numpy() @ recommender.item_vectors[row]))
+        gains = [self._gain(events, item) for events in (self._events, self._others(chunk))]
+        return abs(float(change.numpy() @ recommender.item_vectors[row]) + gains[0] - gains[1])
 
     def deleted(self, chunk: int, item: str) -> float:
         """Return how much the library's score changes, own items' counts included."""
@@ -49,26 +52,37 @@ class Removals:
         return abs(before - after)
 
     def _without(self, chunk: int) -> Any:
+        return self._model.append(self._model.new_state(), self._others(chunk))
+
+    def _others(self, chunk: int) -> list[Any]:
         k = self._model.chunk_size
-        rest = self._events[: chunk * k] + self._events[(chunk + 1) * k :]
-        return self._model.append(self._model.new_state(), rest)
+        return self._events[: chunk * k] + self._events[(chunk + 1) * k :]
+
+    def _gain(self, events: list[Any], item: str) -> float:
+        """Return what the item gains by being in `events`, by the score of a state that has these as own items."""
+        states = [self._model.with_own_items(self.state, None, own) for own in (events, [])]
+        with_own, without = (self._model.score(state, [item], self._now)[0] for state in states)
+        return with_own - without
 
 
 def measure_changes(model: Any, histories: list[list[Any]], pairs: int, draw: random.Random) -> None:
     """Print how often the chunk named first changes a score more than another one."""
     from tqdm import tqdm
 
+    from ksa_serving.events import Meeting
     from ksa_serving.models import Question
 
     won: Counter[tuple[str, str]] = Counter()
-    drawn = 0
+    drawn = own = 0
     for events in tqdm(histories, unit=" histories"):
         now = events[-1].timestamp + draw.randrange(3600, 14 * 86_400)
         removals = Removals(model, events, now)
         ways = {"masked": removals.masked, "deleted": removals.deleted}
         (best,) = model.recommend([Question(removals.state, 10, now)])
         for item, _ in draw.sample(best, min(-(-pairs // len(histories)), len(best))):
-            reasons = model.explain(removals.state, events[-model.num_newest :], item, now, 5)
+            met = [Meeting(place, event.timestamp) for place, event in enumerate(events) if event.item_id == item]
+            own += bool(met)
+            reasons = model.explain(removals.state, events[-model.num_newest :], met, item, now, 5)
             named = {
                 "named first": reasons[0].first // model.chunk_size,
                 "most attended": max(reasons, key=lambda reason: reason.attention).first // model.chunk_size,
@@ -79,7 +93,7 @@ def measure_changes(model: Any, histories: list[list[Any]], pairs: int, draw: ra
                 for way, change in ways.items():
                     won[name, way] += change(chunk, item) > change(other, item)
             drawn += 1
-    print(f"\n{drawn} pairs, {len(histories)} histories of {len(histories[0])} events\n")
+    print(f"\n{drawn} pairs, {own} of them of own items, {len(histories)} histories of {len(histories[0])} events\n")
     print("| A chunk's change is larger than a random one's | masked | deleted |\n|---|---|---|")
     for name in ("named first", "most attended", "newest"):
         print(f"| {name} | {won[name, 'masked'] / drawn:.1%} | {won[name, 'deleted'] / drawn:.1%} |")
@@ -105,13 +119,15 @@ def measure_cost(run: Path, events: list[Any], draw: random.Random) -> None:
         def score() -> None:
             client.score("ann", [draw.choice(items)], request_time=now)
 
-        for work in (explain, score):
-            milliseconds(work, 20)
-        took = {name: milliseconds(work, 200).wall for name, work in (("explain", explain), ("score", score))}
-    ratio = took["explain"] / took["score"]
-    print(
-        f"\n{len(events)} events: /score {took['score']:.1f} ms, /explain {took['explain']:.1f} ms: {ratio:.1f} times"
-    )
+        took: dict[str, list[float]] = {"explain": [], "score": []}
+        for turn in range(320):  # one after the other, so that both meet the same neighbours
+            for name, work in (("explain", explain), ("score", score)):
+                spent = milliseconds(work, 1).wall
+                took[name] += [spent] * (turn >= 20)
+    halves = [[median(took[name][at::2]) for name in ("score", "explain")] for at in (0, 1)]
+    for scored, explained in ([median(times) for times in zip(*halves)], *halves):
+        ratio = f"{explained / scored:.1f} times"
+        print(f"\n{len(events)} events: /score {scored:.1f} ms, /explain {explained:.1f} ms: {ratio}")
 
 
 def main() -> None:

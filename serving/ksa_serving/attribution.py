@@ -1,14 +1,18 @@
 """Which chunks of a history carried a score. Importing this imports torch.
 
-A chunk is *left out* where the last event sees none of its rows, neither summaries nor events, in any block: the event
-is passed through all blocks anew, over the rows that the state holds of others. What the chunk gave to other events'
-rows stays, which is little beside it (`attribution_reference.py` has both; `benchmarks/explanations.py` compares them).
+A chunk is *left out* where the last event sees none of its rows, neither summaries nor events, in any block, and the
+user's own counts lack its events: the event is passed through all blocks anew, over the rows that the state holds of
+others, and the item's gain by being the user's own is computed anew (`own_item_changes.py`). What the chunk gave to
+other events' rows stays, which is little beside it (`attribution_reference.py` has both; `benchmarks/explanations.py`
+compares them).
 
-Leaving out costs a row in the pass, so of a long history only those chunks are that count most: by how much the last
-event's residual stream would change, block by block. With p the attention and v the values, the output without chunk c
-is (sum p v - sum over c of p v) / (1 - sum over c of p), for all chunks at once.
+Leaving out costs a row in the pass, so of a long history only those chunks are that count most: half of them by the own
+counts' change, where so many have the item; the others by how much the last event's residual stream would change, block
+by block. With p the attention and v the values, the output without chunk c is
+(sum p v - sum over c of p v) / (1 - sum over c of p), for all chunks at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +20,15 @@ from torch import Tensor
 
 from ksa_kernels.sigmoid_gate import sigmoid_gate
 from ksa_serving.errors import InvalidRequestError
+from ksa_serving.events import Meeting
 from ksa_serving.models import ChunkReason
+from ksa_serving.own_item_changes import own_item_changes
+from recsys_ksa.config import LayerKind
 from recsys_ksa.features import Told, request_bucket
 from recsys_ksa.model.block import Block
 from recsys_ksa.model.place import num_summaries
-from recsys_ksa.model.rotary import rotary_table
-from recsys_ksa.model.state import UserState, first_visible_chunk, window_start
+from recsys_ksa.model.rotary import Rotary, rotary_table
+from recsys_ksa.model.state import LayerState, UserState, first_visible_chunk, window_start
 from recsys_ksa.recommender import Recommender
 
 LEFT_OUT = 64
@@ -35,47 +42,64 @@ def explain(
     recommender: Recommender,
     state: UserState,
     last_input: Tensor,
+    met: Sequence[Meeting],
     item_id: str,
     request_time: int | None,
     most: int,
     user: Told | None = None,
 ) -> list[ChunkReason]:
-    """Return the chunks the last event sees: those left out first, the largest change of the score before the others.
+    """Return the chunks that count: those left out first, the largest change of the score before the others.
+
+    These are the chunks that the last event sees in some block, and those that have the item.
 
     Args:
         last_input: the last event's input to the first block, [1, E].
+        met: the history's events of the item, in order.
         most: chunks left out at least.
 
     Raises:
         InvalidRequestError: the model does not know the item.
         DataError: it does not read what is told of the user.
     """
-    item = _item_vector(recommender, item_id)
+    row = recommender.run.items.index_of.get(item_id)
+    if row is None:
+        raise InvalidRequestError("item_id: expected an item the model knows, got another.", "unknown-item")
     if not state.num_events:
         return []
     config, num_events = recommender.network.config, state.num_events
     look = _Look(recommender, state, last_input, request_time, user)
-    chunks, wanted = look.chunks, max(most, LEFT_OUT)
-    if len(chunks) > wanted:
-        chunks = chunks[look.telling()[chunks].argsort(descending=True, stable=True)]
-    left_out, others = chunks[:wanted], chunks[wanted:]
+    own_change = own_item_changes(recommender, state, row, met, request_time)
+    left_out, others = _chosen(look, own_change, max(most, LEFT_OUT))
     user_vectors, attention = look.without(left_out)
-    score, *without = (user_vectors @ item).tolist()
-    change = {chunk: score - other for chunk, other in zip(left_out.tolist(), without)}
+    score, *without = (user_vectors @ _item_vector(recommender, row)).tolist()
+    change = {chunk: score - other + own_change.get(chunk, 0.0) for chunk, other in zip(left_out.tolist(), without)}
     order = sorted(change, key=lambda chunk: -abs(change[chunk])) + others.tolist()
     window = window_start(config, config.layer_kinds[-1], num_events) // config.chunk_size
-    shares = attention.T.tolist()
+    seen, shares = set(look.chunks.tolist()), attention.T.tolist()
     return [
         ChunkReason(
             first=chunk * config.chunk_size,
             last=min((chunk + 1) * config.chunk_size, num_events) - 1,
-            seen_as="summary" if chunk < window else "events",
+            seen_as="counts" if chunk not in seen else "summary" if chunk < window else "events",
             attention=shares[chunk][-1],
             attention_by_layer=shares[chunk],
             score_change=change.get(chunk),
+            own_item_change=own_change.get(chunk, 0.0),
         )
         for chunk in order
     ]
+
+
+def _chosen(look: "_Look", own_change: dict[int, float], most: int) -> tuple[Tensor, Tensor]:
+    """Return which chunks to leave out, `most` of them where there are more, and the others."""
+    chunks = torch.tensor(sorted(own_change.keys() | set(look.chunks.tolist())))
+    if len(chunks) <= most:
+        return chunks, chunks[:0]
+    by_counts = sorted(own_change, key=lambda chunk: -abs(own_change[chunk]))[: most // 2]
+    telling = look.telling()
+    telling[by_counts] = torch.inf
+    chunks = chunks[telling[chunks].argsort(descending=True, stable=True)]
+    return chunks[:most], chunks[most:]
 
 
 class _Look:
@@ -95,8 +119,9 @@ class _Look:
         self._exact = torch.float64 if network.dtype == torch.float64 else torch.float32
         self._position = torch.tensor([state.num_events - 1], device=device)
         self._own_chunk = (state.num_events - 1) // network.config.chunk_size
-        self._seen = [self._rows(state, depth) for depth in range(len(network.blocks))]
         self._blocks: list[Block] = [block for block in network.blocks if isinstance(block, Block)]
+        self._chunk_of = {kind: self._chunks(kind, state.num_events) for kind in set(network.config.layer_kinds)}
+        self._seen = [self._rows(layer) for layer in state.memory.layers]
         self._question = torch.zeros_like(last_input)
         with network.arithmetic():
             if isinstance(network.request, torch.nn.Embedding):
@@ -119,13 +144,14 @@ class _Look:
         num_chunks = self._own_chunk + 1
         telling = torch.zeros(num_chunks, dtype=self._exact, device=self._input.device)
         with self._network.arithmetic():
-            x = self._input
+            x, rotary = self._input, self._rotary(1)
             for seen, block in zip(self._seen, self._blocks):
-                sight = self._attend(block, seen, x)
+                sight = self._attend(block, seen, x, rotary)
                 mass = telling.new_zeros(num_chunks, sight.gate.shape[1])
                 mass.index_add_(0, seen.chunk, sight.weight[0].T)
                 part = telling.new_zeros(num_chunks, *sight.gate.shape[1:])
-                part.index_add_(0, seen.chunk, sight.weight[0].T[:, :, None] * sight.value)
+                value = seen.value.to(self._exact).repeat_interleave(part.shape[1] // seen.value.shape[1], 1)
+                part.index_add_(0, seen.chunk, sight.weight[0].T[:, :, None] * value)
                 change = (mass[:, :, None] * sight.attended - part) / (1 - mass).clamp(min=1e-9)[:, :, None]
                 gate = sight.gate.expand(num_chunks, -1, -1).contiguous()
                 branch = sigmoid_gate(change.to(gate).contiguous(), gate).flatten(1) @ block.output
@@ -141,49 +167,59 @@ class _Look:
         without = torch.cat((left_out.new_tensor([-1]), left_out)).to(self._input.device)
         attention = torch.zeros(len(self._blocks), self._own_chunk + 1, dtype=self._exact, device=without.device)
         with self._network.arithmetic():
-            x = self._input.expand(len(without), -1)
+            x, rotary = self._input.expand(len(without), -1), self._rotary(len(without))
+            hidden = {kind: chunk == without[:, None] for kind, chunk in self._chunk_of.items()}
             for seen, block, shares in zip(self._seen, self._blocks, attention):
-                sight = self._attend(block, seen, x, seen.chunk == without[:, None])
+                sight = self._attend(block, seen, x, rotary, hidden[block.kind])
                 shares.index_add_(0, seen.chunk, sight.weight[0].mean(0))
                 shares[self._own_chunk] += sight.own_weight[0].mean()
                 x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
         return self._network.user_vectors(x).to("cpu", self._exact), attention.to("cpu")
 
-    def _attend(self, block: Block, seen: "_Seen", x: Tensor, hidden: Tensor | None = None) -> "_Sight":
+    def _rotary(self, count: int) -> Rotary:
+        """Return the last event's angles, of so many variants."""
+        return rotary_table(self._position.expand(count), self._config.head_dim, self._exact)
+
+    def _attend(self, block: Block, seen: "_Seen", x: Tensor, rotary: Rotary, hidden: Tensor | None = None) -> "_Sight":
         """Let variants of the last event, [V, E], attend to rows and themselves, but for what is hidden [V, n]."""
         asked = x + self._question if block is self._blocks[-1] else x
-        rotary = rotary_table(self._position.expand(len(x)), self._config.head_dim, self._exact)
-        query, gate = block.event.queries(asked, rotary)
-        repeat = query.shape[1] // self._config.num_kv_heads
-        query = query.to(self._exact) * query.shape[-1] ** -0.5
-        own_key, own_value = block.event.keys_values(x, rotary).to(self._exact).repeat_interleave(repeat, 2).unbind(1)
-        key, value = seen.rows.to(self._exact).repeat_interleave(repeat, 2).unbind(1)
-        scores = torch.einsum("vhd,nhd->vhn", query, key)
+        query, gate, own = block.event(asked, rotary)
+        if asked is not x:
+            own = block.event.keys_values(x, rotary)
+        grouped = query.to(self._exact).unflatten(1, (self._config.num_kv_heads, -1)) * query.shape[-1] ** -0.5
+        own_key, own_value = own.to(self._exact)[:, :, :, None].unbind(1)
+        scores = torch.einsum("vkgd,nkd->vkgn", grouped, seen.key.to(self._exact))
         if hidden is not None:
-            scores = scores.masked_fill(hidden[:, None], -torch.inf)
-        own_score = torch.linalg.vecdot(query, own_key)[:, :, None]
-        weight, own_weight = torch.cat((scores, own_score), -1).softmax(-1).split((len(key), 1), -1)
-        attended = torch.einsum("vhn,nhd->vhd", weight, value) + own_weight * own_value
-        return _Sight(asked, gate, weight, own_weight[:, :, 0], value, attended.contiguous())  # as a GPU's kernels ask
+            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        own_score = torch.linalg.vecdot(grouped, own_key)[..., None]
+        weight, own_weight = torch.cat((scores, own_score), -1).softmax(-1).split((len(seen.key), 1), -1)
+        attended = torch.einsum("vkgn,nkd->vkgd", weight, seen.value.to(self._exact)) + own_weight * own_value
+        return _Sight(asked, gate, weight.flatten(1, 2), own_weight.flatten(1), attended.flatten(1, 2).contiguous())
 
-    def _rows(self, state: UserState, depth: int) -> "_Seen":
-        """Return what the last event sees in a block but itself, whose row is the last of the events."""
-        config, layer = self._config, state.memory.layers[depth]
-        start = window_start(config, layer.kind, state.num_events)
-        per_chunk = num_summaries(config) if layer.kind == "summary" else 0
-        first, window_chunk = first_visible_chunk(config, state.num_events), start // config.chunk_size
+    def _chunks(self, kind: LayerKind, num_events: int) -> Tensor:
+        """Return the chunk of each row that the last event sees in a block of a kind but its own, [n]."""
+        config, start = self._config, window_start(self._config, kind, num_events)
+        per_chunk = num_summaries(config) if kind == "summary" else 0
+        first, window_chunk = first_visible_chunk(config, num_events), start // config.chunk_size
         num_old = max(0, window_chunk - first) * per_chunk
         summary_chunk = first + torch.arange(num_old) // max(1, per_chunk)
-        event_chunk = torch.arange(start, state.num_events - 1) // config.chunk_size
-        rows = torch.cat((layer.summaries.whole()[:num_old], layer.events.whole()[:-1]))
-        return _Seen(rows, torch.cat((summary_chunk, event_chunk)).to(rows.device))
+        event_chunk = torch.arange(start, num_events - 1) // config.chunk_size
+        return torch.cat((summary_chunk, event_chunk)).to(self._position.device)
+
+    def _rows(self, layer: LayerState) -> "_Seen":
+        """Return what the last event sees in a block but itself, whose row is the last of the events."""
+        chunk = self._chunk_of[layer.kind]
+        events = layer.events.whole()[:-1]
+        key, value = torch.cat((layer.summaries.whole()[: len(chunk) - len(events)], events)).unbind(1)
+        return _Seen(key, value, chunk)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the last event sees in one block but itself: rows [n, 2, H_kv, D], and the chunk of each [n]."""
+    """What the last event sees in one block but itself: keys and values [n, H_kv, D], and the chunk of each [n]."""
 
-    rows: Tensor
+    key: Tensor
+    value: Tensor
     chunk: Tensor
 
 
@@ -191,22 +227,18 @@ class _Seen:
 class _Sight:
     """How variants of the last event looked in one block.
 
-    asked: what asked, [V, E]; gate: of the attention's output, [V, H, D]; weight: attention on rows, [V, H, n], whose
-    values are `value`, [n, H, D]; own_weight: on itself, [V, H]; attended: the attention's output, [V, H, D].
+    asked: what asked, [V, E]; gate: of the attention's output, [V, H, D]; weight: attention on rows, [V, H, n];
+    own_weight: on itself, [V, H]; attended: the attention's output, [V, H, D].
     """
 
     asked: Tensor
     gate: Tensor
     weight: Tensor
     own_weight: Tensor
-    value: Tensor
     attended: Tensor
 
 
-def _item_vector(recommender: Recommender, item_id: str) -> Tensor:
-    row = recommender.run.items.index_of.get(item_id)
-    if row is None:
-        raise InvalidRequestError("item_id: expected an item the model knows, got another.", "unknown-item")
+def _item_vector(recommender: Recommender, row: int) -> Tensor:
     network = recommender.network
     vector = network.item_vectors(torch.tensor([row], device=network.start.device))[0]
     return vector.to("cpu", torch.float64 if network.dtype == torch.float64 else torch.float32)

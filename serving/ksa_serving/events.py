@@ -5,6 +5,7 @@ They are structs and no dataclasses: some of each are made for every call, in an
 
 import hashlib
 from functools import cached_property
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -66,6 +67,13 @@ class StoredEvent(Struct, frozen=True):
         """Return whether `event`, which has the same id, says the same."""
         mine = (self.item_id, self.timestamp, self.event_type, self.value)
         return mine == (event.item_id, event.timestamp, event.event_type, event.value)
+
+
+class Meeting(NamedTuple):
+    """An event of one item: its index in the history, from 0, and its time."""
+
+    place: int
+    timestamp: int
 
 
 def sort_events(events: list[StoredEvent], tie: TieKind) -> list[StoredEvent]:

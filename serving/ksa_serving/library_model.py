@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ksa_serving.attribution import explain
 from ksa_serving.errors import InvalidRequestError, OverloadedError
-from ksa_serving.events import StoredEvent
+from ksa_serving.events import Meeting, StoredEvent
 from ksa_serving.messages import Parity, StateTier
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts, Vocabulary
 from ksa_serving.ranking import rank_items
@@ -210,10 +210,17 @@ class LibraryModel:
         with self._one_pass, _told_users_refused():
             return self.recommender.score(state, item_ids, request_time, user)
 
+    def own_item_bias(self, state: UserState, item_id: str, request_time: int | None) -> float | None:
+        """Return what the item's score gains by the user having met it; None where that never was."""
+        row = self.recommender.run.items.index_of.get(item_id, UNKNOWN_ITEM)
+        met = state.seen.of(row)
+        return float(self.recommender.own_gains(state, met, request_time)[0]) if len(met) else None
+
     def explain(
         self,
         state: UserState,
         newest: Sequence[StoredEvent],
+        met: Sequence[Meeting],
         item_id: str,
         request_time: int | None,
         most: int,
@@ -222,7 +229,7 @@ class LibraryModel:
         """Return the chunks that carried an item's score."""
         with _told_users_refused():
             last_input = self._last_input(newest) if newest else _no_input
-            return explain(self.recommender, state, last_input, item_id, request_time, most, user)
+            return explain(self.recommender, state, last_input, met, item_id, request_time, most, user)
 
     def title(self, item_id: str) -> str | None:
         """Return what people call an item."""

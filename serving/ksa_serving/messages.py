@@ -220,12 +220,15 @@ class ChunkExplanation(Struct, frozen=True):
     """What one chunk gave."""
 
     chunk: int
-    seen_as: Literal["summary", "events"]
+    seen_as: Annotated[
+        Literal["summary", "events", "counts"], Meta(description="By the network; counts: by the own counts alone.")
+    ]
     attention: Annotated[float, Meta(description="Share of the last block's attention, mean over heads.")]
     attention_by_layer: Annotated[list[float], Meta(description="The same in each block, the last one's at the end.")]
     score_change: Annotated[
-        float | None, Meta(description="What the score loses when the last event does not see this chunk.")
+        float | None, Meta(description="What the score loses without this chunk: when the last event does not see it.")
     ]
+    own_item_change: Annotated[float, Meta(description="The part of it that is the user's own counts of the item.")]
     first_time: int
     last_time: int
     events: list[KeptEvent]

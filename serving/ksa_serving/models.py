@@ -5,9 +5,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from ksa_serving.events import StoredEvent
+from ksa_serving.events import Meeting, StoredEvent
 from ksa_serving.messages import Parity, StateTier
 
 Scored = list[tuple[str, float]]
@@ -72,19 +72,21 @@ class ChunkReason:
     """How much one chunk of the history carried a score.
 
     first, last: indices of its events, last included.
-    seen_as: `summary` or `events`.
+    seen_as: `summary`, `events`, or `counts`: no block sees it, the user's own counts have it.
     attention: share of the last event's attention, mean over heads, in the last block.
     attention_by_layer: the same in each block, the last one's at the end.
-    score_change: what the item's score loses where the last event sees nothing of this chunk; None where that was not
-        computed.
+    score_change: what the item's score loses where the last event sees nothing of this chunk and the user's own counts
+        lack it; None where that was not computed.
+    own_item_change: the part of it that is the own counts'; 0 where the chunk does not have the item.
     """
 
     first: int
     last: int
-    seen_as: str
+    seen_as: Literal["summary", "events", "counts"]
     attention: float
     attention_by_layer: list[float]
     score_change: float | None
+    own_item_change: float
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,15 @@ class Model(Protocol):
         """Return each item's score as `recommend` has it; None where the model does not know the item."""
         ...
 
+    def own_item_bias(self, state: Any, item_id: str, request_time: int | None) -> float | None:
+        """Return what the item's score gains by the user having met it; None where that never was."""
+        ...
+
     def explain(
         self,
         state: Any,
         newest: Sequence[StoredEvent],
+        met: Sequence[Meeting],
         item_id: str,
         request_time: int | None,
         most: int,
@@ -197,6 +204,7 @@ class Model(Protocol):
 
         Args:
             newest: the state's last `num_newest` events, in order.
+            met: all the state's events of the item, in order.
             most: chunks left out in turn at least; those that are not come last.
 
         Raises:

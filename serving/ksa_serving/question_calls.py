@@ -37,6 +37,7 @@ from ksa_serving.releases import Releases
 from ksa_serving.settings import ServeSettings
 from ksa_serving.state_finder import Found, StateFinder
 from ksa_serving.state_store import StateRecord
+from ksa_serving.user_view import UserView
 from ksa_serving.workers import Workers
 
 MOST_FOUND = 100
@@ -175,29 +176,31 @@ class QuestionCalls:
     ) -> ExplainAnswer:
         model, state = found.served.release.model, found.record.state
         item, user = request.item_id, request.user
-        newest = self._newest(owner, found.record, model.num_newest)
-        reasons = model.explain(state, newest, item, request_time, request.chunks, user)
+        own_item_bias = model.own_item_bias(state, item, request_time)
+        with self._log.view(owner) as view:
+            newest = self._newest(view, found.record, model.num_newest)
+            met = [] if own_item_bias is None else view.meetings(item)
+        met = [meeting for meeting in met if meeting.place < state.num_events]
+        reasons = model.explain(state, newest, met, item, request_time, request.chunks, user)
         (score,) = model.score(state, [item], request_time, user)
-        (alone,) = model.score(model.with_own_items(state, None, []), [item], request_time, user)
         return ExplainAnswer(
             item_id=item,
             score=score or 0.0,
-            own_item_bias=(score or 0.0) - (alone or 0.0),
+            own_item_bias=own_item_bias or 0.0,
             summary_attention=sum(reason.attention for reason in reasons if reason.seen_as == "summary"),
             chunks=self._dated(owner, model, reasons[: request.chunks]),
             **found.provenance(found.record.num_events, request_time),
         )
 
-    def _newest(self, owner: Owner, record: StateRecord, count: int) -> list[StoredEvent]:
+    def _newest(self, view: UserView, record: StateRecord, count: int) -> list[StoredEvent]:
         """Return a record's last events.
 
         Raises:
             OverloadedError: they were retracted meanwhile, or others came before them.
         """
-        with self._log.view(owner) as view:
-            since = view.head.num_events - record.num_events
-            events = view.newest(min(view.head.num_events, count + max(0, since)))
-            newest = events[: len(events) - since] if since >= 0 else []
+        since = view.head.num_events - record.num_events
+        events = view.newest(min(view.head.num_events, count + max(0, since)))
+        newest = events[: len(events) - since] if since >= 0 else []
         if [event.order(self._log.tie) for event in newest[-1:]] != ([record.last_order] if record.num_events else []):
             raise OverloadedError("explain: the user's events changed meanwhile. Try again.")
         return newest
@@ -209,10 +212,11 @@ class QuestionCalls:
         return [
             ChunkExplanation(
                 chunk=reason.first // model.chunk_size,
-                seen_as="summary" if reason.seen_as == "summary" else "events",
+                seen_as=reason.seen_as,
                 attention=reason.attention,
                 attention_by_layer=reason.attention_by_layer,
                 score_change=reason.score_change,
+                own_item_change=reason.own_item_change,
                 first_time=events[0].timestamp,
                 last_time=events[-1].timestamp,
                 events=kept_events(model, reason.first, events),

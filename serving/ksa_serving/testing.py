@@ -13,7 +13,7 @@ from itertools import pairwise
 import msgspec
 
 from ksa_serving.errors import InvalidRequestError
-from ksa_serving.events import StoredEvent
+from ksa_serving.events import Meeting, StoredEvent
 from ksa_serving.messages import Parity, StateTier
 from ksa_serving.models import ChunkReason, Mark, Question, Scored, StateParts, Vocabulary
 from ksa_serving.release import Clock, Release
@@ -183,18 +183,25 @@ class ToyModel:
         scores = self._scores(state, request_time)
         return [scores.get(item) for item in item_ids]
 
+    def own_item_bias(self, state: ToyState, item_id: str, request_time: int | None) -> float | None:
+        """Return 0: scores here know no counts."""
+        return 0.0 if item_id in state.seen else None
+
     def explain(
         self,
         state: ToyState,
         newest: Sequence[StoredEvent],
+        met: Sequence[Meeting],
         item_id: str,
         request_time: int | None,
         most: int,
         user: object = None,
     ) -> list[ChunkReason]:
-        """Return equal shares for all chunks."""
+        """Return equal shares for all chunks; an own item's part in the change is how often the chunk has it."""
         if state.window and [_payload(event) for event in newest] != list(state.window[-1:]):
             raise StateError("toy: expected the state's last event, got another.")
+        if bool(met) != (item_id in state.seen):
+            raise StateError(f"toy: expected the events of {item_id!r}, got {len(met)}.")
         if item_id not in CATALOGUE:
             raise InvalidRequestError("item_id: expected an item the model knows, got another.", "unknown-item")
         starts = range(0, state.num_events, self.chunk_size)
@@ -207,6 +214,7 @@ class ToyModel:
                 attention=1 / len(starts),
                 attention_by_layer=[1 / len(starts)],
                 score_change=0.0 if place < most else None,
+                own_item_change=float(sum(meeting.place // self.chunk_size == place for meeting in met)),
             )
             for place, start in enumerate(starts)
         ]

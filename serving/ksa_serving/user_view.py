@@ -7,7 +7,7 @@ import apsw
 from msgspec import Struct
 
 from ksa_serving.errors import EventLogError
-from ksa_serving.events import NewEvent, StoredEvent, chain_after, sort_events
+from ksa_serving.events import Meeting, NewEvent, StoredEvent, chain_after, sort_events
 from recsys_ksa.order import TieKind
 
 COLUMNS = "seq, item_id, timestamp, event_id, event_type, value"
@@ -110,11 +110,35 @@ class UserView:
         skipped = first - (self.head.num_events - self.count_from(low[0]))
         return events[skipped : skipped + last - first + 1]
 
+    def meetings(self, item_id: str) -> list[Meeting]:
+        """Return where the history has an item, in the one order; reads all of the user's events."""
+        by_time: Iterator[Any] = self._connection.execute(
+            "SELECT timestamp, count(*), sum(item_id = ?) FROM events"
+            " WHERE user_key = ? AND generation = ? AND live = 1 GROUP BY timestamp ORDER BY timestamp",
+            (item_id, *self._key),
+        )
+        meetings, earlier = list[Meeting](), 0
+        for timestamp, num_events, num_meetings in by_time:
+            if num_meetings:
+                tied = [event.item_id for event in self._at(timestamp)] if num_meetings < num_events else None
+                places = [n for n in range(num_events) if tied is None or tied[n] == item_id]
+                meetings += [Meeting(earlier + n, timestamp) for n in places]
+            earlier += num_events
+        return meetings
+
     def item_ids(self) -> Iterator[str]:
         """Yield the item of each event, in no order."""
         query = "SELECT item_id FROM events WHERE user_key = ? AND generation = ? AND live = 1"
         rows: Iterator[Any] = self._connection.execute(query, self._key)
         return (item_id for (item_id,) in rows)
+
+    def _at(self, timestamp: int) -> list[StoredEvent]:
+        """Return the events of one time in the one order."""
+        rows = self._connection.execute(
+            f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND live = 1 AND timestamp = ?",
+            (*self._key, timestamp),
+        )
+        return sort_events([stored_event(row) for row in rows], self._tie)
 
     def check(self) -> None:
         """Compare all entries of a user who has some with their rolling hashes; of what was retracted nothing is left.

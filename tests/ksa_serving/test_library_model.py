@@ -1,5 +1,6 @@
 """The library behind the service: rewinding, bytes, batches and explanations, on random networks in float64."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ksa_kernels.sigmoid_gate import sigmoid_gate
 from ksa_serving import attribution, ranking
 from ksa_serving.attribution_reference import MaskedHistory
 from ksa_serving.errors import OverloadedError
-from ksa_serving.events import StoredEvent
+from ksa_serving.events import Meeting, StoredEvent
 from ksa_serving.library_model import LibraryModel, first_rows
 from ksa_serving.models import START, Mark, Question, StateParts
 from recsys_ksa import recommender as recommender_module
@@ -263,12 +264,13 @@ def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_
 ):
     monkeypatch.setattr(attribution, "LEFT_OUT", int(rng.integers(1, 20)))
     model = make_model(run, int(rng.integers(2**31)), **shape)
-    assert model.explain(model.new_state(), [], "i1", None, 5) == []
+    assert model.explain(model.new_state(), [], [], "i1", None, 5) == []
     for length in (1, 5, 8 * int(rng.integers(4, 30)), int(rng.integers(100, 160))):
         history, request_time = make_history(rng, length), rng.choice([None, T0 + 50 * length + 10**5])
         state = model.append(model.new_state(), history)
         item, most = f"i{rng.integers(1, 20)}", int(rng.integers(1, 60))
-        reasons = model.explain(state, history[-model.num_newest :], item, request_time, most)
+        met = meetings(history, item)
+        reasons = model.explain(state, history[-model.num_newest :], met, item, request_time, most)
         for layer in range(len(model.recommender.network.blocks)):
             assert sum(reason.attention_by_layer[layer] for reason in reasons) == pytest.approx(1, abs=1e-9)
         assert all(reason.attention == reason.attention_by_layer[-1] for reason in reasons)
@@ -279,6 +281,8 @@ def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_
         assert len(told) == min(len(reasons), max(most, attribution.LEFT_OUT))
         assert changes == [*told, *[None] * (len(reasons) - len(told))]
         assert [abs(change) for change in told] == sorted((abs(change) for change in told), reverse=True)
+        has_it = {meeting.place // model.chunk_size for meeting in met}
+        assert all((reason.seen_as == "counts") <= (reason.first // model.chunk_size in has_it) for reason in reasons)
         plain = MaskedHistory(model.recommender, history, request_time)
         row = model.recommender.run.items.index_of[item]
         vector = model.recommender.network.item_vectors(torch.tensor([row]))[0]
@@ -287,7 +291,22 @@ def test_an_explanation_adds_up_and_its_changes_are_those_of_a_pass_without_the_
         for at in {0, len(told) - 1, *rng.integers(len(told), size=4).tolist()}:
             reason = reasons[at]
             without = plain.user_vector(reason.first // model.chunk_size, "last event")
-            assert reason.score_change == pytest.approx(float((whole - without) @ vector), abs=1e-9)
+            own = gain(model, state, history, item, request_time)
+            own -= gain(model, state, history[: reason.first] + history[reason.last + 1 :], item, request_time)
+            assert reason.own_item_change == pytest.approx(own, abs=1e-5)  # scores are float32
+            seen = (reason.score_change or 0.0) - reason.own_item_change
+            assert seen == pytest.approx(float((whole - without) @ vector), abs=1e-9)
+
+
+def meetings(history: Sequence[StoredEvent], item: str) -> list[Meeting]:
+    return [Meeting(place, event.timestamp) for place, event in enumerate(history) if event.item_id == item]
+
+
+def gain(model: LibraryModel, state: Any, own: Sequence[StoredEvent], item: str, request_time: int | None) -> float:
+    """What an item's score gains where these events are the user's own."""
+    states = [model.with_own_items(state, None, events) for events in (own, [])]
+    with_own, without = (model.score(each, [item], request_time)[0] or 0.0 for each in states)
+    return with_own - without
 
 
 def test_an_explanation_gives_kernels_what_they_take(
@@ -306,7 +325,7 @@ def test_an_explanation_gives_kernels_what_they_take(
     for where in ("recsys_ksa.model.block", "ksa_serving.attribution"):
         monkeypatch.setattr(f"{where}.sigmoid_gate", strict)
     item = next(item for item in model.recommender.run.items.item_id if item)
-    assert model.explain(state, history[-model.num_newest :], item, None, 5)
+    assert model.explain(state, history[-model.num_newest :], meetings(history, item), item, None, 5)
 
 
 def test_the_chunk_named_first_changes_the_score_more_than_others_when_nobody_sees_it(
@@ -322,9 +341,15 @@ def test_the_chunk_named_first_changes_the_score_more_than_others_when_nobody_se
         for row in rng.integers(1, 50, 12).tolist():
             item = model.recommender.run.items.item_id[row]
             vector = model.recommender.network.item_vectors(torch.tensor([row]))[0]
-            told = model.explain(state, history[-model.num_newest :], str(item), None, 5)[0].first // model.chunk_size
-            other = int(rng.choice([chunk for chunk in range(plain.num_chunks) if chunk != told]))
-            won.append(bool((change[told] @ vector).abs() > (change[other] @ vector).abs()))
+            met = meetings(history, str(item))
+            told = model.explain(state, history[-model.num_newest :], met, str(item), None, 5)[0]
+            first = told.first // model.chunk_size
+            other = int(rng.choice([chunk for chunk in range(plain.num_chunks) if chunk != first]))
+            lost = {chunk: float(change[chunk] @ vector) for chunk in (first, other)}
+            for chunk in lost:
+                rest = [event for n, event in enumerate(history) if n // model.chunk_size != chunk]
+                lost[chunk] += gain(model, state, history, str(item), None) - gain(model, state, rest, str(item), None)
+            won.append(abs(lost[first]) > abs(lost[other]))
     assert np.mean(won) >= 0.9
 
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from ksa_serving.errors import InvalidRequestError, OverloadedError
-from ksa_serving.events import Owner
+from ksa_serving.events import Owner, StoredEvent
 from ksa_serving.messages import EventMessage, EventsRequest, ExplainRequest, RecommendRequest, StateTier
 from ksa_serving.service import Service
 from ksa_serving.settings import Limits, ServeSettings
@@ -104,15 +104,20 @@ def test_an_explanation_is_of_the_state_that_was_found_whatever_comes_meanwhile(
         service = make_service()
         await post(service, "ann", *(event(f"item-{n}", 100 + n, event_id=str(n)) for n in range(9)))
         await ask(service, "ann")
-        owner, newest = Owner("ann"), service.questions._newest
+        owner = Owner("ann")
         record = service.served.states.held(owner)
         assert record is not None
+
+        def newest(count: int) -> list[StoredEvent]:
+            with service.log.view(owner) as view:
+                return service.questions._newest(view, record, count)
+
         await post(service, "ann", event("item-30", 500), event("item-31", 501))
-        assert [one.item_id for one in newest(owner, record, 2)] == ["item-7", "item-8"]
-        assert len(newest(owner, record, 50)) == 9
+        assert [one.item_id for one in newest(2)] == ["item-7", "item-8"]
+        assert len(newest(50)) == 9
         await service.events.retract("ann", "8")
         with pytest.raises(OverloadedError, match="changed meanwhile"):
-            newest(owner, record, 2)
+            newest(2)
         why = await service.questions.explain("ann", ExplainRequest("item-1"))
         assert (why.num_events, sum(len(chunk.events) for chunk in why.chunks)) == (10, 10)
         await service.close()

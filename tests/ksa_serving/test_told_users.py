@@ -18,7 +18,7 @@ from ksa_serving.attribution_reference import MaskedHistory
 from ksa_serving.client import Client
 from ksa_serving.errors import ClientError, InvalidRequestError
 from ksa_serving.event_log import EventLog
-from ksa_serving.events import StoredEvent
+from ksa_serving.events import Meeting, StoredEvent
 from ksa_serving.library_model import LibraryModel
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.messages import EventMessage, RecommendRequest
@@ -82,7 +82,8 @@ EVENTS = [StoredEvent(n, item, time, None, None, None) for n, (item, time) in en
 
 def explained(library: Any, item: str, at: int, user: Any) -> list[ChunkReason]:
     model = LibraryModel(library)
-    return model.explain(state_of(library), EVENTS[-model.num_newest :], item, at, 1, user)
+    met = [Meeting(place, event.timestamp) for place, event in enumerate(EVENTS) if event.item_id == item]
+    return model.explain(state_of(library), EVENTS[-model.num_newest :], met, item, at, 1, user)
 
 
 def told_users(random: np.random.Generator, count: int) -> list[dict[str, Any]]:
@@ -195,4 +196,4 @@ def test_explanations_know_the_time_of_the_request_and_its_user(library: Any, rn
         for reason in explained(library, "i9", at, user):
             without = plain.user_vector(reason.first // library.network.config.chunk_size, "last event")
             wanted = float((plain.user_vector() - without).numpy() @ vector)
-            assert reason.score_change == pytest.approx(wanted, abs=1e-4)
+            assert reason.score_change == pytest.approx(wanted + reason.own_item_change, abs=1e-4)

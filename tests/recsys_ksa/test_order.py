@@ -40,6 +40,14 @@ def test_a_hash_tie_is_splitmix64_of_time_xor_item_hash_then_the_type(timestamp,
     assert plain == (timestamp, expected)
 
 
+@given(st.integers(-(2**63), 2**63 - 1), st.text())
+def test_one_tie_is_that_of_arrays(timestamp, item):
+    with np.errstate(over="ignore"):
+        (number,) = hash_tie_numbers(np.array([timestamp]), np.array([item_hash(item)], dtype=np.uint64))
+    key = order_key("hash", timestamp, item, event_id=None, event_type=None, arrival=0)
+    assert key == (timestamp, number_tie(int(number)))
+
+
 @given(st.integers(0, MASK), st.integers(0, MASK))
 def test_number_ties_compare_as_numbers(first, second):
     assert (number_tie(first) < number_tie(second)) == (first < second)

@@ -178,7 +178,9 @@ async function explain(item, title) {
     + `went to the far past, through summaries; the rest to the newest events.`;
   $("reasons").replaceChildren(...answer.chunks.map((chunk) => {
     const names = [...new Set(chunk.events.map((event) => event.title || event.item_id))];
-    const change = chunk.score_change === null ? "" : `, score ${chunk.score_change >= 0 ? "+" : ""}${small(chunk.score_change)}`;
+    const signed = (value) => `${value >= 0 ? "+" : ""}${small(value)}`;
+    const had = chunk.own_item_change === 0 ? "" : ` (${signed(chunk.own_item_change)} for having had it)`;
+    const change = chunk.score_change === null ? "" : `, score ${signed(chunk.score_change)}${had}`;
     const bar = element("span", { class: `bar ${chunk.seen_as}` });
     bar.style.width = `${Math.max(1, 100 * chunk.attention)}%`;
     return element(
