@@ -57,9 +57,10 @@ def test_a_chunk_of_questions_bounds_the_scores_held(rng, random_histories):
         assert all(len(part) * (items + 1) <= max(MAX_SCORES, items + 1) for part in parts)
 
 
-def test_counting_and_sorting_give_the_same_ranks(rng, monkeypatch):
+@pytest.mark.parametrize("nan_share", [0.0, 0.02, 0.3])
+def test_counting_and_sorting_give_the_same_ranks(nan_share, rng, monkeypatch):
     scores = torch.from_numpy(rng.integers(0, 6, (30, 60)).astype(np.float32))
-    scores[0, 5] = torch.nan
+    scores[torch.from_numpy(rng.random((30, 60)) < nan_share)] = torch.nan
     question = np.sort(rng.integers(0, 30, 50))
     pairs = np.unique(np.stack((question, rng.integers(0, 60, 50)), axis=1), axis=0)
     targets = Pairs(torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1]))
