@@ -81,7 +81,7 @@ class LogEntries:
         self._user_events = math.inf if user_events is None else user_events
         self._clock = clock
         self._users: OrderedDict[Owner, _User] = OrderedDict()
-        self._unsaved: set[Owner] = set()
+        self._unsaved: dict[Owner, None] = {}  # in one order: what is written replays
         self._rows: list[tuple[Any, ...]] = []
         self._is_known: dict[tuple[int, bytes], bool] = {}
         self._seq: int | None = None
@@ -269,7 +269,7 @@ class LogEntries:
 
     def _change(self, owner: Owner, user: _User) -> None:
         self._users[owner] = user
-        self._unsaved.add(owner)
+        self._unsaved[owner] = None
 
     def _user(self, owner: Owner) -> _User:
         """Return what is known of a user, who has a row from here on.

@@ -117,7 +117,7 @@ def next_map(held: ShardMap, processes: Mapping[str, Process], most: int = NUM_V
     owners, since, epoch = list(held.owners), list(held.since), held.epoch + 1
     for shard in moving:
         owners[shard], since[shard] = target[shard], epoch
-    still_there = {name: held.processes[name] for name in set(owners) - set(processes)}
+    still_there = {name: held.processes[name] for name in sorted(set(owners) - set(processes))}
     return ShardMap(epoch, secrets.token_hex(8), {**processes, **still_there}, owners, since)
 
 
