@@ -26,7 +26,7 @@ class Life:
 
     def __init__(self) -> None:
         self.ended = False
-        self.replies: set[asyncio.Future[Any]] = set()
+        self.replies: dict[asyncio.Future[Any], None] = {}  # a set's order would be that of addresses
         self.context = contextvars.copy_context()
         self.context.run(LIFE.set, self)
 
@@ -50,7 +50,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.draw = draw
         self.now = 0.0
-        self._free_at: dict[int, float] = {}
+        self._free_at: dict[ThreadPoolExecutor, float] = {}
 
     def time(self) -> float:
         return self.now
@@ -104,9 +104,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
         at = self.now
         if isinstance(executor, ThreadPoolExecutor) and executor._max_workers == 1:
-            at = max(at, self._free_at.get(id(executor), 0.0))
+            at = max(at, self._free_at.get(executor, 0.0))
         at += self.draw.random() * 0.002
-        self._free_at[id(executor)] = at
+        self._free_at[executor] = at
         self.call_at(at, work)
         return future
 

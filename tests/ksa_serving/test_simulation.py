@@ -56,6 +56,9 @@ USERS = [f"u{number}" for number in range(4)]
 PASSING = (ConnectionError, EventLogError, OverloadedError, NotOwnerError, DeadlineError, asyncio.CancelledError)
 """After these a client sends again."""
 FAULTS: tuple[Fault, ...] = ("write-error", "sync-error", "full", "read-only", "read-error")
+EXPECTED = {"ends", "disk_fault", "disk_chance", "cold_store", "release", "move"}
+EXPECTED |= {"host", "store", "rebuilt", "ConnectionError", "EventLogError", "NotOwnerError"}
+"""What some run meets; the rarest, `NotOwnerError`, one in six: runs go on until they have."""
 PATIENCE = 300.0
 """Simulated seconds in which a call has to succeed."""
 
@@ -165,7 +168,7 @@ class SimulatedProcess:
         if self.service is None or draw.random() < self._world.lost_share:
             raise ConnectionError("nobody is there")
         life, reply = self.life, loop.create_future()
-        life.replies.add(reply)
+        life.replies[reply] = None
         task = loop.create_task(_awaited(work(self.service)), context=life.context)
         if draw.random() < cancel_share:
             loop.call_later(draw.random() * 0.006, task.cancel, context=life.context)
@@ -173,7 +176,7 @@ class SimulatedProcess:
         try:
             answer = await reply
         finally:
-            life.replies.discard(reply)
+            life.replies.pop(reply, None)
         await asyncio.sleep(draw.random() * 0.002)
         if draw.random() < self._world.lost_share:
             raise ConnectionError("the reply was lost")
@@ -548,13 +551,14 @@ def test_whatever_happens_the_service_knows_what_it_acknowledged(
 ):
     caplog.set_level(logging.CRITICAL)
     met = Counter[str]()
-    for number in range(seed, seed + NUM_RUNS):
+    expected = EXPECTED if NUM_RUNS >= 40 else set[str]()
+    for number in range(seed, seed + 10 * NUM_RUNS):
+        if number >= seed + NUM_RUNS and expected <= met.keys():
+            break
         print(f"KSA_TEST_SEED={number} KSA_SIMULATIONS=1")  # the last one shown is the one that failed
         met += simulate(number, tmp_path / str(number)).met
     print(dict(met))
-    if NUM_RUNS >= 40:
-        assert {"ends", "disk_fault", "disk_chance", "cold_store", "release", "move"} <= met.keys()
-        assert {"host", "store", "rebuilt", "ConnectionError", "EventLogError", "NotOwnerError"} <= met.keys()
+    assert expected <= met.keys()
 
 
 def test_whatever_happens_for_long_it_still_does(tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture):
@@ -567,7 +571,7 @@ def test_whatever_happens_for_long_it_still_does(tmp_path: Path, seed: int, capl
 
 
 def test_a_run_replays_from_its_seed(tmp_path: Path, seed: int):
-    first, again = (simulate(seed, tmp_path / name).trace for name in ("first", "again"))
+    first, again = (simulate(seed, tmp_path / name, length=2).trace for name in ("first", "again"))
     assert first.length > 20
     assert first.hexdigest() == again.hexdigest()
 
@@ -579,5 +583,5 @@ def test_a_service_that_takes_late_events_for_new_ones_is_found_out(
     caplog.set_level(logging.CRITICAL)
     monkeypatch.setattr(state_plan, "follow", lambda record, events, tie: True)
     with pytest.raises(AssertionError):  # noqa: PT012 - whichever it is
-        for number in range(seed, seed + 20):
+        for number in range(seed, seed + 400):
             simulate(number, tmp_path / str(number))
