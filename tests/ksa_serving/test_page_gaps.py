@@ -26,7 +26,7 @@ def written_log(path: Path, draw: random.Random, page_size: int) -> apsw.Connect
     for number in range(1500):
         name = draw.choice(["secret", "keeper"])
         text = f"{name}-{number}-" + "x" * draw.choice([0, 0, 20, 300, 2 * page_size])
-        connection.execute("INSERT INTO rows VALUES (?, ?, ?)", (draw.randrange(2**40), text, draw.randrange(50)))
+        connection.execute("INSERT INTO rows VALUES (?, ?, ?)", (draw.randrange(2**60), text, draw.randrange(50)))
         connection.execute("INSERT INTO words VALUES (?)", (text,))
         if draw.random() < 0.3:
             ids = [identity for (identity,) in connection.execute("SELECT id FROM rows")]
@@ -56,7 +56,7 @@ def test_deleted_rows_leave_no_bytes_and_others_stay(tmp_path: Path, seed: int, 
         wipe(connection, draw.choice([1, 7, 1000]))
         assert b"secret" not in path.read_bytes()
         for number in range(200):  # nor do the connection's own copies of the pages bring them back
-            connection.execute("INSERT INTO rows VALUES (?, 'new', ?)", (2**41 + number, number))
+            connection.execute("INSERT INTO rows VALUES (?, 'new', ?)", (2**61 + number, number))
         connection.execute("DELETE FROM rows WHERE text = 'new'")
         connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         assert b"secret" not in path.read_bytes()
