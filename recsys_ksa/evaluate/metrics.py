@@ -69,7 +69,7 @@ def _not_below(scores: Tensor, question: Tensor, value: Tensor) -> Tensor:
         if scores.is_cuda
         else torch.from_numpy(np.sort(scores.numpy(), axis=1))
     )
-    ascending.masked_fill_(ascending.isnan(), torch.inf)  # no more below a value than NaN; searchsorted takes NaN for less
+    ascending.masked_fill_(ascending.isnan(), torch.inf)  # as little below a value; searchsorted takes NaN for less
     below = torch.searchsorted(ascending, asked)
     below = below[torch.arange(asked.shape[1], device=value.device) < lengths[:, None]]
     return torch.where(value.isnan(), scores.shape[1], scores.shape[1] - below)
