@@ -129,8 +129,8 @@ class UserStates:
 
     def meanwhile(self, owner: Owner) -> Current:
         """Return what `current` does while `settle` is at work: where a state is held, that, whatever changed since."""
-        record = self.held(owner)
-        if record is None or record.cold or record.generation != self._log.head(owner).generation:
+        record, head = self.held(owner), self._log.head(owner)
+        if record is None or record.cold or record.generation != head.generation or record.seq == head.last_seq:
             return self.current(owner)
         return record, "degraded"
 
