@@ -64,7 +64,8 @@ def test_only_users_whose_unknown_items_became_known_are_rebuilt(tiny_run: Path,
     with_more_items(tiny_run, tmp_path / "runs" / "others", 2, seed=2)  # other rows under the same names
     first = load_release(tiny_run)
     log = EventLog(tmp_path / "state", first.tie)
-    service = Service(first, log, MemoryStateStore(10**8), releases=tmp_path / "runs")
+    settings = ServeSettings(catch_up_seconds=3600)  # no state is built anew before someone asks
+    service = Service(first, log, MemoryStateStore(10**8), settings, releases=tmp_path / "runs")
     library = {name: Recommender.load(tmp_path / "runs" / name) for name in ("more", "most", "others")}
 
     async def rebuilt_in(name: str | None, run: Recommender | None) -> set[str]:
