@@ -32,9 +32,12 @@ def ask(client: httpx.Client, user: str, rec: Recommender, items: list[str]) -> 
     """Ask for a user's next items, compare with the library, and return where the state came from."""
     answer = post(client, f"/v1/users/{user}/recommend", k=8, request_time=NOW)
     state = rec.append(rec.new_state(), items, range(NOW - len(items), NOW))
-    expected = rec.recommend(state, 8, NOW)
-    assert [item["item_id"] for item in answer["items"]] == [item for item, _ in expected]
-    np.testing.assert_allclose([item["score"] for item in answer["items"]], [score for _, score in expected], rtol=1e-4)
+    scores = dict(rec.recommend(state, 10_000, NOW))
+    answered = {item["item_id"]: item["score"] for item in answer["items"]}
+    assert len(answered) == 8
+    np.testing.assert_allclose(list(answered.values()), list(scores.values())[:8], rtol=1e-4, atol=1e-5)
+    # Whose scores differ by less than rounding may trade places.
+    np.testing.assert_allclose([scores[item] for item in answered], list(answered.values()), rtol=1e-4, atol=1e-5)
     return answer["state_source"]
 
 
@@ -60,8 +63,8 @@ def test_new_items_are_recommended_the_next_day_and_states_stay(tmp_path: Path, 
     options = ["--state-dir", tmp_path / "state", "--releases", releases]
     with (
         served(releases / "yesterday", *options, "--admin-port", 0, end=signal.SIGKILL) as (url, admin),
-        httpx.Client(base_url=url, timeout=60) as client,
-        httpx.Client(base_url=admin, timeout=60) as operator,
+        httpx.Client(base_url=url, timeout=300) as client,
+        httpx.Client(base_url=admin, timeout=300) as operator,
     ):
         for user, items in histories.items():
             events = [{"item_id": item, "timestamp": NOW - len(items) + at} for at, item in enumerate(items)]
@@ -76,7 +79,7 @@ def test_new_items_are_recommended_the_next_day_and_states_stay(tmp_path: Path, 
         assert {item["item_id"] for item in again["items"]} == {*known, fresh}
     with (
         served(releases / "today", *options, "--admin-port", 0) as (url, _),
-        httpx.Client(base_url=url, timeout=60) as client,
+        httpx.Client(base_url=url, timeout=300) as client,
     ):
         for user, items in histories.items():
             ask(client, user, new, items)
