@@ -6,11 +6,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from ksa_serving import buckets
 from ksa_serving.auth import Tokens
 from ksa_serving.client import Client
 from ksa_serving.errors import ClientError
@@ -150,7 +152,7 @@ def test_deadlines_drop_work_before_it_begins(make_service: MakeService, serve_i
         for value in ("0", "-1", "soon", "600001"):
             refused = client.post("/v1/users/ann/recommend", json={}, headers={"x-deadline-ms": value})
             assert_problem(refused, 400, "invalid-deadline")
-        assert client.post("/v1/users/ann/recommend", json={}, headers={"x-deadline-ms": "9000"}).status_code == 200
+        assert client.post("/v1/users/ann/recommend", json={}, headers={"x-deadline-ms": "600000"}).status_code == 200
 
 
 def test_long_work_is_answered_degraded_and_done_after(make_service: MakeService, serve_in_thread: Any):
@@ -159,12 +161,11 @@ def test_long_work_is_answered_degraded_and_done_after(make_service: MakeService
         keep(client, "ann", *(event(n) for n in range(500)))
         first = ask(client, "ann").json()
         assert (first["degraded"], first["state_source"]) == (True, "degraded")
-        for _ in range(200):
-            answer = ask(client, "ann").json()
-            if not answer["degraded"]:
-                break
+        until = time.monotonic() + 120
+        while (answer := ask(client, "ann").json())["degraded"]:
+            assert time.monotonic() < until
             time.sleep(0.02)
-        assert (answer["num_events"], answer["degraded"]) == (500, False)
+        assert answer["num_events"] == 500
 
 
 def write_tokens(path: Path, **scopes: list[str]) -> Path:
@@ -255,10 +256,13 @@ def test_a_changed_token_file_takes_effect_and_a_broken_one_does_not(tmp_path: P
         Tokens(path)
 
 
-def test_a_client_that_asks_too_often_is_told_to_slow_down(make_service: MakeService, serve_in_thread: Any):
+def test_a_client_that_asks_too_often_is_told_to_slow_down(
+    make_service: MakeService, serve_in_thread: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(buckets, "time", SimpleNamespace(monotonic=lambda: 0.0))  # nothing flows in meanwhile
     with serve_in_thread(make_service(settings=ServeSettings(requests_per_second=2))) as client:
-        answers = [ask(client, "ann") for _ in range(8)]
-        assert answers[0].status_code == 200
+        answers = [ask(client, "ann") for _ in range(5)]
+        assert [answer.status_code for answer in answers] == [200] * 4 + [429]
         assert_problem(answers[-1], 429, "rate-limited")
         assert answers[-1].headers["retry-after"] == "1"
         assert client.get("/livez").status_code == 200
@@ -319,9 +323,11 @@ def test_verbs_send_a_log_and_ask(client: httpx.Client, tmp_path: Path, capsys: 
     assert "expected the column user_id" in capsys.readouterr().err
 
 
-def test_load_is_sent_and_reported(client: httpx.Client):
+def test_load_is_sent_and_reported(make_service: MakeService, serve_in_thread: Any):
+    room = ServeSettings(concurrent_questions=40, concurrent_writes=20)  # for all at once, as after a pause of both
     plan = Plan(recommend_rate=40, events_rate=100, events_per_call=5, users=5, items=9, seconds=1)
-    outcomes = asyncio.run(run_plan(str(client.base_url), None, plan))
+    with serve_in_thread(make_service(settings=room)) as client:
+        outcomes = asyncio.run(run_plan(str(client.base_url), None, plan))
     assert {
         kind: {status: len(seconds) for status, seconds in met.seconds.items()} for kind, met in outcomes.items()
     } == {
@@ -360,7 +366,7 @@ def test_questions_that_wait_are_answered_in_one_pass(make_service: MakeService,
         answers = await asyncio.gather(
             *(service.questions.recommend(f"u{n}", RecommendRequest(k=3)) for n in range(20))
         )
-        assert len({answer.items[0].score for answer in answers}) >= 1
+        assert len({answer.items[0].score for answer in answers}) == 1
         assert service.log.head(Owner("u0")).num_events == 0
         await service.close()
 
