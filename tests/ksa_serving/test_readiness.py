@@ -43,7 +43,7 @@ async def live(service: Service, number: int) -> None:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not true():
             await asyncio.sleep(0.005)
 
@@ -53,7 +53,7 @@ def test_a_cold_store_that_cannot_be_written_is_told_until_it_can(tmp_path: Path
         engine = SimulatedEngine(random.Random(seed))
         service = service_with(engine, tmp_path, 0.05)
         await live(service, 1)
-        assert service.unready() is None
+        await until(lambda: service.unready() is None)  # its state has followed
         engine.fault_share = 1.0
         await live(service, 2)
         await until(lambda: service.unready() == UNWRITABLE)
@@ -71,11 +71,14 @@ def test_a_cold_store_that_cannot_be_written_is_told_until_it_can(tmp_path: Path
 def test_a_failure_within_the_setting_is_not_told(tmp_path: Path, seed: int):
     async def story() -> None:
         engine = SimulatedEngine(random.Random(seed))
-        service = service_with(engine, tmp_path, 60)
+        service = service_with(engine, tmp_path, 3600)
         engine.fault_share = 1.0
         await live(service, 1)
         assert service.store.unwritable_seconds > 0
         assert service.unready() is None
+        probing = service._probing
+        assert probing is not None
+        await until(probing.done)  # asking tried it
         engine.fault_share = 0.0
         await live(service, 2)
         assert service.store.unwritable_seconds == 0  # a write that succeeds tells it too
@@ -91,7 +94,7 @@ def test_states_that_lag_are_told_until_they_follow(tmp_path: Path, seed: int):
         go_on, current_together = threading.Event(), service.served.states.current_together
 
         def held(owners: Sequence[Owner]) -> Any:
-            assert go_on.wait(30)
+            assert go_on.wait(300)
             return current_together(owners)
 
         service.served.states.current_together = held  # type: ignore[method-assign]
