@@ -21,13 +21,13 @@ def served(*arguments: object, end: signal.Signals = signal.SIGTERM) -> Iterator
         yield _addresses(server)
     finally:
         server.send_signal(end)
-        server.communicate(timeout=30)
+        server.communicate(timeout=300)
 
 
 def _addresses(server: subprocess.Popen[str]) -> list[str]:
     """Wait for the line that says where the service listens."""
     assert server.stdout is not None
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     said = []
     while time.monotonic() < deadline:
         line = server.stdout.readline()

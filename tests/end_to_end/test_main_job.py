@@ -53,7 +53,7 @@ def test_the_service_answers_as_the_library_does(demo: Path, tmp_path: Path) -> 
         known = [item for item in rec.run.items.item_id if item][:6]
         events = [{"item_id": item, "timestamp": 1_600_000_000 + 900 * at} for at, item in enumerate(known)]
         now = 1_600_100_000
-        with httpx.Client(base_url=url, timeout=30) as client:
+        with httpx.Client(base_url=url, timeout=300) as client:
             done = client.post("/v1/users/anna/events", json={"events": events}).json()
             assert [result["status"] for result in done["results"]] == ["accepted"] * len(events)
             answer = client.post("/v1/users/anna/recommend", json={"k": 5, "request_time": now}).json()

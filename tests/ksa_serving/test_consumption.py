@@ -104,7 +104,7 @@ def read_all(
 
 
 @given(seed=st.integers(0, 2**31), crashes=st.sampled_from([0.0, 0.3]), loses=st.sampled_from([0.0, 0.3]))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_event_is_kept_once_whatever_is_delivered_again(
     seed: int, crashes: float, loses: float, tmp_path_factory
 ):

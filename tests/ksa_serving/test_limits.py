@@ -178,11 +178,11 @@ def test_a_connection_on_which_nothing_comes_is_closed(make_service: MakeService
     assert ServeSettings().keep_alive_seconds == 15
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(serve_in_thread(make_service(settings=ServeSettings(keep_alive_seconds=1))))
-        connection = stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port)))
         began = time.monotonic()
+        connection = stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port)))
         connection.sendall(sent)
         while still_open(connection):
-            assert time.monotonic() - began < 60
+            assert time.monotonic() - began < 120
         assert time.monotonic() - began > 0.9
 
 

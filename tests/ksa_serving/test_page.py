@@ -14,6 +14,8 @@ from ksa_serving.service import Service
 pytestmark = pytest.mark.service
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 NOW = 1_700_000_000
+PATIENCE_MS = 180_000
+"""What the page does takes no second; a machine with other work may need many."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no Chromium; packaging/system.sh installs it, or set CHROMIUM")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -35,6 +37,7 @@ def page(browser: Any, make_service: Callable[..., Service], serve_in_thread: An
         events = [{"item_id": f"item-{n % 9}", "timestamp": NOW - 3000 + 100 * n} for n in range(30)]
         client.post("/v1/users/ann/events", json={"events": events}).raise_for_status()
         context = browser.new_context(base_url=str(client.base_url), viewport={"width": 1200, "height": 900})
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.faults = []
         page.on("pageerror", lambda error: page.faults.append(str(error)))
