@@ -125,9 +125,12 @@ class DecayedFrequency(PersonalFrequency):
         self.log_count = ownership.decayed_log_count(half_life)
 
     def value(self, owned: Owned, questions: Questions) -> NDArray[np.float64]:
-        """Return log2 of the decayed count; a logarithm cannot underflow."""
+        """Return log2 of the decayed count; a logarithm cannot underflow.
+
+        Rounded: equal counts that were summed in another order are equal, so that popularity orders them.
+        """
         age = questions.last_timestamp[owned.question] - owned.last
-        return self.log_count[owned.event] - age / self.half_life
+        return np.round(self.log_count[owned.event] - age / self.half_life, 10)
 
 
 class RepeatLast(PersonalFrequency):

@@ -89,7 +89,17 @@ def test_personal_baselines_order_own_items_first_then_by_popularity(protocol, r
         keyed = [[(own.get(item, -1), popular[item]) for item in range(ITEMS + 1)] for own in (counts, last)]
         assert same_order(frequency[q], keyed[0])
         assert same_order(latest[q], keyed[1])
-        assert same_order(decayed[q], [(round(sums.get(item, -1), 9), popular[item]) for item in range(ITEMS + 1)])
+        logs = {item: round(float(np.log2(total)), 10) for item, total in sums.items()}
+        assert same_order(decayed[q], [(logs.get(item, -np.inf), popular[item]) for item in range(ITEMS + 1)])
+
+
+def test_equal_decayed_counts_are_ordered_by_popularity(make_histories):
+    """Two events a half-life before one: 2 * 2 ** -2.7 and 2 ** -1.7, whose logarithms floats tell apart."""
+    user = [(1, 15 * DAY), (1, 15 * DAY), (2, 20 * DAY), (3, 28 * DAY + DAY // 2), (4, 40 * DAY)]
+    histories = make_histories([user])
+    popularity = Popularity("popularity", histories, ITEMS, "loo", None)
+    (scores,) = DecayedFrequency(Ownership(histories), popularity, 5.0 * DAY).scores(ask(histories, "loo"))
+    assert scores[1] > scores[2]
 
 
 def test_item_item_is_the_cosine_of_who_had_what(rng, random_histories):
