@@ -134,18 +134,19 @@ def test_biases_cost_no_recall(rng: np.random.Generator) -> None:
 
 
 def test_training_less_than_faiss_does_loses_next_to_nothing(rng: np.random.Generator) -> None:
-    vectors = clustered(rng, 20_000, 16)
-    lists = train_lists(vectors, vectors.shape[1])
-    theirs = faiss.IndexIVFFlat(faiss.IndexFlatIP(16), 16, len(lists.centroids), faiss.METRIC_INNER_PRODUCT)
-    theirs.cp.min_points_per_centroid = 1
-    theirs.train(vectors.numpy())  # pyright: ignore[reportCallIssue]
-    centroids = torch.from_numpy(theirs.quantizer.reconstruct_n(0, theirs.nlist))
-    whole = IvfLists(centroids, (vectors @ centroids.T).argmax(dim=1).int())
-    questions = vectors[torch.from_numpy(rng.integers(1, 20_000, 200))]
-    ours, reference = (
-        recall_of_each(IvfIndex(vectors, one, "v", 8), vectors, questions).mean() for one in (lists, whole)
-    )
-    assert ours > reference - 0.02
+    ours, reference = [], []
+    for _ in range(4):  # the difference of one catalogue alone has a standard deviation of 0.006
+        vectors = clustered(rng, 20_000, 16)
+        lists = train_lists(vectors, vectors.shape[1])
+        theirs = faiss.IndexIVFFlat(faiss.IndexFlatIP(16), 16, len(lists.centroids), faiss.METRIC_INNER_PRODUCT)
+        theirs.cp.min_points_per_centroid = 1
+        theirs.train(vectors.numpy())  # pyright: ignore[reportCallIssue]
+        centroids = torch.from_numpy(theirs.quantizer.reconstruct_n(0, theirs.nlist))
+        whole = IvfLists(centroids, (vectors @ centroids.T).argmax(dim=1).int())
+        questions = vectors[torch.from_numpy(rng.integers(1, 20_000, 200))]
+        for found, one in ((ours, lists), (reference, whole)):
+            found.append(recall_of_each(IvfIndex(vectors, one, "v", 8), vectors, questions).mean())
+    assert np.mean(ours) > np.mean(reference) - 0.02
 
 
 # -- the gate -------------------------------------------------------------------------------------------------
