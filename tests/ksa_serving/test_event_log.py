@@ -342,6 +342,7 @@ def test_forgotten_rows_leave_the_file_though_the_log_ended_before_it_was_overwr
     log = EventLog(tmp_path, "arrival")
     log.append(ANN, [NewEvent(f"secret-{n}", n, f"id-{n}") for n in range(3000)])
     log._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    log._connection.set_busy_timeout(10)
     with log._reader() as connection, transaction(connection, "DEFERRED"):
         assert connection.execute("SELECT count(*) FROM events").get == 3000
         log.forget(ANN).result()
