@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: fresh random inputs each run, the seed printed so that a failure replays."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,13 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = int(os.environ.get("KSA_TEST_SEED", np.random.SeedSequence().generate_state(1)[0]))
     request.node.add_report_section("setup", "seed", f"KSA_TEST_SEED={value}")
     return value
+
+
+@pytest.fixture(autouse=True)
+def _torch_draws_by_the_seed(seed: int) -> None:
+    """Draws of torch's own generator are fresh and replay, too; torch is not imported for this."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
 
 
 @pytest.fixture
