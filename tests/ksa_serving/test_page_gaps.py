@@ -20,6 +20,7 @@ def written_log(path: Path, draw: random.Random, page_size: int) -> apsw.Connect
     connection.pragma("page_size", page_size)
     connection.pragma("journal_mode", "wal")
     connection.pragma("secure_delete", "ON")
+    connection.pragma("synchronous", "OFF")
     connection.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, text TEXT, number INTEGER)")
     connection.execute("CREATE INDEX by_number ON rows (number, text)")
     connection.execute("CREATE TABLE words (text TEXT PRIMARY KEY) WITHOUT ROWID")
