@@ -70,10 +70,10 @@ def test_kill_at_random_instants_loses_and_doubles_nothing(loads: Zygote, tmp_pa
     acknowledged: dict[str, set[int]] = {}
     for turn in range(NUM_KILLS):
         child = loads.spawn("log_under_load:run", str(tmp_path), str(turn))
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(draw.uniform(0.0, 0.2))
+        told = [child.stdout.readline() for _ in range(draw.randint(1, 30))]  # "ready", and what was acknowledged
+        time.sleep(draw.uniform(0.0, 0.1))
         child.send_signal(signal.SIGKILL)
-        read_and_check(child, tmp_path, acknowledged)
+        read_and_check(child, told, tmp_path, acknowledged)
     assert sum(map(len, acknowledged.values())) > 10 * NUM_KILLS
 
 
@@ -85,15 +85,15 @@ def test_kill_at_named_points_loses_and_doubles_nothing(loads: Zygote, tmp_path:
         nth = draw.randint(1, 4 if point.startswith("os") else 20)
         child = loads.spawn("log_under_load:run", str(tmp_path), str(turn), f"{point}/{nth}")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=60)
+            child.wait(timeout=300)
         assert child.poll() == -signal.SIGKILL, f"{point} was never reached"
-        read_and_check(child, tmp_path, acknowledged)
+        read_and_check(child, [], tmp_path, acknowledged)
 
 
-def read_and_check(child: Child, directory: Path, acknowledged: dict[str, set[int]]) -> None:
-    """Read what a killed child acknowledged, and find it in the log."""
+def read_and_check(child: Child, told: list[str], directory: Path, acknowledged: dict[str, set[int]]) -> None:
+    """Read what a killed child acknowledged beyond the lines it `told`, and find all of it in the log."""
     forgotten: list[str] = []
-    for line in whole_lines(child.stdout):
+    for line in [*told, *whole_lines(child.stdout)]:
         if line == "ready\n":
             continue
         user, outcomes = json.loads(line)
@@ -157,7 +157,7 @@ def test_kill_of_the_whole_service(services: Zygote, tiny_run: Path, tmp_path: P
         )
         url = process.stdout.readline().split()[1]
         killer = threading.Timer(draw.uniform(0.5, 1.0), process.send_signal, [signal.SIGKILL])
-        with httpx.Client(base_url=url, timeout=30) as client, contextlib.suppress(httpx.TransportError):
+        with httpx.Client(base_url=url, timeout=120) as client, contextlib.suppress(httpx.TransportError):
             assert set(post(client, sent[-9:])) <= {"accepted", "duplicate"}  # what a sender does after a crash
             acknowledged = list(sent)
             killer.start()
@@ -186,10 +186,10 @@ def post(client: httpx.Client, events: list[dict[str, object]]) -> list[str]:
 
 def test_sigterm_ends_in_order_with_exit_code_0(tiny_run: Path, tmp_path: Path):
     process, url = start_service(tiny_run, tmp_path)
-    with httpx.Client(base_url=url, timeout=30) as client:
+    with httpx.Client(base_url=url, timeout=120) as client:
         assert post(client, [{"item_id": "i1", "timestamp": 1_600_000_000}]) == ["accepted"]
         process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=120) == 0
     assert process.stdout is not None
     process.stdout.close()
     assert not (tmp_path / "events.sqlite-wal").exists()  # closed in order, nothing left to recover

@@ -80,7 +80,7 @@ class Zygote:
     def close(self) -> None:
         """End it."""
         self._socket.close()
-        assert self._process.wait(30) == 0
+        assert self._process.wait(120) == 0
 
 
 def _poll(pid: int) -> int | None:
