@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ksa_serving import sqlite_file
 from ksa_serving.errors import EventLogError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
@@ -57,10 +59,11 @@ def test_a_write_ahead_log_that_was_torn_gives_its_longest_valid_prefix(tmp_path
         log.close()
 
 
-def test_a_damaged_file_is_never_taken_for_the_truth(tmp_path: Path, seed: int):
+def test_a_damaged_file_is_never_taken_for_the_truth(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
     draw = random.Random(seed)
+    monkeypatch.setattr(sqlite_file, "secrets", SimpleNamespace(token_bytes=draw.randbytes))  # the file replays
     (tmp_path / "log").mkdir()
-    log = EventLog(tmp_path / "log", "arrival")
+    log = EventLog(tmp_path / "log", "arrival", clock=lambda: 1.7e9)
     for n in range(60):
         log.append(OWNERS[n % 3], [NewEvent(f"item-{n}", n, f"e{n}", draw.choice(["view", None]), draw.random())])
     for n in range(0, 30, 7):

@@ -26,7 +26,7 @@ from ksa_serving.shards import NUM_VIRTUAL_SHARDS, Ownership, Process, ShardMap,
 from ksa_serving.testing import toy_release
 
 pytestmark = pytest.mark.service
-HTTP = httpx.Client(timeout=30)
+HTTP = httpx.Client(timeout=120)
 
 
 @pytest.fixture(autouse=True, scope="module")
