@@ -68,7 +68,7 @@ def test_content_is_part_of_what_items_are_scored_by(rng: np.random.Generator) -
         found = network.train(training).embedding.candidates(items)
         torch.testing.assert_close(found, everyone[items].to(found), rtol=0, atol=1e-6)
     vector = torch.from_numpy(network.features.vectors["text"][7]).double()
-    reach = (vector / vector.norm()).abs() @ network.embedding.item_content.weight["text"].abs()
+    reach = (vector / vector.norm()).abs() @ network.embedding.item_content.weight["text"].detach().abs()
     # Vectors get their length in float32: a sum of LENGTH squares, a root and a quotient round.
     bound = (LENGTH / 2 + 3) * 2**-24 * float(reach.max())
     torch.testing.assert_close(everyone[7], plain(network, 7), rtol=0, atol=bound)
