@@ -16,6 +16,8 @@ pytestmark = pytest.mark.service
 SECONDS = float(os.environ.get("KSA_SOAK_SECONDS", "30"))
 """120 with `make nightly`, 1,200 with FULL=1."""
 NUM_USERS = 40
+WARM = 300
+"""Calls of each sender, of every kind, after which the service has met all that it keeps."""
 FEW_MB = 30
 """More than this between the first third and the end is a leak; the toy's states themselves are bounded."""
 
@@ -38,15 +40,15 @@ def test_a_service_under_steady_load_grows_in_nothing(tmp_path: Path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     url = process.stdout.readline().split()[1]
-    begin, faults = time.monotonic(), []
+    begin, faults, done = time.monotonic(), [], [0, 0, 0]
 
     def user(number: int) -> None:
         with Client(url) as client:
             n = 0
-            while time.monotonic() - begin < SECONDS:
+            while time.monotonic() - begin < SECONDS or n < 3 * WARM:
                 name = f"u{n % NUM_USERS}-{number}"
                 # Users are forgotten before they grow: what is kept is bounded, so that what grows is a leak.
-                if n % 2000 >= 1960:
+                if n % 2000 >= 1960 or n == WARM // 2:
                     client.forget(name)
                 else:
                     client.keep(name, [EventMessage(f"item-{n % 30}", 1000 + n, f"e{n}")])
@@ -55,12 +57,15 @@ def test_a_service_under_steady_load_grows_in_nothing(tmp_path: Path):
                 if n % 500 == 0:
                     client.explain(name, "item-1")
                 n += 1
+                done[number] = n
 
     threads = [threading.Thread(target=user, args=(number,)) for number in range(3)]
     try:
         for thread in threads:
             thread.start()
-        time.sleep(SECONDS / 3)
+        while time.monotonic() - begin < SECONDS / 3 or min(done) < WARM:
+            assert all(thread.is_alive() for thread in threads)
+            time.sleep(0.1)
         early, early_counts = resident_mb(process.pid), counts(process.pid)
         for thread in threads:
             thread.join()
@@ -75,5 +80,5 @@ def test_a_service_under_steady_load_grows_in_nothing(tmp_path: Path):
         assert not re.findall(r'cause="(?:mismatch|damaged)"} (?!0\.0$).*', text, re.MULTILINE)
     finally:
         process.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
         process.stdout.close()
