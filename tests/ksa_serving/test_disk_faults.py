@@ -226,6 +226,7 @@ def test_senders_at_once_are_told_the_truth_while_the_disk_fails_now_and_then(
             thread.join()
         stop.set()
         failing.join()
+        assert disk.faults > 0
         until(lambda: sender.client.get("/readyz").status_code == 200)
         assert sender.ask()["num_events"] == sender.sent == len(sender.acknowledged)
     assert_kept(vfs, disk, tmp_path / "later", sender)
