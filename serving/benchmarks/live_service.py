@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,7 +24,7 @@ from ksa_serving.client import Client
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
 from ksa_serving.shard_mover import MapFiles
-from ksa_serving.shards import Process, first_map
+from ksa_serving.shards import Process, first_map, virtual_shard
 
 LENGTHS = [100_000] * 2 + [10_000] * 2 + [1000] * 46 + [100] * 150
 random.Random(7).shuffle(LENGTHS)
@@ -48,12 +48,12 @@ class LiveService:
 
     url: str
     admin: str
-    process_id: int
+    process_ids: tuple[int, ...]
     proxy_id: int | None = None
 
     def processor_seconds(self) -> float:
-        """Return what the process has used of the processors."""
-        return _processor_seconds(self.process_id)
+        """Return what its processes have used of the processors."""
+        return sum(map(_processor_seconds, self.process_ids))
 
     def proxy_seconds(self) -> float:
         """Return what the proxy before it has used of the processors; 0 where there is none."""
@@ -61,21 +61,29 @@ class LiveService:
 
 
 @contextlib.contextmanager
-def live_service(args: argparse.Namespace, run: Path | None = None) -> Iterator[LiveService]:
+def live_service(args: argparse.Namespace, run: Path | None = None, num_processes: int = 1) -> Iterator[LiveService]:
     """Start a service, fill it where it is empty, have all states computed; end it at last.
 
     Args:
         run: what is served; None: the reference run.
+        num_processes: beyond one they are behind HAProxy, each with its share of the users.
     """
-    folder = args.state_dir or Path(tempfile.mkdtemp())
+    root = args.state_dir or Path(tempfile.mkdtemp())
     run = run or reference_run()
     if args.index == "ivf":
         with_lists(run)
     options = ["--index", args.index, *(part for one in args.set for part in ("--set", one))]
+    names = [f"shard-{number}" for number in range(1, num_processes + 1)]
+    owners = first_map({name: Process("", "") for name in names}).owners
+    folders = {name: root / name if num_processes > 1 else root for name in names}
     try:
-        if not (folder / "events.sqlite").exists():
-            _fill(folder)
-        with started(run, folder, *options) as service:
+        for name, folder in folders.items():
+            if not (folder / "events.sqlite").exists():
+                _fill(folder, [user for user in range(NUM_USERS) if owners[virtual_shard(f"u{user}")] == name])
+        with contextlib.ExitStack() as stack:
+            services = stack.enter_context(started_together(run, list(folders.values()), *options))
+            proxied = behind_haproxy(*services) if num_processes > 1 else contextlib.nullcontext(services[0])
+            service = stack.enter_context(proxied)
             with Client(service.url, timeout=300) as client:
                 began = time.perf_counter()
                 while any(client.recommend(f"u{user}", k=1).degraded for user in range(NUM_USERS)):
@@ -84,40 +92,57 @@ def live_service(args: argparse.Namespace, run: Path | None = None) -> Iterator[
             yield service
     finally:
         if args.state_dir is None:
-            shutil.rmtree(folder)
+            shutil.rmtree(root)
 
 
 @contextlib.contextmanager
 def started(run: Path, folder: Path, *options: str) -> Iterator[LiveService]:
     """Start a service of a run that keeps its state in a folder; end it at last."""
-    command = [sys.executable, "-c", "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += ["serve", str(run), "--releases", str(run.parent), "--admin-port", "0", "--port", "0"]
-    process = subprocess.Popen([*command, "--state-dir", str(folder), *options], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        ready = process.stdout.readline().split()
-        yield LiveService(ready[1], ready[-1], process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
+    with started_together(run, [folder], *options) as (service,):
+        yield service
 
 
 @contextlib.contextmanager
-def behind_haproxy(service: LiveService) -> Iterator[LiveService]:
-    """Put HAProxy before a service: the project's configuration, with the files that `ksa shards` writes."""
-    address = urlsplit(service.url).netloc
+def started_together(run: Path, folders: Sequence[Path], *options: str) -> Iterator[list[LiveService]]:
+    """Start a service of a run for each folder that keeps its state; end them at last."""
+    command = [sys.executable, "-c", "import sys; from recsys_ksa.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["serve", str(run), "--releases", str(run.parent), "--admin-port", "0", "--port", "0", *options]
+    processes = [
+        subprocess.Popen([*command, "--state-dir", str(folder)], stdout=subprocess.PIPE, text=True)
+        for folder in folders
+    ]
+    try:
+        yield [_when_ready(process) for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.communicate()
+
+
+def _when_ready(process: "subprocess.Popen[str]") -> LiveService:
+    assert process.stdout is not None
+    ready = process.stdout.readline().split()
+    return LiveService(ready[1], ready[-1], (process.pid,))
+
+
+@contextlib.contextmanager
+def behind_haproxy(*services: LiveService) -> Iterator[LiveService]:
+    """Put HAProxy before services, which share the users: the project's configuration, with files of `ksa shards`."""
+    addresses = [urlsplit(service.url).netloc for service in services]
+    processes = {f"shard-{number}": Process(address, address) for number, address in enumerate(addresses, start=1)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        MapFiles(folder / "shards.json").tell_proxy(first_map({"shard-1": Process(address, address)}))
+        MapFiles(folder / "shards.json").tell_proxy(first_map(processes))
         (folder / "haproxy.cfg").write_text(HAPROXY_CONFIG.read_text().replace(":8000", f":{port}"))
         command = ["haproxy", "-db", "-f", str(folder / "haproxy.cfg"), "-f", str(folder / "shards.cfg")]
         with subprocess.Popen(command, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}) as proxy:
             time.sleep(1)
+            process_ids = tuple(one for service in services for one in service.process_ids)
             try:
-                yield replace(service, url=f"http://127.0.0.1:{port}", proxy_id=proxy.pid)
+                yield LiveService(f"http://127.0.0.1:{port}", services[0].admin, process_ids, proxy.pid)
             finally:
                 proxy.terminate()
 
@@ -127,11 +152,12 @@ def _processor_seconds(process_id: int) -> float:
     return (int(fields[13]) + int(fields[14])) / 100
 
 
-def _fill(folder: Path) -> None:
-    """Keep all users' histories, in order: past the service, which takes so many events of one user more slowly."""
+def _fill(folder: Path, users: Sequence[int]) -> None:
+    """Keep users' histories, in order: past the service, which takes so many events of one user more slowly."""
     folder.mkdir(parents=True, exist_ok=True)
     log = EventLog(folder, "arrival")
-    for user, length in enumerate(LENGTHS):
+    for user in users:
+        length = LENGTHS[user]
         events = [NewEvent(event.item_id, event.timestamp) for event in history(length, user)]
         for start in range(0, length, 1000):
             log.append(Owner(f"u{user}"), events[start : start + 1000])
