@@ -4,13 +4,19 @@ Random networks of many shapes in float32, random histories. Each state is led t
 with other users' states, in arrivals of random sizes, through late events, made whole from a cold record, or made whole
 and then appended to. One comparison is one such state against the pass over its history at once: every row to 1e-5 of
 its norm (an audit's bar), history, order and own items exactly, and the hundred best items and their scores, but for
-scores that lie within 1e-5 of each other, relative to the largest. A mistake is printed with the seed that replays it.
+scores that lie within 1e-5 of each other, relative to the largest. A mistake is printed with the seed that replays it:
+`--seed S --networks 1`. Every network has a seed of its own, so `--workers` changes which process compares, not what.
 """
 
 import argparse
+import multiprocessing
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +33,19 @@ SHAPES: list[dict[str, Any]] = [
     {"attention": "window"},
     {"num_kv_heads": 1, "layers": ["summary"] * 4},
 ]
+
+
+@dataclass
+class Found:
+    """What was compared of one network.
+
+    ways: comparisons by the way states were led to their histories.
+    wrong: what each of those that failed has wrong.
+    """
+
+    seed: int
+    ways: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
 
 
 def make_model(run: Any, draw: random.Random) -> Any:
@@ -105,13 +124,13 @@ def same_answers(found: list[tuple[str, float]], expected: list[tuple[str, float
     )
 
 
-def compare(run: Any, seed: int, ways: Counter[str]) -> list[str]:
-    """Compare some users' states of one network; return what is wrong."""
+def compare(run: Any, seed: int) -> Found:
+    """Compare some users' states of one network."""
     from ksa_serving.models import Question
 
     draw = random.Random(seed)
     model = make_model(run, draw)
-    wrong: list[str] = []
+    found = Found(seed)
     for _ in range(8):
         histories = [make_history(draw, draw.choice([1, 7, 8, 9, draw.randint(1, 250)])) for _ in range(12)]
         expected = [model.append(model.new_state(), events) for events in histories]
@@ -125,42 +144,86 @@ def compare(run: Any, seed: int, ways: Counter[str]) -> list[str]:
         for way, reached in states.items():
             answers = model.recommend([Question(state, 100, now, hides) for state in reached])
             for mine, theirs, answer, other in zip(reached, expected, answers, wanted):
-                ways[way] += 1
+                found.ways[way] += 1
                 difference = model.difference(mine, theirs)
                 if difference > WITHIN:
-                    wrong.append(f"{way}: rows differ by {difference:.1e}")
+                    found.wrong.append(f"{way}: rows differ by {difference:.1e}")
                 elif not same_answers(answer, other):
-                    wrong.append(f"{way}: other answers")
-    return wrong
+                    found.wrong.append(f"{way}: other answers")
+    return found
+
+
+_run: Any = None
+"""A worker's run."""
+
+
+def begin_worker(path: Path) -> None:
+    """Open the run in a worker."""
+    import torch
+
+    from recsys_ksa.run import open_run
+
+    global _run
+    torch.set_num_threads(1)
+    _run = open_run(path)
+
+
+def compare_in_worker(seed: int) -> Found:
+    """Compare in a worker that has begun."""
+    return compare(_run, seed)
+
+
+def compare_all(path: Path, seeds: Iterator[int], workers: int) -> Iterator[Found]:
+    """Compare networks in several processes, one a seed; no more are begun than are under way."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(path,)) as pool:
+        under_way = {pool.submit(compare_in_worker, seed) for seed in islice(seeds, 2 * workers)}
+        while under_way:
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            under_way |= {pool.submit(compare_in_worker, seed) for seed in islice(seeds, len(done))}
+            yield from (one.result() for one in done)
 
 
 def main() -> None:
     """Compare for some time, and count."""
     from tqdm import tqdm
 
-    from recsys_ksa.run import open_run
     from recsys_ksa.testing import random_run
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--comparisons", type=int, help="stop after so many")
+    parser.add_argument("--seconds", type=float, default=60.0, help="begin no network after so many")
+    parser.add_argument("--comparisons", type=int, help="begin no network after so many")
+    parser.add_argument("--networks", type=int, help="compare so many, however long it takes")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the first network")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     args = parser.parse_args()
     ways: Counter[str] = Counter()
-    wrong = 0
-    print(f"{heading()}, seed {args.seed}", flush=True)
+    networks = wrong = 0
+    print(f"{heading()}, seed {args.seed}, {args.workers} workers", flush=True)
+
+    def seeds() -> Iterator[int]:
+        end = time.monotonic() + args.seconds
+        for seed in count(args.seed) if args.networks is None else range(args.seed, args.seed + args.networks):
+            if args.networks is None and time.monotonic() > end:
+                return
+            if args.comparisons is not None and ways.total() >= args.comparisons:
+                return
+            yield seed
+
+    start = time.monotonic()
     with TemporaryDirectory() as folder, tqdm(unit=" comparisons", disable=None) as bar:
-        run = open_run(random_run(Path(folder, "run"), NUM_ITEMS, ['model.layers=["summary","summary"]']))
-        end, seed = time.monotonic() + args.seconds, args.seed
-        while time.monotonic() < end and (args.comparisons is None or ways.total() < args.comparisons):
-            for mistake in compare(run, seed, ways):
-                wrong += 1
-                print(f"seed {seed}: {mistake}", flush=True)
-            seed += 1
+        path = random_run(Path(folder, "run"), NUM_ITEMS, ['model.layers=["summary","summary"]'])
+        for found in compare_all(path, seeds(), args.workers):
+            ways += found.ways
+            networks += 1
+            wrong += len(found.wrong)
+            for mistake in found.wrong:
+                print(f"--seed {found.seed} --networks 1: {mistake}", flush=True)
             bar.update(ways.total() - bar.n)
-    told = ", ".join(f"{way} {count:,}" for way, count in sorted(ways.items()))
-    print(f"{ways.total():,} comparisons ({told}) of {seed - args.seed} networks: {wrong} failures")
-    raise SystemExit(1 if wrong else 0)
+    told = ", ".join(f"{way} {times:,}" for way, times in sorted(ways.items()))
+    rate = ways.total() / (time.monotonic() - start)
+    print(f"{ways.total():,} comparisons ({told}) of {networks} networks, {rate:,.0f} a second: {wrong} failures")
+    raise SystemExit(1 if wrong or not networks else 0)
 
 
 if __name__ == "__main__":
