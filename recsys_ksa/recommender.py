@@ -299,7 +299,7 @@ class Recommender:
         if not exclude and len(owned):
             # Owned items carry a bias of their own, so they are scored directly; the merge stays exact.
             rows = np.concatenate((rows, owned))
-            scores = np.concatenate((scores, self._owned_scores(state, vector, request_time)))
+            scores = np.concatenate((scores, self._owned_scores(state, state.seen, vector, request_time)))
         if len(self._blanked):
             named = ~np.isin(rows, self._blanked)
             rows, scores = rows[named], scores[named]
@@ -320,10 +320,8 @@ class Recommender:
         vector = self.user_vector(state, request_time, user).to("cpu", torch.float32).numpy()
         rows = np.array([self.run.items.index_of.get(str(item), UNKNOWN_ITEM) for item in item_ids], dtype=np.int64)
         scores = self._vectors[rows] @ vector
-        owned = state.seen.item_index.astype(np.int64)
-        if len(owned):
-            at = np.minimum(np.searchsorted(owned, rows), len(owned) - 1)
-            scores = np.where(owned[at] == rows, self._owned_scores(state, vector, request_time)[at], scores)
+        owned, met = state.seen.of_items(rows)
+        scores[owned] = self._owned_scores(state, met, vector, request_time)
         return [None if row == UNKNOWN_ITEM else float(score) for row, score in zip(rows, scores)]
 
     @property
@@ -331,9 +329,11 @@ class Recommender:
         """The vectors that scores are inner products with, float32 [I, E (+ 1)], row = item_index."""
         return self._vectors
 
-    def _owned_scores(self, state: UserState, vector: NDArray[np.float32], request_time: int | None) -> NDArray:
-        seen = state.seen
-        return row_products(self._vectors, seen.item_index, vector) + self.own_gains(state, seen, request_time)
+    def _owned_scores(
+        self, state: UserState, met: SeenItems, vector: NDArray[np.float32], request_time: int | None
+    ) -> NDArray[np.float32]:
+        """Return the scores of items that the user has met so, float32 [O]."""
+        return row_products(self._vectors, met.item_index, vector) + self.own_gains(state, met, request_time)
 
     def own_gains(self, state: UserState, met: SeenItems, request_time: int | None) -> NDArray[np.float32]:
         """Return what items' scores gain where the user of `state` has met them so, float32 [O].

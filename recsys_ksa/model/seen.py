@@ -106,6 +106,13 @@ class SeenItems:
         found = slice(at, at + int(at < len(self) and self.item_index[at] == item))
         return SeenItems(self.item_index[found], self.count[found], self.first[found], self.last[found])
 
+    def of_items(self, rows: NDArray[np.integer]) -> tuple[NDArray[np.bool_], "SeenItems"]:
+        """Return which of some rows, [n], were met, and what is known of those, in the order of the rows."""
+        at = np.minimum(self.item_index.searchsorted(rows.astype(np.int32)), max(0, len(self) - 1))
+        owned = self.item_index[at] == rows if len(self) else np.zeros(len(rows), bool)
+        found = at[owned]
+        return owned, SeenItems(self.item_index[found], self.count[found], self.first[found], self.last[found])
+
     def __len__(self) -> int:
         """Return the number of distinct items."""
         return len(self.item_index)

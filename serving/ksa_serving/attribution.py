@@ -75,18 +75,18 @@ def explain(
     change = {chunk: score - other + own_change.get(chunk, 0.0) for chunk, other in zip(left_out.tolist(), without)}
     order = sorted(change, key=lambda chunk: -abs(change[chunk])) + others.tolist()
     window = window_start(config, config.layer_kinds[-1], num_events) // config.chunk_size
-    seen, shares = set(look.chunks.tolist()), attention.T.tolist()
+    k, seen_from, shares = config.chunk_size, int(look.chunks[0]), attention.T[order].tolist()
     return [
         ChunkReason(
-            first=chunk * config.chunk_size,
-            last=min((chunk + 1) * config.chunk_size, num_events) - 1,
-            seen_as="counts" if chunk not in seen else "summary" if chunk < window else "events",
-            attention=shares[chunk][-1],
-            attention_by_layer=shares[chunk],
-            score_change=change.get(chunk),
-            own_item_change=own_change.get(chunk, 0.0),
+            chunk * k,
+            min((chunk + 1) * k, num_events) - 1,
+            "counts" if chunk < seen_from else "summary" if chunk < window else "events",
+            share[-1],
+            share,
+            change.get(chunk),
+            own_change.get(chunk, 0.0),
         )
-        for chunk in order
+        for chunk, share in zip(order, shares)
     ]
 
 
@@ -118,6 +118,7 @@ class _Look:
         device = network.start.device
         self._exact = torch.float64 if network.dtype == torch.float64 else torch.float32
         self._position = torch.tensor([state.num_events - 1], device=device)
+        self._num_events = state.num_events
         self._own_chunk = (state.num_events - 1) // network.config.chunk_size
         self._blocks: list[Block] = [block for block in network.blocks if isinstance(block, Block)]
         self._chunk_of = {kind: self._chunks(kind, state.num_events) for kind in set(network.config.layer_kinds)}
@@ -133,7 +134,7 @@ class _Look:
     @property
     def chunks(self) -> Tensor:
         """The chunks that the last event sees in some block, its own among them, [C] ascending, on the CPU."""
-        first = min((int(seen.chunk[0]) for seen in self._seen if len(seen.chunk)), default=self._own_chunk)
+        first = min((int(seen.chunk.min()) for seen in self._seen if len(seen.chunk)), default=self._own_chunk)
         return torch.arange(first, self._own_chunk + 1)
 
     def telling(self) -> Tensor:
@@ -141,21 +142,20 @@ class _Look:
 
         Of all chunks of the history, [C]; summed over blocks.
         """
-        num_chunks = self._own_chunk + 1
-        telling = torch.zeros(num_chunks, dtype=self._exact, device=self._input.device)
+        telling = torch.zeros(self._own_chunk + 1, dtype=self._exact, device=self._input.device)
         with self._network.arithmetic():
             x, rotary = self._input, self._rotary(1)
             for seen, block in zip(self._seen, self._blocks):
                 sight = self._attend(block, seen, x, rotary)
-                mass = telling.new_zeros(num_chunks, sight.gate.shape[1])
-                mass.index_add_(0, seen.chunk, sight.weight[0].T)
-                part = telling.new_zeros(num_chunks, *sight.gate.shape[1:])
-                value = seen.value.to(self._exact).repeat_interleave(part.shape[1] // seen.value.shape[1], 1)
-                part.index_add_(0, seen.chunk, sight.weight[0].T[:, :, None] * value)
-                change = (mass[:, :, None] * sight.attended - part) / (1 - mass).clamp(min=1e-9)[:, :, None]
-                gate = sight.gate.expand(num_chunks, -1, -1).contiguous()
-                branch = sigmoid_gate(change.to(gate).contiguous(), gate).flatten(1) @ block.output
-                telling += branch.norm(dim=-1).to(telling) / sight.asked.norm().to(telling)
+                weight = sight.weight[:, :, None]
+                value = seen.value.to(self._exact).repeat_interleave(weight.shape[1] // seen.value.shape[1], 1)
+                mass, part = (self._by_chunk(block.kind, rows) for rows in (weight, weight * value))
+                change = (mass * sight.attended - part) / (1 - mass).clamp(min=1e-9)
+                # The gate is one for all chunks: it goes into the matrix, which is small.
+                gate = sigmoid_gate(torch.ones_like(sight.gate), sight.gate).flatten()
+                branch = change.to(sight.gate).flatten(1) @ (gate[:, None] * block.output)
+                first = self._own_chunk + 1 - len(branch)
+                telling[first:] += branch.norm(dim=-1).to(telling) / sight.asked.norm().to(telling)
                 x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
         return telling.to("cpu")
 
@@ -168,11 +168,12 @@ class _Look:
         attention = torch.zeros(len(self._blocks), self._own_chunk + 1, dtype=self._exact, device=without.device)
         with self._network.arithmetic():
             x, rotary = self._input.expand(len(without), -1), self._rotary(len(without))
-            hidden = {kind: chunk == without[:, None] for kind, chunk in self._chunk_of.items()}
+            hidden = {kind: (chunk == without[:, None]).nonzero() for kind, chunk in self._chunk_of.items()}
             for seen, block, shares in zip(self._seen, self._blocks, attention):
                 sight = self._attend(block, seen, x, rotary, hidden[block.kind])
-                shares.index_add_(0, seen.chunk, sight.weight[0].mean(0))
-                shares[self._own_chunk] += sight.own_weight[0].mean()
+                by_chunk = self._by_chunk(block.kind, sight.weight.mean(1))
+                shares[self._own_chunk + 1 - len(by_chunk) :] = by_chunk
+                shares[self._own_chunk] += sight.own_weight.mean()
                 x = block.finish(sight.asked, sight.attended.to(sight.gate), sight.gate)
         return self._network.user_vectors(x).to("cpu", self._exact), attention.to("cpu")
 
@@ -181,36 +182,51 @@ class _Look:
         return rotary_table(self._position.expand(count), self._config.head_dim, self._exact)
 
     def _attend(self, block: Block, seen: "_Seen", x: Tensor, rotary: Rotary, hidden: Tensor | None = None) -> "_Sight":
-        """Let variants of the last event, [V, E], attend to rows and themselves, but for what is hidden [V, n]."""
+        """Let variants of the last event, [V, E], attend to rows and themselves, but for (variant, row) [h, 2]."""
         asked = x + self._question if block is self._blocks[-1] else x
         query, gate, own = block.event(asked, rotary)
         if asked is not x:
             own = block.event.keys_values(x, rotary)
-        grouped = query.to(self._exact).unflatten(1, (self._config.num_kv_heads, -1)) * query.shape[-1] ** -0.5
-        own_key, own_value = own.to(self._exact)[:, :, :, None].unbind(1)
-        scores = torch.einsum("vkgd,nkd->vkgn", grouped, seen.key.to(self._exact))
+        scaled = query.to(self._exact) * query.shape[-1] ** -0.5
+        grouped_KVGD = scaled.unflatten(1, (self._config.num_kv_heads, -1)).transpose(0, 1).contiguous()
+        own_key, own_value = own.to(self._exact).transpose(0, 2)[:, :, :, None].unbind(1)
+        scores = grouped_KVGD.new_empty(*grouped_KVGD.shape[:3], len(seen.key) + 1)
+        keys, values = seen.key.to(self._exact).permute(1, 2, 0), seen.value.to(self._exact).transpose(0, 1)
+        torch.bmm(grouped_KVGD.flatten(1, 2), keys, out=scores.flatten(1, 2)[..., :-1])
+        scores[..., -1] = torch.linalg.vecdot(grouped_KVGD, own_key)
         if hidden is not None:
-            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-        own_score = torch.linalg.vecdot(grouped, own_key)[..., None]
-        weight, own_weight = torch.cat((scores, own_score), -1).softmax(-1).split((len(seen.key), 1), -1)
-        attended = torch.einsum("vkgn,nkd->vkgd", weight, seen.value.to(self._exact)) + own_weight * own_value
-        return _Sight(asked, gate, weight.flatten(1, 2), own_weight.flatten(1), attended.flatten(1, 2).contiguous())
+            variant, row = hidden.T
+            scores[:, variant, :, row] = -torch.inf
+        weight = scores.softmax(-1)
+        attended = torch.bmm(weight.flatten(1, 2)[..., :-1], values).view_as(grouped_KVGD)
+        attended = (attended + weight[..., -1:] * own_value).transpose(0, 1).flatten(1, 2)
+        of_first = weight[:, 0].flatten(0, 1).T
+        return _Sight(asked, gate, of_first[:-1], of_first[-1], attended.contiguous())
+
+    def _by_chunk(self, kind: LayerKind, rows: Tensor) -> Tensor:
+        """Return sums over each chunk's rows, [C, ...] of [n, ...], from the first chunk a block of a kind sees."""
+        first = window_start(self._config, kind, self._num_events) // self._config.chunk_size
+        num_recent = self._num_events - 1 - first * self._config.chunk_size
+        chunk, old = self._chunk_of[kind][:num_recent], rows[num_recent:]
+        recent = rows.new_zeros(self._own_chunk + 1 - first, *rows.shape[1:])
+        recent.index_add_(0, chunk - first, rows[:num_recent])
+        return torch.cat((old.unflatten(0, (-1, num_summaries(self._config))).sum(1), recent)) if len(old) else recent
 
     def _chunks(self, kind: LayerKind, num_events: int) -> Tensor:
-        """Return the chunk of each row that the last event sees in a block of a kind but its own, [n]."""
+        """Return the chunk of each row that the last event sees in a block of a kind but its own, [n]: events first."""
         config, start = self._config, window_start(self._config, kind, num_events)
         per_chunk = num_summaries(config) if kind == "summary" else 0
         first, window_chunk = first_visible_chunk(config, num_events), start // config.chunk_size
         num_old = max(0, window_chunk - first) * per_chunk
         summary_chunk = first + torch.arange(num_old) // max(1, per_chunk)
         event_chunk = torch.arange(start, num_events - 1) // config.chunk_size
-        return torch.cat((summary_chunk, event_chunk)).to(self._position.device)
+        return torch.cat((event_chunk, summary_chunk)).to(self._position.device)
 
     def _rows(self, layer: LayerState) -> "_Seen":
         """Return what the last event sees in a block but itself, whose row is the last of the events."""
         chunk = self._chunk_of[layer.kind]
-        events = layer.events.whole()[:-1]
-        key, value = torch.cat((layer.summaries.whole()[: len(chunk) - len(events)], events)).unbind(1)
+        parts = layer.events.whole()[:-1], *layer.summaries.parts()  # in the end are summaries of the window's chunks
+        key, value = torch.cat(parts)[: len(chunk)].unbind(1)
         return _Seen(key, value, chunk)
 
 
@@ -227,8 +243,8 @@ class _Seen:
 class _Sight:
     """How variants of the last event looked in one block.
 
-    asked: what asked, [V, E]; gate: of the attention's output, [V, H, D]; weight: attention on rows, [V, H, n];
-    own_weight: on itself, [V, H]; attended: the attention's output, [V, H, D].
+    asked: what asked, [V, E]; gate: of the attention's output, [V, H, D]; weight: the first one's attention on rows,
+    [n, H]; own_weight: on itself, [H]; attended: the attention's output, [V, H, D].
     """
 
     asked: Tensor

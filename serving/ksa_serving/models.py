@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from msgspec import Struct
+
 from ksa_serving.events import Meeting, StoredEvent
 from ksa_serving.messages import Parity, StateTier
 
@@ -67,8 +69,7 @@ class Question:
     user: Mapping[str, object] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ChunkReason:
+class ChunkReason(Struct, frozen=True, gc=False):
     """How much one chunk of the history carried a score.
 
     first, last: indices of its events, last included.

@@ -208,7 +208,7 @@ class QuestionCalls:
     def _dated(self, owner: Owner, model: Model, reasons: Sequence[ChunkReason]) -> list[ChunkExplanation]:
         """Return chunks with their dates and events; those whose events were deleted meanwhile are left out."""
         with self._log.view(owner) as view:
-            found = [(reason, view.between(reason.first, reason.last)) for reason in reasons]
+            found = list(zip(reasons, view.spans([(reason.first, reason.last) for reason in reasons])))
         return [
             ChunkExplanation(
                 chunk=reason.first // model.chunk_size,

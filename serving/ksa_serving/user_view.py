@@ -92,38 +92,40 @@ class UserView:
 
     def between(self, first: int, last: int) -> list[StoredEvent]:
         """Return the events of indices `first` to `last`, last included; fewer where the history ends before."""
-        query = (
-            "SELECT timestamp FROM events WHERE user_key = ? AND generation = ? AND live = 1"
-            " ORDER BY timestamp LIMIT 1 OFFSET ?"
-        )
-        last = min(last, self.head.num_events - 1)
-        low = self._connection.execute(query, (*self._key, first)).fetchone()
-        high = self._connection.execute(query, (*self._key, last)).fetchone()
-        if low is None or high is None or last < first:
-            return []
-        rows = self._connection.execute(
-            f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND live = 1"
-            " AND timestamp BETWEEN ? AND ?",
-            (*self._key, low[0], high[0]),
-        )
-        events = sort_events([stored_event(row) for row in rows], self._tie)
-        skipped = first - (self.head.num_events - self.count_from(low[0]))
-        return events[skipped : skipped + last - first + 1]
+        (events,) = self.spans([(first, last)])
+        return events
+
+    def spans(self, spans: Sequence[tuple[int, int]]) -> list[list[StoredEvent]]:
+        """Return `between` of each of several spans; the times before the last of them are walked once for all."""
+        found: dict[tuple[int, int], list[StoredEvent]] = {}
+        time, earlier = 0, 0  # how many events are before a time
+        for first, last in sorted(set(spans)):
+            last_there = min(last, self.head.num_events - 1)
+            low = self._place(first, time, earlier) if first <= last_there else None
+            if low is None:
+                found[first, last] = []
+                continue
+            time, earlier = low
+            high, _ = self._place(last_there, time, earlier) or low
+            events = sort_events(self._within(time, high), self._tie)
+            found[first, last] = events[first - earlier : last_there - earlier + 1]
+        return [found[span] for span in spans]
 
     def meetings(self, item_id: str) -> list[Meeting]:
-        """Return where the history has an item, in the one order; reads all of the user's events."""
+        """Return where the history has an item, in the one order; the user's other events become no objects."""
         by_time: Iterator[Any] = self._connection.execute(
-            "SELECT timestamp, count(*), sum(item_id = ?) FROM events"
-            " WHERE user_key = ? AND generation = ? AND live = 1 GROUP BY timestamp ORDER BY timestamp",
-            (item_id, *self._key),
+            "SELECT timestamp, count(*) FROM events WHERE user_key = ? AND generation = ? AND live = 1 AND item_id = ?"
+            " GROUP BY timestamp ORDER BY timestamp",
+            (*self._key, item_id),
         )
-        meetings, earlier = list[Meeting](), 0
-        for timestamp, num_events, num_meetings in by_time:
-            if num_meetings:
-                tied = [event.item_id for event in self._at(timestamp)] if num_meetings < num_events else None
-                places = [n for n in range(num_events) if tied is None or tied[n] == item_id]
-                meetings += [Meeting(earlier + n, timestamp) for n in places]
-            earlier += num_events
+        meetings, before, earlier = list[Meeting](), 0, 0
+        for time, num_meetings in by_time:
+            earlier += self._count(before, time - 1)
+            before = time
+            tied = [item_id] * num_meetings
+            if self._count(time, time) > num_meetings:
+                tied = [event.item_id for event in sort_events(self._within(time, time), self._tie)]
+            meetings += [Meeting(earlier + n, time) for n, item in enumerate(tied) if item == item_id]
         return meetings
 
     def item_ids(self) -> Iterator[str]:
@@ -132,13 +134,45 @@ class UserView:
         rows: Iterator[Any] = self._connection.execute(query, self._key)
         return (item_id for (item_id,) in rows)
 
-    def _at(self, timestamp: int) -> list[StoredEvent]:
-        """Return the events of one time in the one order."""
+    def _place(self, index: int, time: int, earlier: int) -> tuple[int, int] | None:
+        """Return the time of the event of an index and how many events are before that time; None beyond the end.
+
+        Args:
+            time, earlier: at most the event's time, and how many events are before: where to walk from.
+        """
+        found = self._connection.execute(
+            "SELECT timestamp, seq FROM events WHERE user_key = ? AND generation = ? AND live = 1 AND timestamp >= ?"
+            " ORDER BY timestamp, seq LIMIT 1 OFFSET ?",
+            (*self._key, time, index - earlier),
+        ).fetchone()
+        if found is None:
+            return None
+        tied = self._connection.execute(
+            "SELECT count(*) FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " AND timestamp = ? AND seq < ?",
+            (*self._key, *found),
+        ).fetchone()
+        assert tied is not None
+        return found[0], index - tied[0]
+
+    def _count(self, low: int, high: int) -> int:
+        """Return how many events are at times `low` to `high`, both included."""
+        row = self._connection.execute(
+            "SELECT count(*) FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " AND timestamp BETWEEN ? AND ?",
+            (*self._key, low, high),
+        ).fetchone()
+        assert row is not None
+        return row[0]
+
+    def _within(self, low: int, high: int) -> list[StoredEvent]:
+        """Return the events at times `low` to `high`, both included, in no order."""
         rows = self._connection.execute(
-            f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND live = 1 AND timestamp = ?",
-            (*self._key, timestamp),
+            f"SELECT {COLUMNS} FROM events WHERE user_key = ? AND generation = ? AND live = 1"
+            " AND timestamp BETWEEN ? AND ?",
+            (*self._key, low, high),
         )
-        return sort_events([stored_event(row) for row in rows], self._tie)
+        return [stored_event(row) for row in rows]
 
     def check(self) -> None:
         """Compare all entries of a user who has some with their rolling hashes; of what was retracted nothing is left.

@@ -1,4 +1,4 @@
-"""Where a history has an item: as a list has it, and in the service's explanations."""
+"""Where a history has an item and what its spans are: as a list has it, and in the service's explanations."""
 
 import random
 from pathlib import Path
@@ -28,6 +28,9 @@ def test_meetings_are_where_the_one_order_has_them(tmp_path: Path, seed: int, ti
             for item in "abcde":
                 wanted = [Meeting(n, event.timestamp) for n, event in enumerate(history) if event.item_id == item]
                 assert view.meetings(item) == wanted
+            firsts = [draw.randrange(len(history) + 3) for _ in range(draw.randrange(8))]
+            spans = [(first, first + draw.randrange(20)) for first in firsts]  # in any order, some beyond the end
+            assert view.spans(spans) == [history[first : last + 1] for first, last in spans]
     log.close()
 
 

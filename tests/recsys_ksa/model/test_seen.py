@@ -26,3 +26,14 @@ def test_adding_in_parts_equals_a_dictionary(events: list[tuple[int, int]], step
     assert got == model
     assert list(seen.item_index) == sorted(model)
     assert seen.nbytes == sum(a.nbytes for a in (seen.item_index, seen.count, seen.first, seen.last)) == 24 * len(model)
+
+
+@given(EVENTS, st.lists(st.integers(0, 14), max_size=20))
+def test_what_is_known_of_some_items_is_what_is_known_of_each(events: list[tuple[int, int]], asked: list[int]) -> None:
+    given_events = np.array(events, dtype=np.int64).reshape(-1, 2)
+    seen = SeenItems.from_events(given_events[:, 0], given_events[:, 1])
+    owned, met = seen.of_items(np.array(asked, dtype=np.int64))
+    assert owned.tolist() == [item in seen.item_index for item in asked]
+    each = [seen.of(item) for item in asked if len(seen.of(item))]
+    for name in ("item_index", "count", "first", "last"):
+        assert getattr(met, name).tolist() == [getattr(one, name)[0] for one in each]
