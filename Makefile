@@ -55,6 +55,7 @@ bench: setup
 # FULL=1: more examples, kills, power cuts, simulations, moves, steps, deletions, swaps, fuzzed requests, cancelled calls, and a
 # soak of 20 minutes.
 nightly: export KSA_KILLS := $(if $(FULL),1000,300)
+nightly: export KSA_KILLS_AT_A_POINT := $(if $(FULL),100,6)
 nightly: export KSA_STORY_STEPS := $(if $(FULL),100000,30000)
 nightly: export KSA_FUZZ := $(if $(FULL),100000,30000)
 nightly: export KSA_CANCELLED := $(if $(FULL),100000,10000)
