@@ -310,11 +310,20 @@ class ReleaseInfo(Struct, frozen=True):
     role: Literal["active", "previous", "loaded"]
 
 
+class WarmingInfo(Struct, frozen=True):
+    """A release that is being loaded: states of users made ready so far, and in all."""
+
+    run: str
+    warmed: int
+    to_warm: int
+
+
 class ReleasesAnswer(Struct, frozen=True):
-    """All releases loaded."""
+    """All releases loaded, and the one whose states are being made ready."""
 
     releases: list[ReleaseInfo]
     draining: bool = False
+    warming: WarmingInfo | None = None
 
 
 class ExportRequest(Struct, frozen=True, forbid_unknown_fields=True):

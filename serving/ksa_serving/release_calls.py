@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from ksa_serving.messages import ReleaseInfo, ReleasesAnswer
+from ksa_serving.messages import ReleaseInfo, ReleasesAnswer, WarmingInfo
 from ksa_serving.models import Model
 from ksa_serving.releases import Releases, Served
 from ksa_serving.settings import ServeSettings
 from ksa_serving.state_store import StateRecord, StateStore
-from ksa_serving.workers import Workers
+from ksa_serving.workers import DrainingError, Workers
 
 logger = logging.getLogger(__name__)
+
+TOLD_SECONDS = 10.0
+"""How often the log says how far the warming of a release is."""
 
 
 class ReleaseCalls:
@@ -38,6 +41,7 @@ class ReleaseCalls:
         self._models = models
         self._settings = settings
         self._changing = asyncio.Lock()
+        self._warming: WarmingInfo | None = None
 
     async def load(self, run: str) -> ReleasesAnswer:
         """Load a run and make the states of the last active users ready; what is served goes on.
@@ -83,7 +87,7 @@ class ReleaseCalls:
         if self._releases.previous is not None:
             held.append(_info("previous", self._releases.previous))
         held += [_info("loaded", served) for served in self._releases.loaded.values()]
-        return ReleasesAnswer(held, self._workers.draining)
+        return ReleasesAnswer(held, self._workers.draining, self._warming)
 
     def _read_by_active(self) -> None:
         """Have cold states read by the active model, also where an older one has the same fingerprint."""
@@ -97,25 +101,33 @@ class ReleaseCalls:
         """
         if served.release.state_fingerprint == self._releases.active.release.state_fingerprint:
             return 0
-        states = served.states.resting(self._rest)
+        states = served.states.resting(self._telling(self._workers.resting(self._settings.warm_share)))
         records: Callable[[], list[StateRecord]] = getattr(getattr(self._store, "memory", self._store), "records", list)
         owners = list(dict.fromkeys(record.owner for record in reversed(records())))[: self._settings.warm_users]
-        for warmed, owner in enumerate(owners):
-            try:
-                states.settle(owner)  # whole, however long: nobody waits for it
-            except _DrainingError:
-                return warmed
-        return len(owners)
+        try:
+            for warmed, owner in enumerate(owners):
+                self._warming = WarmingInfo(served.release.name, warmed, len(owners))
+                try:
+                    states.settle(owner)  # whole, however long: nobody waits for it
+                except DrainingError:
+                    return warmed
+            return len(owners)
+        finally:
+            self._warming = None
 
-    def _rest(self, seconds: float) -> None:
-        """Wait after a step that took so long: answers need the rest of the time."""
-        if self._workers.draining:
-            raise _DrainingError
-        time.sleep(seconds * (1 / self._settings.warm_share - 1))
+    def _telling(self, rest: Callable[[float], None]) -> Callable[[float], None]:
+        """Return what rests and now and then logs how far the warming is, also in the midst of one long state."""
+        told = time.monotonic()
 
+        def telling(seconds: float) -> None:
+            nonlocal told
+            now, warming = time.monotonic(), self._warming
+            if warming is not None and now - told >= TOLD_SECONDS:
+                told = now
+                logger.info("release %s: states of %d of %d users", warming.run, warming.warmed, warming.to_warm)
+            rest(seconds)
 
-class _DrainingError(Exception):
-    """What is being warmed will not be served."""
+        return telling
 
 
 def _info(role: Literal["active", "previous", "loaded"], served: Served) -> ReleaseInfo:

@@ -77,6 +77,8 @@ class ServeSettings(Strict):
     """What late, corrected and retracted events of one user may cost: events read again, counted from some before the
     change. A user begins with `inline_events` of them; beyond it answers are degraded, and the replay is done in the
     background, as often as that refills."""
+    settle_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the time in which such a replay goes on: answers need the rest."""
     deadline_seconds: PositiveFloat = 10.0
     """How long a request may wait for work to begin, unless its `x-deadline-ms` header says; beyond it: 504."""
     requests_per_second: PositiveFloat | None = None

@@ -7,8 +7,9 @@
   user has items that were unknown to the model that computed it, and are known now.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ksa_serving.events import StoredEvent
@@ -16,6 +17,9 @@ from ksa_serving.models import START, Mark, Model
 from ksa_serving.state_store import StateRecord
 from ksa_serving.user_view import Changes, UserHead, UserView
 from recsys_ksa.order import TieKind
+
+RESTING_READ_EVENTS = 1024
+"""Read from the log between two rests: milliseconds of Python."""
 
 Why = Literal["nothing", "append", "late", "retracted", "cold", "absent", "mismatch", "known-items"]
 
@@ -25,7 +29,8 @@ class Work:
     """What brings a record up to the log.
 
     record: what to start from. kept: how many of its first events stay. first: index of the first of `events`.
-    events: the log's events from there on. added: those that the record lacks; None: own items are counted anew.
+    events: the log's events from there on; none before `with_events`, unless they are appended.
+    added: those that the record lacks; None: own items are counted anew.
     """
 
     record: StateRecord
@@ -47,7 +52,7 @@ def plan_work(record: StateRecord, view: UserView, model: Model, tie: TieKind) -
     """Return the least work that leads from `record` to the log's state."""
     why, changes = what_changed(record, view, tie)
     if why == "mismatch":
-        return rebuilding(record, view, why)
+        return rebuilding(record, view.head, why)
     if why in ("nothing", "append"):
         return appending(record, view.head, changes.added)
     if why == "cold":
@@ -57,8 +62,28 @@ def plan_work(record: StateRecord, view: UserView, model: Model, tie: TieKind) -
         kept = view.head.num_events - view.count_from(touched)
         mark = newest_mark(record, kept)
     first = max(0, min(mark.num_events, model.replay_start(kept) - 1))
-    events = view.newest(view.head.num_events - first)
-    return Work(record, view.head, kept, mark, first, events, None if changes.retracted else changes.added, why)
+    return Work(record, view.head, kept, mark, first, [], None if changes.retracted else changes.added, why)
+
+
+def with_events(work: Work, newest: Callable[[int], list[StoredEvent]]) -> Work:
+    """Return work that can be done: until then its events, which may be many, are not read.
+
+    Args:
+        newest: returns the last so many events of the log, in order.
+    """
+    if work.why in ("nothing", "append"):
+        return work
+    return replace(work, events=newest(work.head.num_events - work.first))
+
+
+def read_with_rests(view: UserView, count: int, rest: Callable[[float], None]) -> list[StoredEvent]:
+    """Return the last `count` events; after each piece `rest` is called with the seconds it took."""
+    events, end = list[StoredEvent](), view.head.num_events
+    for first in range(end - count, end, RESTING_READ_EVENTS):
+        began = time.monotonic()
+        events += view.between(first, min(first + RESTING_READ_EVENTS, end) - 1)
+        rest(time.monotonic() - began)
+    return events if len(events) == count else view.newest(count)  # which tells what is wrong
 
 
 def replay_cost(model: Model, num_events: int, kept: int) -> int:
@@ -88,10 +113,9 @@ def appending(record: StateRecord, head: UserHead, added: list[StoredEvent]) -> 
     return Work(record, head, end, Mark(end, b""), end, added, added, "append" if added else "nothing")
 
 
-def rebuilding(record: StateRecord, view: UserView, why: Literal["absent", "mismatch", "known-items"]) -> Work:
+def rebuilding(record: StateRecord, head: UserHead, why: Literal["absent", "mismatch", "known-items"]) -> Work:
     """Return the work of reading everything again."""
-    events = view.newest(view.head.num_events)
-    return Work(record, view.head, 0, START, 0, events, events, why)
+    return Work(record, head, 0, START, 0, [], None, why)
 
 
 def follow(record: StateRecord, events: Sequence[StoredEvent], tie: TieKind) -> bool:

@@ -17,7 +17,7 @@ from ksa_serving.room import Room
 from ksa_serving.settings import ServeSettings
 from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.user_locks import UserLocks
-from ksa_serving.workers import Workers
+from ksa_serving.workers import DrainingError, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -173,15 +173,24 @@ class Upkeep:
             if self._workers.draining:
                 return
             # Not under the user's lock: answers go on meanwhile, and a record never replaces one that knows more.
-            record = await self._workers.run_slowly(self._releases.active.states.settle, owner)
+            record = await self._workers.run_slowly(self._settled, owner)
             moved = self._log.ownership is not None and not self._log.ownership.owns(owner.user_id)
             if moved or (await self._workers.run(self._log.head, owner)).generation != record.generation:
                 self._store.drop(owner)
                 self.purge()
+        except DrainingError:
+            logger.info("a state is not computed any more: the service ends")
         except Exception:
             logger.exception("a state could not be computed in the background")
         finally:
             del self._settling[owner]
+
+    def _settled(self, owner: Owner) -> StateRecord:
+        """Return the whole state, in the thread for it: with rests where a state is held, from which answers come."""
+        states = self._releases.active.states
+        if self._store.ready(owner, states.release.state_fingerprint) is not None:
+            states = states.resting(self._workers.resting(self._settings.settle_share))
+        return states.settle(owner)
 
     async def _audit(self, served: Served, record: StateRecord) -> None:
         """Compute a state anew and compare; one that differs is dropped, counted, and told loudly."""

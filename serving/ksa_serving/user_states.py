@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from msgspec import structs
@@ -30,9 +31,11 @@ from ksa_serving.state_plan import (
     follow,
     newest_mark,
     plan_work,
+    read_with_rests,
     rebuilding,
     replay_cost,
     what_changed,
+    with_events,
 )
 from ksa_serving.state_store import StateRecord, StateStore
 from ksa_serving.user_view import UserHead, UserView
@@ -44,8 +47,9 @@ Current = tuple[StateRecord, StateSource]
 """A record that knows every event of the log at some instant, and where it came from."""
 MARK_EVENTS = 1024
 """A mark of the history hash is set about every so many events."""
-RESTING_STEP_EVENTS = 1024
-"""Appended between two rests: some 50 ms of a processor (4 layers, 64 wide)."""
+RESTING_STEP_EVENTS = 128
+"""Appended between two rests: tens of milliseconds of a processor after 100,000 events (4 layers, 64 wide), of which
+about one is Python's, which answers wait for."""
 FEW_EVENTS = 32
 """Of one user: more are not appended together with other users' events, who would wait for them."""
 
@@ -98,6 +102,7 @@ class UserStates:
             work = self._plan(owner, record, view)
             if not self._may(work, inline):
                 return self._degraded(owner, None if work.why == "mismatch" else record, view)
+            work = with_events(work, partial(self._newest, view))
         if not work.head.num_events or work.why == "nothing":
             return self._as_it_is(work)
         done = self._do(work)
@@ -139,7 +144,7 @@ class UserStates:
         return self.current(owner, inline=False)[0]
 
     def resting(self, rest: Callable[[float], None]) -> "UserStates":
-        """Return what computes the same states in short steps, and calls `rest` with the seconds that each one took.
+        """Return what reads and computes the same in short steps, and calls `rest` with the seconds that each one took.
 
         Where `rest` raises, the state is given up.
         """
@@ -222,10 +227,10 @@ class UserStates:
 
     def _plan(self, owner: Owner, record: StateRecord | None, view: UserView) -> Work:
         if record is None:
-            return rebuilding(self.empty(owner, view.head), view, "absent")
+            return rebuilding(self.empty(owner, view.head), view.head, "absent")
         if record.vocabulary != self._model.vocabulary:  # a release with more items, or one before it
             if self._model.reads_anew(record.state, record.vocabulary, view.item_ids()):
-                return rebuilding(self.empty(owner, view.head), view, "known-items")
+                return rebuilding(self.empty(owner, view.head), view.head, "known-items")
             record = replace(record, vocabulary=self._model.vocabulary)
             if not record.cold:
                 self._store.put(record)
@@ -295,7 +300,7 @@ class UserStates:
         """Return the record rewound to what stays, with the rest appended."""
         record = self._append(self._rewound(work), work.events[work.kept - work.first :])
         if work.added is None:
-            _, everything = self._log.read(work.record.owner)
+            _, everything = self._read(work.record.owner)
             everything = [event for event in everything if event.seq <= work.head.last_seq]
             state = self._model.with_own_items(record.state, None, everything)
         else:
@@ -307,8 +312,17 @@ class UserStates:
         owner, events = work.record.owner, work.events
         head = work.head
         if len(events) != head.num_events:
-            head, events = self._log.read(owner)
+            head, events = self._read(owner)
         return self._moved(self._append(self.empty(owner, head), events), head)
+
+    def _read(self, owner: Owner) -> tuple[UserHead, list[StoredEvent]]:
+        """Return a user's head and all their events in the one order, both of one instant."""
+        with self._log.view(owner) as view:
+            return view.head, self._newest(view, view.head.num_events)
+
+    def _newest(self, view: UserView, count: int) -> list[StoredEvent]:
+        """Return the last `count` events; with rests, where this is to rest."""
+        return view.newest(count) if self._rest is None else read_with_rests(view, count, self._rest)
 
     def _rewound(self, work: Work) -> StateRecord:
         """Return the record of the first `kept` events; its own items are unset."""

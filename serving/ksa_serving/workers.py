@@ -1,9 +1,14 @@
 """Where work is done so that the event loop stays free: threads by how long the work takes, and background tasks.
 
-Quick work has threads of its own, so that it never waits behind a rebuild.
+Quick work has threads of its own, so that it never waits behind a rebuild. Threads whose work no request waits for have
+a lower priority: where cores are short, they wait.
 """
 
 import asyncio
+import os
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -12,6 +17,13 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+BACKGROUND_NICENESS = 10
+"""Added to that of the process in threads that nobody waits for: about a tenth of the weight of the others."""
+
+
+class DrainingError(Exception):
+    """Work in the background is given up: the service ends."""
 
 
 class Workers:
@@ -25,8 +37,8 @@ class Workers:
         self.draining = False
         self.closing = asyncio.Event()
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow")
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow", initializer=_give_way)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside", initializer=_give_way)
         self._tasks: set[asyncio.Task[None]] = set()
         self._done: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
         self._woken: asyncio.AbstractEventLoop | None = None
@@ -82,6 +94,19 @@ class Workers:
         """Return what `function` returns, called in the thread for what takes minutes; nothing else waits for it."""
         return await asyncio.get_running_loop().run_in_executor(self._aside, lambda: function(*args, **kwargs))
 
+    def resting(self, share: float) -> Callable[[float], None]:
+        """Return what a thread calls after each step of work, with the seconds it took: it takes `share` of the time.
+
+        What it returns raises `DrainingError` once nothing should be begun any more.
+        """
+
+        def rest(seconds: float) -> None:
+            if self.draining:
+                raise DrainingError
+            time.sleep(seconds * (1 / share - 1))
+
+        return rest
+
     def begin(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Start work in the background; `close` waits for it."""
         task = asyncio.create_task(work)
@@ -99,3 +124,11 @@ class Workers:
         """End the threads."""
         for threads in (self.threads, self._alone, self._slow, self._aside):
             threads.shutdown()
+
+
+def _give_way() -> None:
+    """Lower the priority of this thread: on Linux, for elsewhere it would be the whole process's."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + BACKGROUND_NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, min(niceness, 19))

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from test_app import assert_problem
 
-from ksa_serving import buckets
+from ksa_serving import buckets, workers
 from ksa_serving.client import Client
 from ksa_serving.errors import DeadlineError
 from ksa_serving.event_log import EventLog
@@ -115,6 +115,28 @@ def test_late_events_beyond_their_users_budget_are_queued_and_done_after(tmp_pat
             assert await keep(service, n) == ["late-queued"]
         assert states.replays == {"late": 2}
         service.upkeep._replays.owe(Owner("ann"), -1000)
+        await service.close()
+
+    asyncio.run(story())
+
+
+def test_a_replay_rests_but_not_a_first_state_whose_user_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rests: list[float] = []
+    monkeypatch.setattr(workers, "time", SimpleNamespace(sleep=rests.append))
+
+    async def story() -> None:
+        service = long_service(tmp_path)
+        await keep(service, *range(1000, 1000 + HISTORY))
+        service.upkeep.settle(Owner("ann"))
+        while service.upkeep.num_settling:
+            await asyncio.sleep(0.001)
+        assert not rests
+        await keep(service, 900)
+        service.upkeep.settle(Owner("ann"))
+        while service.upkeep.num_settling:
+            await asyncio.sleep(0.001)
+        assert rests
+        assert service.served.states.replays == {"late": 1}
         await service.close()
 
     asyncio.run(story())

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -19,12 +20,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ksa_serving import release_calls, user_states
+from ksa_serving import release_calls, state_plan, user_states, workers
 from ksa_serving.errors import ReleaseError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import StoredEvent
 from ksa_serving.memory_store import MemoryStateStore
-from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest
+from ksa_serving.messages import EventMessage, EventsRequest, RecommendRequest, WarmingInfo
 from ksa_serving.models import Question
 from ksa_serving.release import Release, load_release
 from ksa_serving.service import Service
@@ -153,7 +154,8 @@ def test_a_release_is_warmed_whole_and_with_rests(
     """Also the state of a user too long for an answer to compute: after the activation nobody is answered degraded."""
     rests: list[float] = []
     monkeypatch.setattr(user_states, "RESTING_STEP_EVENTS", 10)
-    monkeypatch.setattr(release_calls, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rests.append))
+    monkeypatch.setattr(state_plan, "RESTING_READ_EVENTS", 50)
+    monkeypatch.setattr(workers, "time", SimpleNamespace(sleep=rests.append))
     service = make_service(release("a"), ServeSettings(inline_events=20, warm_share=0.2))
     service.releases.loaded["b"] = service.releases._prepare(release("b"))
     monkeypatch.setattr(service.releases, "load", lambda run: service.releases.loaded[run])
@@ -165,7 +167,7 @@ def test_a_release_is_warmed_whole_and_with_rests(
             service.served.states.settle(owner)
         assert rests == []
         await service.operator.load("b")
-        assert len(rests) == 1 + 10  # one for each step
+        assert len(rests) == (1 + 1) + (2 + 10)  # one for each step, of reading and of appending
         await service.operator.activate("b")
         for user in ("short", "long"):
             answer = await service.questions.recommend(user, RecommendRequest())
@@ -187,7 +189,7 @@ def test_warming_ends_when_the_service_does(make_service: Callable[..., Service]
         steps.append(seconds)
         service.workers.draining = len(steps) == 3
 
-    monkeypatch.setattr(release_calls, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setattr(workers, "time", SimpleNamespace(sleep=sleep))
 
     async def story() -> None:
         await service.events.post("ann", EventsRequest([EventMessage("item-1", n, f"e{n}") for n in range(95)]))
@@ -198,6 +200,34 @@ def test_warming_ends_when_the_service_does(make_service: Callable[..., Service]
         await service.close()
 
     asyncio.run(story())
+
+
+def test_how_far_the_warming_is_can_be_asked_and_is_logged(
+    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(user_states, "RESTING_STEP_EVENTS", 10)
+    monkeypatch.setattr(release_calls, "TOLD_SECONDS", 0.0)
+    service = make_service(release("a"))
+    service.releases.loaded["b"] = service.releases._prepare(release("b"))
+    monkeypatch.setattr(service.releases, "load", lambda run: service.releases.loaded[run])
+    told: list[WarmingInfo | None] = []
+    asked = SimpleNamespace(sleep=lambda seconds: told.append(service.operator.list().warming))
+    monkeypatch.setattr(workers, "time", asked)
+    caplog.set_level(logging.INFO, "ksa_serving")
+
+    async def story() -> None:
+        for user, num in (("ann", 5), ("bob", 25)):
+            await service.events.post(user, EventsRequest([EventMessage("item-1", n, f"e{n}") for n in range(num)]))
+        for owner in service.log.owners():
+            service.served.states.settle(owner)
+        assert (await service.operator.load("b")).warming is None
+        await service.close()
+
+    asyncio.run(story())
+    assert all(told)
+    assert {(one.run, one.to_warm) for one in told if one} == {("b", 2)}
+    assert sorted({one.warmed for one in told if one}) == [0, 1]
+    assert "release b: states of 1 of 2 users" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["nope", "", "..", "../runs/b", "b/", "/etc", "late"])

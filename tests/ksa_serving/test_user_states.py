@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ksa_serving import state_plan, user_states
 from ksa_serving.errors import EventLogError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
@@ -157,6 +158,42 @@ def test_a_late_event_reads_no_more_of_the_log_than_it_must(world: World):
         record, _ = world.states.current(ANN)
     assert record.state == world.recomputed(ANN)
     assert sum(read) < 1100  # to the last mark of the history hash
+
+
+def test_what_is_too_long_for_an_answer_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Reading 100,000 events keeps Python from others for a third of a second."""
+    world = make_world(tmp_path)
+    states = UserStates(world.release, world.log, world.store, inline_events=100)
+    world.log.append(ANN, [NewEvent(f"i{n}", 10 * n) for n in range(3000)])
+    states.settle(ANN)
+    world.log.append(ANN, [NewEvent("late", 5)])
+    read: list[int] = []
+    newest = UserView.newest
+    monkeypatch.setattr(UserView, "newest", lambda view, count: read.append(count) or newest(view, count))
+    record, source = states.current(ANN)
+    assert (record.num_events, source, sum(read)) == (3000, "degraded", 0)
+    world.store.drop(ANN)
+    assert states.current(ANN)[1] == "degraded"
+    assert sum(read) <= 100  # the newest alone
+    assert states.settle(ANN).state == world.recomputed(ANN)
+    world.log.close()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(first=st.lists(events, max_size=20), late=st.lists(events, max_size=20))
+@pytest.mark.parametrize("tie", TIES)
+def test_states_made_with_rests_are_those_made_without(tie: TieKind, first: list[NewEvent], late: list[NewEvent]):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(user_states, "RESTING_STEP_EVENTS", 2)
+        patch.setattr(state_plan, "RESTING_READ_EVENTS", 3)
+        world, rests = make_world(Path(folder), tie, step=100), list[float]()
+        states = world.states.resting(rests.append)
+        for events in (first, late):
+            world.log.append(ANN, events)
+            assert states.settle(ANN).state == world.recomputed(ANN)
+        num_events = world.log.head(ANN).num_events
+        assert len(rests) >= num_events / 3
+        world.log.close()
 
 
 def test_a_history_whose_only_event_was_retracted_is_known_up_to_its_tombstone(world: World):

@@ -1,12 +1,16 @@
 import asyncio
+import os
+import sys
 import threading
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ksa_serving.workers import Workers
+from ksa_serving import workers as workers_module
+from ksa_serving.workers import BACKGROUND_NICENESS, DrainingError, Workers
 
 
 def test_results_that_come_together_wake_the_event_loop_once():
@@ -86,3 +90,34 @@ def test_work_aside_holds_nothing_else_up():
         workers.close()
 
     asyncio.run(story())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux")
+def test_only_what_nobody_waits_for_has_a_lower_priority():
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def story() -> None:
+        workers, mine = Workers(1), niceness()
+        for run in (workers.run, workers.run_alone):
+            assert await run(niceness) == mine
+        for run in (workers.run_slowly, workers.run_aside):
+            assert await run(niceness) == min(19, mine + BACKGROUND_NICENESS)
+        assert niceness() == mine
+        workers.close()
+
+    asyncio.run(story())
+
+
+def test_work_with_rests_takes_its_share_of_the_time_until_the_service_drains(monkeypatch: pytest.MonkeyPatch):
+    rests: list[float] = []
+    monkeypatch.setattr(workers_module, "time", SimpleNamespace(sleep=rests.append))
+    workers = Workers(1)
+    workers.resting(0.25)(2.0)
+    workers.resting(1.0)(2.0)
+    assert rests == [6.0, 0.0]
+    workers.draining = True
+    with pytest.raises(DrainingError):
+        workers.resting(0.25)(2.0)
+    assert len(rests) == 2
+    workers.close()
