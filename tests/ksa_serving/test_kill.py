@@ -93,6 +93,19 @@ def test_kill_at_named_points_loses_and_doubles_nothing(loads: Zygote, tmp_path:
         read_and_check(child, told, tmp_path, acknowledged)
 
 
+def test_a_point_whose_call_fails_is_reached_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *given: killed.append(given))
+    monkeypatch.setattr(os, "rmdir", os.rmdir)  # as it was, when this is undone
+    log_under_load.arm("os:rmdir/after/1")
+    with pytest.raises(FileNotFoundError):
+        os.rmdir(tmp_path / "none")
+    assert killed == []
+    (tmp_path / "one").mkdir()
+    os.rmdir(tmp_path / "one")
+    assert killed == [(os.getpid(), signal.SIGKILL)]
+
+
 def read_and_check(child: Child, told: list[str], directory: Path, acknowledged: dict[str, set[int]]) -> None:
     """Read what a killed child acknowledged beyond the lines it `told`, and find all of it in the log."""
     forgotten: list[str] = []
