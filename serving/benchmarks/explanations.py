@@ -11,11 +11,16 @@ deleted     the library, from a history without the chunk's events: later ones m
 Told is how often the first chunk changes the score more, beside that of the newest chunk (which needs no explanation)
 and of the most attended; then what an explanation takes, against a score of the same item, both over HTTP. A run and
 its data set, for example: `ksa demo --out runs/demo`, then `runs/demo/ksa runs/demo/data`.
+
+`--lengths 1000 10000 100000`, without a run: what both take for the reference model and random histories of such
+lengths, of items that the user has met.
 """
 
 import argparse
+import contextlib
 import random
 import tempfile
+import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -23,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from cold_rows import real_histories
-from reference import heading, milliseconds
+from reference import heading, history, milliseconds, reference_run
 
 
 class Removals:
@@ -100,18 +105,22 @@ def measure_changes(model: Any, histories: list[list[Any]], pairs: int, draw: ra
 
 
 def measure_cost(run: Path, events: list[Any], draw: random.Random) -> None:
-    """Print what `/explain` takes against `/score`, over HTTP, of one user whose state is held."""
+    """Print what `/explain` takes against `/score`, over HTTP, of items of one user whose state is held."""
     from live_service import started
 
     from ksa_serving.client import Client
     from ksa_serving.messages import EventMessage
 
-    with tempfile.TemporaryDirectory() as folder, started(run, Path(folder)) as service, Client(service.url) as client:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        service = stack.enter_context(started(run, Path(folder), "--set", "user_events_per_second=0"))
+        client = stack.enter_context(Client(service.url, timeout=300))
         given = [EventMessage(event.item_id, event.timestamp) for event in events]
         for start in range(0, len(given), 1000):
             client.keep("ann", given[start : start + 1000])
         now = events[-1].timestamp + 3600
-        items = [one.item_id for one in client.recommend("ann", k=10, request_time=now).items]
+        while (best := client.recommend("ann", k=10, request_time=now, list="again")).degraded:
+            time.sleep(1)
+        items = [one.item_id for one in best.items]
 
         def explain() -> None:
             client.explain("ann", draw.choice(items), request_time=now)
@@ -127,7 +136,7 @@ def measure_cost(run: Path, events: list[Any], draw: random.Random) -> None:
     halves = [[median(took[name][at::2]) for name in ("score", "explain")] for at in (0, 1)]
     for scored, explained in ([median(times) for times in zip(*halves)], *halves):
         ratio = f"{explained / scored:.1f} times"
-        print(f"\n{len(events)} events: /score {scored:.1f} ms, /explain {explained:.1f} ms: {ratio}")
+        print(f"\n{len(events)} events: /score {scored:.1f} ms, /explain {explained:.1f} ms: {ratio}", flush=True)
 
 
 def main() -> None:
@@ -136,15 +145,23 @@ def main() -> None:
     from recsys_ksa.recommender import Recommender
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a trained run")
-    parser.add_argument("data", type=Path, help="the prepared data set its histories come from")
+    parser.add_argument("run", type=Path, nargs="?", help="a trained run")
+    parser.add_argument("data", type=Path, nargs="?", help="the prepared data set its histories come from")
     parser.add_argument("--events", type=int, default=700, help="of each history")
     parser.add_argument("--histories", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
     parser.add_argument("--only", choices=["changes", "cost"], help="one of the two")
+    parser.add_argument("--lengths", type=int, nargs="+", help="cost alone, of such random histories; needs no run")
     args = parser.parse_args()
     draw = random.Random(args.seed)
+    if args.lengths is not None:
+        print(f"{heading()}, seed {args.seed}", flush=True)
+        for length in args.lengths:
+            measure_cost(reference_run(), history(length), draw)
+        return
+    if args.data is None:
+        parser.error("expected a run and its data set, or --lengths.")
     model = LibraryModel(Recommender.load(args.run))
     histories = real_histories(args.data, args.events, args.histories)
     print(f"{heading()}, seed {args.seed}", flush=True)
