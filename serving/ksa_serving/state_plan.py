@@ -79,10 +79,12 @@ def with_events(work: Work, newest: Callable[[int], list[StoredEvent]]) -> Work:
 def read_with_rests(view: UserView, count: int, rest: Callable[[float], None]) -> list[StoredEvent]:
     """Return the last `count` events; after each piece `rest` is called with the seconds it took."""
     events, end = list[StoredEvent](), view.head.num_events
-    for first in range(end - count, end, RESTING_READ_EVENTS):
-        began = time.monotonic()
-        events += view.between(first, min(first + RESTING_READ_EVENTS, end) - 1)
+    firsts = range(end - count, end, RESTING_READ_EVENTS)
+    began = time.monotonic()
+    for piece in view.walk((first, min(first + RESTING_READ_EVENTS, end) - 1) for first in firsts):
+        events += piece
         rest(time.monotonic() - began)
+        began = time.monotonic()
     return events if len(events) == count else view.newest(count)  # which tells what is wrong
 
 

@@ -1,6 +1,6 @@
 """One user's events at one instant of the event log: all that states ask of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import apsw
@@ -96,20 +96,24 @@ class UserView:
         return events
 
     def spans(self, spans: Sequence[tuple[int, int]]) -> list[list[StoredEvent]]:
-        """Return `between` of each of several spans; the times before the last of them are walked once for all."""
-        found: dict[tuple[int, int], list[StoredEvent]] = {}
+        """Return `between` of each of several spans, in any order."""
+        ordered = sorted(set(spans))
+        found = dict(zip(ordered, self.walk(ordered)))
+        return [found[span] for span in spans]
+
+    def walk(self, spans: Iterable[tuple[int, int]]) -> Iterator[list[StoredEvent]]:
+        """Yield `between` of each of several spans, none of which begins before the last; goes through times once."""
         time, earlier = 0, 0  # how many events are before a time
-        for first, last in sorted(set(spans)):
+        for first, last in spans:
             last_there = min(last, self.head.num_events - 1)
             low = self._place(first, time, earlier) if first <= last_there else None
             if low is None:
-                found[first, last] = []
+                yield []
                 continue
             time, earlier = low
             high, _ = self._place(last_there, time, earlier) or low
             events = sort_events(self._within(time, high), self._tie)
-            found[first, last] = events[first - earlier : last_there - earlier + 1]
-        return [found[span] for span in spans]
+            yield events[first - earlier : last_there - earlier + 1]
 
     def meetings(self, item_id: str) -> list[Meeting]:
         """Return where the history has an item, in the one order; the user's other events become no objects."""
