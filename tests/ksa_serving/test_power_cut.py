@@ -125,6 +125,8 @@ class PowerStory:
         if self.draw.random() < 0.5 and log.purging:
             log.writer.step()
         for change, future in asked:
+            if isinstance(getattr(future.exception(), "__cause__", None), apsw.Error):
+                break  # without power only what had nothing to write is acknowledged, and says nothing of what failed
             if future.exception() is None:
                 while changes:  # whatever came before is kept too: the log has one order
                     known = changes.pop(0)
