@@ -167,22 +167,22 @@ class ColdStateStore(StateStore):
         self._forget(key)
         return None
 
-    def put(self, record: StateRecord) -> None:
+    def put(self, record: StateRecord) -> bool:
         """Write what of a record is not there yet. A cold record came from here and is not written again."""
         model = self._models.get(record.fingerprint)
         if record.cold or model is None:
-            return
+            return True
         if record.parity not in ("exact", model.cold_parity):
-            return  # would be taken for better than it is
+            return True  # would be taken for better than it is
         if self._largest is not None and record.nbytes > self._largest:
             self._misses["too-large"] += 1
-            return
+            return True
         key = self._key(record.owner, record.fingerprint)
         try:
             with self._writing:
                 old = open_head(self._engine.read_part(key, HEAD) or b"")
                 if old is not None and (old.generation, old.seq) > (record.generation, record.seq):
-                    return
+                    return True
                 parts = model.dump(record.state)
                 names = list(parts.segments)
                 same = old is not None and (old.owner, old.parity) == (key[:16], model.cold_parity)
@@ -191,10 +191,12 @@ class ColdStateStore(StateStore):
                 new = {name: parts.segments[name] for name in names if name not in had}
                 self._engine.write(key, {HEAD: seal_head(head), **new}, had.difference(names))
             self._unwritable_since = None
+            return True
         except EngineError as error:
             self._unwritable_since = self._unwritable_since or time.monotonic()
             _tell("written", error)
             self._misses["unwritten"] += 1
+            return False
 
     @property
     def evictions(self) -> int:

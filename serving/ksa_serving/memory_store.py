@@ -49,9 +49,10 @@ class MemoryStateStore(StateStore):
         """Why `get` returned None."""
         return self._misses
 
-    def put(self, record: StateRecord) -> None:
+    def put(self, record: StateRecord) -> bool:
         """Hold a record in place of the owner's older one, then evict until the size holds."""
         self.exchange(record)
+        return True
 
     def exchange(self, record: StateRecord) -> list[StateRecord]:
         """Do what `put` does; return the records that were let go for want of room."""

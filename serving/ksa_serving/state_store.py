@@ -80,8 +80,10 @@ class StateStore(ABC):
         return self.get(owner, fingerprint)
 
     @abstractmethod
-    def put(self, record: StateRecord) -> None:
-        """Hold a record in place of the owner's older one of its fingerprint."""
+    def put(self, record: StateRecord) -> bool:
+        """Hold a record in place of the owner's older one of its fingerprint; return False where a disk or server
+        failed, so that it is worth trying again.
+        """
 
     @abstractmethod
     def drop(self, owner: Owner) -> None:

@@ -9,8 +9,8 @@ from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.models import Vocabulary
 from ksa_serving.state_store import StateRecord, StateStore, Tier
 
-Written = tuple[int, Vocabulary]
-"""What the cold tier has of a state: how many events, as read by which vocabulary."""
+Written = tuple[int, Vocabulary, bool]
+"""What the cold tier was last given of a state: how many events, as read by which vocabulary; whether it has them."""
 
 
 class TieredStateStore(StateStore):
@@ -66,16 +66,17 @@ class TieredStateStore(StateStore):
         """Return the owner's record from memory."""
         return self.memory.get(owner, fingerprint)
 
-    def put(self, record: StateRecord) -> None:
+    def put(self, record: StateRecord) -> bool:
         """Hold a record in memory, write down what it drives out, and itself if it has grown much since."""
         with self._lock:
             evicted = self.memory.exchange(record)
             self._leaving.update(gone.owner for gone in evicted)
         for gone in evicted:
             self._spill(gone)
-        num_events, vocabulary = self._written_of(record) or (0, record.vocabulary)
+        num_events, vocabulary, _ = self._written_of(record) or (0, record.vocabulary, False)
         if abs(record.num_events - num_events) >= self._spill_events or vocabulary != record.vocabulary:
             self._write(record)
+        return True
 
     def drop(self, owner: Owner) -> None:
         """Forget the owner in both tiers."""
@@ -100,7 +101,7 @@ class TieredStateStore(StateStore):
     def flush(self) -> None:
         """Write down every record held."""
         for record in self.memory.records():
-            if self._written_of(record) != (record.num_events, record.vocabulary):
+            if self._written_of(record) != (record.num_events, record.vocabulary, True):
                 self._write(record)
         self.cold.flush()
 
@@ -158,12 +159,11 @@ class TieredStateStore(StateStore):
 
     def _write(self, record: StateRecord) -> None:
         if not record.cold and self._worth_keeping(record.num_events):
-            self.cold.put(record)
-            self._note(record)
+            self._note(record, self.cold.put(record))  # what failed is tried again as late as what did not, or by flush
 
-    def _note(self, record: StateRecord) -> None:
-        """Remember what the cold tier has."""
-        self._written.setdefault(record.owner, {})[record.fingerprint] = (record.num_events, record.vocabulary)
+    def _note(self, record: StateRecord, has: bool = True) -> None:
+        """Remember what the cold tier was given, and whether it has it."""
+        self._written.setdefault(record.owner, {})[record.fingerprint] = record.num_events, record.vocabulary, has
 
     def _unnote(self, owner: Owner, fingerprint: str) -> None:
         written = self._written.get(owner, {})

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 from held_port import held_port
+from msgspec import structs
+from simulated import SimulatedEngine
 
-from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineError
+from ksa_serving.cold_store import HEAD, BytesEngine, ColdStateStore, EngineError, open_head, seal_head
 from ksa_serving.events import Owner, StoredEvent
 from ksa_serving.lmdb_engine import MOST_UNCLOSED, LmdbEngine
 from ksa_serving.models import Vocabulary
@@ -248,6 +250,49 @@ def test_memory_before_cold_gives_what_memory_let_go(engine: BytesEngine):
     assert same(cold.get(Owner("cat"), "f"), record(Owner("cat"), 90))
 
 
+def test_what_could_not_be_written_is_written_by_the_next_flush(seed: int):
+    engine = SimulatedEngine(random.Random(seed))
+    cold = ColdStateStore(engine, MODELS, SALT)
+    store = TieredStateStore(10**6, cold, lambda num_events: True, spill_events=100)
+    store.put(record(ANN, 100))
+    engine.fault_share = 1.0
+    store.put(record(ANN, 200, 200))
+    store.put(record(BOB, 150, 150))
+    store.flush()
+    assert store.unwritable_seconds > 0
+    engine.fault_share = 0.0
+    store.flush()
+    assert store.unwritable_seconds == 0
+    assert same(cold.get(ANN, "f"), record(ANN, 200, 200))
+    assert same(cold.get(BOB, "f"), record(BOB, 150, 150))
+
+
+def test_a_drop_that_failed_is_owed_until_a_purge_did_it(seed: int):
+    engine = SimulatedEngine(random.Random(seed))
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record())
+    engine.fault_share = 1.0
+    store.drop(ANN)
+    assert not store.purge()
+    engine.fault_share = 0.0
+    assert store.purge()
+    assert not list(engine.record_keys())
+    store.put(record(seq=60))  # the next one is nobody's debt
+    assert store.purge()
+    assert same(store.get(ANN, "f"), record(seq=60))
+
+
+def test_a_state_of_other_events_than_its_head_tells_is_damaged(engine: BytesEngine):
+    store = ColdStateStore(engine, MODELS, SALT)
+    store.put(record(num_events=50))
+    key = store._key(ANN, "f")
+    head = open_head(engine.read(key)[HEAD])
+    assert head is not None
+    engine.write(key, {HEAD: seal_head(structs.replace(head, num_events=49))}, ())
+    assert store.get(ANN, "f") is None
+    assert store.misses["damaged"] == 1
+
+
 def test_lmdb_makes_room_by_removing_the_oldest(tmp_path: Path):
     engine = LmdbEngine(tmp_path, 4_000_000)
     store = ColdStateStore(engine, MODELS, SALT)
@@ -368,7 +413,7 @@ def test_a_file_that_several_processes_did_not_live_to_close_is_started_anew(tmp
         store.close()
 
 
-def test_a_server_that_is_gone_is_a_quick_miss():
+def test_a_server_that_is_gone_is_a_quick_miss(caplog: pytest.LogCaptureFixture):
     with held_port() as port:
         engine = RedisEngine(f"redis://127.0.0.1:{port}/0", retry_after=3600)
         store = ColdStateStore(engine, MODELS, SALT)
@@ -378,6 +423,8 @@ def test_a_server_that_is_gone_is_a_quick_miss():
         assert store.misses["unavailable"] == 1
         with pytest.raises(EngineError, match="failed a moment ago"):
             engine.read(b"k" * 24)
+        told = [message for message in caplog.messages if message.startswith("cold store: cannot be")]
+        assert len(told) == 1  # of the first alone
         store.close()
 
 

@@ -6,7 +6,7 @@ import pytest
 from ksa_serving.events import Owner
 from ksa_serving.memory_store import MemoryStateStore
 from ksa_serving.models import Vocabulary
-from ksa_serving.state_store import StateRecord, StateStore
+from ksa_serving.state_store import StateRecord, StateStore, Tier
 from ksa_serving.testing import ToyState
 from ksa_serving.tiered_store import TieredStateStore
 
@@ -155,6 +155,69 @@ class TestMemoryStateStore(StateStoreContract):
         assert replace(record(), seq=3).seq == 3
 
 
+def test_a_store_that_was_emptied_remembers_nobody():
+    store = MemoryStateStore(100)
+    for turn in range(3):
+        for user in ("ann", "bob"):
+            store.put(record(user, seq=turn))
+    store.drop(Owner("ann"))
+    store.retire("f")
+    assert (len(store), store.nbytes, dict(store._fingerprints)) == (0, 0, {})
+
+
+class CountingCold(MemoryStateStore):
+    """A cold store that notes which records it was given."""
+
+    def __init__(self):
+        super().__init__(10**6)
+        self.given: list[tuple[str, str, int]] = []
+
+    def put(self, record: StateRecord) -> bool:
+        self.given.append((record.owner.user_id, record.fingerprint, record.num_events))
+        return super().put(record)
+
+
+def test_what_is_cold_already_is_written_again_only_when_it_has_grown_or_is_read_anew():
+    cold = CountingCold()
+    store = TieredStateStore(10**6, cold, lambda num_events: num_events >= 10, spill_events=5)
+    for seq in (4, 9, 10, 14, 15, 19):  # the first are not worth it
+        store.put(record(seq=seq))
+    assert cold.given == [("ann", "f", 10), ("ann", "f", 15)]
+    store.put(replace(record(seq=19), vocabulary=Vocabulary(201)))
+    assert cold.given[2:] == [("ann", "f", 19)]
+    store.flush()
+    assert cold.given[3:] == []
+    store.put(replace(record(seq=20), vocabulary=Vocabulary(201)))
+    assert cold.given[3:] == []
+    store.flush()
+    assert cold.given[3:] == [("ann", "f", 20)]
+
+
+def test_what_two_tiers_hold_is_told_apart():
+    store = TieredStateStore(25, CountingCold(), lambda num_events: num_events > 1, spill_events=100)
+    for user, seq in (("ann", 5), ("bob", 1), ("cat", 7)):
+        store.put(record(user, seq))
+    assert (len(store), store.nbytes, store.evictions) == (2, 20, 1)
+    assert store.tiers() == {"memory": Tier(2, 20, 1), "cold": Tier(1, 10, 0)}
+    assert [store.get(Owner(user), "f") is not None for user in ("ann", "cat", "dan")] == [True, True, False]
+    assert (store.hits, store.misses) == ({"cold": 1, "memory": 1}, {"absent": 1})
+    assert store.ready(Owner("ann"), "f") is None
+
+
+def test_a_fingerprint_that_retires_leaves_what_is_known_of_the_other():
+    cold = CountingCold()
+    store = TieredStateStore(10**6, cold, lambda num_events: True, spill_events=5)
+    for fingerprint in ("old", "new"):
+        store.put(record(seq=10, fingerprint=fingerprint))
+    store.retire("old")
+    store.flush()
+    assert cold.given == [("ann", "old", 10), ("ann", "new", 10)]
+    assert store.get(Owner("ann"), "old") is None
+    assert cold.get(Owner("ann"), "old") is None
+    store.retire("new")
+    assert store._written == {}  # of users of long ago nothing is left
+
+
 class SlowCold(MemoryStateStore):
     """A cold store whose next `put` waits until it is told to go on."""
 
@@ -162,10 +225,10 @@ class SlowCold(MemoryStateStore):
         super().__init__(10**6)
         self.reached, self.go_on = threading.Event(), threading.Event()
 
-    def put(self, record: StateRecord) -> None:
+    def put(self, record: StateRecord) -> bool:
         self.reached.set()
         assert self.go_on.wait(120)
-        super().put(record)
+        return super().put(record)
 
 
 def test_an_owner_dropped_while_on_the_way_to_the_disk_is_not_left_there():
