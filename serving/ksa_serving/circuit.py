@@ -42,24 +42,26 @@ class Circuit:
         Raises:
             CircuitOpenError: it is open.
         """
+        tries = False
         with self._lock:
             if self._open_until is not None:
                 if self._trying or time.monotonic() < self._open_until:
                     raise CircuitOpenError
-                self._trying = True
+                self._trying = tries = True
         try:
             yield
         except BaseException:
-            self._end(time.monotonic() + self._seconds)
+            self._end(tries, time.monotonic() + self._seconds)
             raise
-        self._end(None)
+        self._end(tries, None)
 
-    def _end(self, open_until: float | None) -> None:
+    def _end(self, tried: bool, open_until: float | None) -> None:
         """Note the end of a call. One that began before another failed does not close what that one opened."""
         with self._lock:
+            if tried:
+                self._trying = False
             if open_until is not None:
                 self.num_opened += self._open_until is None
-            elif self._open_until is not None and not self._trying:
+            elif self._open_until is not None and not tried:
                 return
             self._open_until = open_until
-            self._trying = False

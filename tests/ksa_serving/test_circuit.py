@@ -48,6 +48,33 @@ def test_while_one_call_tries_others_are_refused():
     assert passes(circuit)
 
 
+def test_only_the_call_that_tries_closes_and_lets_the_next_one_try():
+    """Whatever calls do that began before the circuit opened, and end while one tries."""
+    circuit = Circuit(seconds=0.0)
+    old, tries = circuit.call(), circuit.call()
+    old.__enter__()
+    fail(circuit)
+    tries.__enter__()
+    old.__exit__(None, None, None)
+    assert circuit.is_open
+    assert not passes(circuit)
+    tries.__exit__(None, None, None)
+    assert not circuit.is_open
+    assert passes(circuit)
+
+
+def test_an_old_call_that_fails_does_not_let_two_try_at_once():
+    circuit = Circuit(seconds=0.0)
+    old, tries = circuit.call(), circuit.call()
+    old.__enter__()
+    fail(circuit)
+    tries.__enter__()
+    assert not old.__exit__(OSError, OSError("down"), None)
+    assert not passes(circuit)
+    tries.__exit__(None, None, None)
+    assert not circuit.is_open
+
+
 def test_a_call_that_began_before_does_not_close_what_another_opened():
     circuit = Circuit(seconds=60.0)
     with circuit.call():
