@@ -43,6 +43,7 @@ class Lateness:
             self._times[user_key, head.generation] = known
             if len(self._times) > MAX_USERS:
                 self._times.popitem(last=False)
+        self._times.move_to_end((user_key, head.generation))
         return next((count for at, count in reversed(known[1]) if at > timestamp), 0)
 
     def clear(self) -> None:

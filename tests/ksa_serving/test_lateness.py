@@ -3,11 +3,13 @@
 import random
 from pathlib import Path
 
+import apsw
 import pytest
 
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
-from ksa_serving.lateness import STEPS
+from ksa_serving.lateness import STEPS, Lateness
+from ksa_serving.user_view import UserHead
 
 ANN = Owner("ann")
 
@@ -28,6 +30,52 @@ def test_how_far_back_an_event_lies_is_nearly_as_counted(tmp_path: Path, seed: i
         assert abs(result.events_after - min(horizon + 1, count)) <= error
         if abs(count - horizon - 0.5) > error:
             assert (result.outcomes == ["late-far"]) == (count > horizon)
+    log.close()
+
+
+@pytest.fixture
+def connection(tmp_path: Path):
+    log = EventLog(tmp_path, "arrival")
+    log.append(ANN, [NewEvent(f"item-{n}", n) for n in range(100)])
+    with log._reader() as connection:
+        yield connection
+    log.close()
+
+
+def test_times_are_read_again_once_a_sixteenth_of_the_horizon_changed(connection: apsw.Connection):
+    lateness, reads = Lateness(connection, 160), list[tuple[int, int]]()
+
+    def ask(num_events: int, generation: int = 0) -> int:
+        head = UserHead(generation, num_events)
+        return lateness.events_after(1, head, 49, lambda: reads.append((num_events, generation)))
+
+    for num_events in (100, 109, 91, 100, 110, 101, 119, 100):
+        assert abs(ask(num_events) - 50) <= 10
+    assert reads == [(100, 0), (110, 0), (100, 0)]
+    assert ask(100, generation=1) == 0  # a user who was deleted has no events
+    assert reads[3:] == [(100, 1)]
+    lateness.clear()  # what was read may have been undone
+    ask(100)
+    ask(100)
+    assert reads[4:] == [(100, 0)]
+
+
+def test_the_times_of_the_last_users_who_sent_late_events_are_kept(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ksa_serving.lateness.MAX_USERS", 2)
+    lateness, reads = Lateness(connection, 160), list[int]()
+    for user_key in (1, 2, 1, 3, 1, 3, 2):
+        lateness.events_after(user_key, UserHead(0, 100), 49, lambda user_key=user_key: reads.append(user_key))
+    assert reads == [1, 2, 3, 2]
+
+
+def test_without_a_horizon_nobody_counts(tmp_path: Path):
+    log = EventLog(tmp_path, "arrival")
+    log.append(ANN, [NewEvent("a", 5, "e5"), NewEvent("b", 9)])
+    result = log.append(ANN, [NewEvent("c", 1)])
+    assert (result.outcomes, result.events_after) == (["late"], 0)
+    assert log.retract(ANN, "e5").result().events_after == 0
     log.close()
 
 
