@@ -135,7 +135,7 @@ def test_reading_after_a_sequence_number_gives_what_came_later(log: EventLog):
 
 
 def test_unknown_user_has_an_empty_head_and_no_row(log: EventLog):
-    assert log.read(ANN) == (UserHead(), [])
+    assert log.read(ANN) == (UserHead(0, 0, 0, b""), [])
     with log.view(ANN) as view:
         assert view.known([NewEvent("a", 1)], 10) == [False]
     assert log.counts() == (0, 0)
@@ -147,6 +147,28 @@ def test_known_looks_no_further_than_asked(log: EventLog):
     with log.view(ANN) as view:
         known = view.known([NewEvent("a", 1), NewEvent("b", 2), NewEvent("c", 3)], first)
     assert known == [True, False, False]
+
+
+def test_every_answer_tells_the_head_that_the_log_has_then(log: EventLog):
+    answers = [
+        lambda: log.append(ANN, [NewEvent("a", 1, "e1"), NewEvent("b", 2, "e2")]),
+        lambda: log.append(ANN, [NewEvent("a", 1, "e1")]),
+        lambda: log.correct(ANN, NewEvent("c", 3, "e1")).result(),
+        lambda: log.correct(ANN, NewEvent("c", 3, "e1")).result(),
+        lambda: log.retract(ANN, "e2").result(),
+        lambda: log.retract(ANN, "e2").result(),
+        lambda: log.retract(ANN, "e9").result(),
+        lambda: log.correct(ANN, NewEvent("d", 4, "e2")).result(),
+    ]
+    assert [(answer().head == log.head(ANN), log.head(ANN).num_events) for answer in answers] == [
+        (True, num_events) for num_events in (2, 2, 2, 2, 1, 1, 1, 2)
+    ]
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EventLogError, match="expected a directory to write in"):
+        EventLog(tmp_path / "file", "arrival")
 
 
 def test_tenants_are_apart(log: EventLog):
@@ -311,6 +333,13 @@ def test_sqlite_with_the_wal_reset_bug_is_refused(version: str):
 @pytest.mark.parametrize("version", ["3.51.3", "3.54.1", "4.0.0"])
 def test_sqlite_without_it_is_taken(version: str):
     check_sqlite_version(version)
+
+
+def test_a_log_is_not_opened_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("apsw.sqlite_lib_version", lambda: "3.51.2")
+    with pytest.raises(EventLogError, match=r"3\.51\.2"):
+        EventLog(tmp_path, "arrival")
+    assert not list(tmp_path.iterdir())
 
 
 def test_durability_is_what_it_says(log: EventLog):

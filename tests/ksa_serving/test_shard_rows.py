@@ -192,6 +192,16 @@ def test_users_who_were_let_go_leave_neither_rows_nor_bytes(logs: list[EventLog]
         assert b"user-" not in file.read_bytes()
 
 
+def test_a_user_who_was_let_go_and_comes_without_rows_starts_anew(logs: list[EventLog]):
+    source, ann = logs[0], Owner("ann")
+    source.append(ann, [NewEvent("milk", 1, "e1")])
+    source.let_go([ann]).result()
+    assert source.append(ann, [NewEvent("tea", 1, "e1")]).outcomes == ["accepted"]
+    assert source.owners() == [ann]
+    assert [event.item_id for event in source.read(ann)[1]] == ["tea"]
+    source.check()
+
+
 def test_a_user_who_has_events_in_the_new_log_is_refused_and_nothing_is_changed(logs: list[EventLog]):
     source, target, _ = logs
     for log in (source, target):
