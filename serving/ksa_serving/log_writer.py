@@ -17,7 +17,7 @@ from ksa_serving.errors import DeadlineError, EventLogError, OverloadedError, Se
 from ksa_serving.events import NewEvent, Owner
 from ksa_serving.log_entries import LogEntries
 from ksa_serving.page_gaps import owes_wiping, settle_wiping, wipe_gaps
-from ksa_serving.sqlite_file import FORMAT, transaction
+from ksa_serving.sqlite_file import BUSY_MILLISECONDS, FORMAT, transaction
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class LogWriter:
             self._wiped_pages = 0
             self.purging = False
         except apsw.BusyError:
-            time.sleep(0.05)  # a reader still looks at the old pages
+            time.sleep(0.05)
         except apsw.Error:
             self.healthy = False
             time.sleep(0.5)
@@ -215,7 +215,12 @@ class LogWriter:
         return more
 
     def _empty_write_ahead_log(self) -> None:
-        self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # the pragma hides "busy"
+        """Empty it, or raise at once where a reader still looks at old pages: calls must not wait for that."""
+        self._connection.set_busy_timeout(0)
+        try:
+            self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # the pragma hides "busy"
+        finally:
+            self._connection.set_busy_timeout(BUSY_MILLISECONDS)
 
 
 def _reason(error: Exception) -> ServiceError:

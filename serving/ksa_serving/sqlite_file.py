@@ -20,6 +20,8 @@ FORMAT = 2
 CHECKPOINT_PAGES = 4000
 """In the write-ahead log before a commit also carries them over to the file, which takes it some milliseconds: at 1,000
 calls a second SQLite's 1,000 pages came four times a second."""
+BUSY_MILLISECONDS = 5000
+"""How long a connection waits for another one's lock."""
 SCHEMA = """
 CREATE TABLE users (
     user_key   INTEGER PRIMARY KEY,
@@ -89,7 +91,7 @@ def transaction(connection: apsw.Connection, kind: str = "IMMEDIATE") -> Iterato
 
 def connect(path: Path, flags: int) -> apsw.Connection:
     connection = apsw.Connection(str(path), flags=flags)
-    connection.set_busy_timeout(5000)
+    connection.set_busy_timeout(BUSY_MILLISECONDS)
     return connection
 
 

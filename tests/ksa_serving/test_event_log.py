@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import random
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import apsw
 import pytest
+from faulty_disk import FaultyVfs, faulty_disks
+from hand_driven import done, hand_driven_logs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -402,6 +405,27 @@ def test_forgotten_rows_leave_the_write_ahead_log_also_when_someone_still_reads_
     for file in tmp_path.iterdir():
         assert b"secret-" not in file.read_bytes(), file
     log.close()
+
+
+def test_no_call_waits_for_a_reader_who_keeps_forgotten_rows_from_being_overwritten(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    waited: list[int] = []
+    monkeypatch.setattr(FaultyVfs, "xSleep", lambda vfs, microseconds: waited.append(microseconds) or microseconds)
+    with faulty_disks(random.Random(seed)), hand_driven_logs(random.Random(seed)):
+        log = EventLog(tmp_path, "arrival")
+        done(log, log.submit(ANN, [NewEvent("secret", 1)]))
+        with log.view(BOB) as view:
+            assert view.newest(0) == []
+            done(log, log.forget(ANN))
+            for _ in range(5):
+                log.writer.step()  # overwrites the rows, then tries to empty the write-ahead log
+            assert log.purging
+            assert done(log, log.submit(BOB, [NewEvent("a", 1)])).outcomes == ["accepted"]
+        while log.purging:
+            log.writer.step()
+        log.close()
+    assert waited == []
 
 
 def test_the_chain_tells_one_log_from_another(tmp_path: Path):
