@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hand_driven import done, hand_driven_logs
 
-from ksa_serving.errors import ShardError
+from ksa_serving.errors import NotOwnerError, ShardError
 from ksa_serving.event_log import EventLog
 from ksa_serving.events import NewEvent, Owner
 from ksa_serving.shard_rows import Cursor, Page, read_page
@@ -190,6 +190,28 @@ def test_users_who_were_let_go_leave_neither_rows_nor_bytes(logs: list[EventLog]
     for file in (tmp_path / "a").iterdir():
         assert b"secret-" not in file.read_bytes()
         assert b"user-" not in file.read_bytes()
+
+
+def test_a_user_who_began_to_move_is_not_written_even_if_the_call_was_let_in(logs: list[EventLog]):
+    """What is read out after the refusal began is all there is."""
+    log, ann = logs[0], Owner("ann")
+    here, there = (first_map({name: PROCESS}) for name in ("here", "there"))
+    log.own(Ownership("here", here)).result()
+    log.append(ann, [NewEvent("milk", 1, "e1")])
+    before = log.read(ann)
+    log.own(Ownership("here", here, there)).result()
+    calls = [
+        lambda: log.submit(ann, [NewEvent("tea", 2, "e2")]),
+        lambda: log.correct(ann, NewEvent("tea", 1, "e1")),
+        lambda: log.retract(ann, "e1"),
+        lambda: log.forget(ann),
+    ]
+    for call in calls:
+        with pytest.raises(NotOwnerError, match="is moving"):
+            call().result()
+    assert log.read(ann) == before
+    log.own(Ownership("here", here)).result()  # the move was given up
+    assert log.append(ann, [NewEvent("tea", 2, "e2")]).outcomes == ["accepted"]
 
 
 def test_a_user_who_was_let_go_and_comes_without_rows_starts_anew(logs: list[EventLog]):
