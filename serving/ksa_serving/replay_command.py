@@ -141,7 +141,10 @@ def _workplace(out: Path | None, resume: bool) -> Iterator[Path]:
         raise UsageError(f"--out: {part} is what a replay that ended early has left. Add --resume, or remove it.")
     if resume and not part.exists():
         raise UsageError(f"--resume: expected {part}, which a replay that ended early leaves; it is not there.")
-    part.mkdir(mode=0o700, exist_ok=True)
+    try:
+        part.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: expected a place where {part} can be made, got: {error.strerror}.") from error
     yield part
 
 

@@ -98,6 +98,9 @@ def test_a_replay_that_was_killed_goes_on_to_the_same_end(
     new, salted = ["--out", str(tmp_path / "new")], "0123456789abcdef"
     assert replayed("--resume")[0] == 2
     assert "is not there" in replayed(*new, "--resume")[1]
+    status_nowhere, told_nowhere = replayed("--out", str(tmp_path / "nowhere" / "new"))
+    assert status_nowhere == 2
+    assert "No such file or directory" in told_nowhere
     cuts = [int(cut) for cut in rng.integers(0, 4, MOST_UNCLOSED + 2)]  # fewer than there are users
     for turn, cut in enumerate(cuts):
         command = ["replay", str(tiny_run), "--state-dir", str(state), *new, *["--resume"] * (turn > 0)]
